@@ -1,0 +1,42 @@
+"""lamp_compile: look-ahead mixed precision for transformer attention, as a graph-compilation pass.
+
+Names are loaded on first use, so that importing the package loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "compile": "lamp_compile.api",
+    "rewrite": "lamp_compile.api",
+    "explain": "lamp_compile.api",
+    "disable": "lamp_compile.api",
+    "backend": "lamp_compile.torch_backend",
+    "NestedCache": "lamp_compile.runtime.kv_cache",
+    "Plan": "lamp_compile.plan",
+    "SitePlan": "lamp_compile.plan",
+    "GuardPlan": "lamp_compile.plan",
+    "LampError": "lamp_compile.errors",
+}
+__all__ = [*_HOME, "__version__"]
+
+if TYPE_CHECKING:
+    from lamp_compile.api import compile, disable, explain, rewrite
+    from lamp_compile.errors import LampError
+    from lamp_compile.plan import GuardPlan, Plan, SitePlan
+    from lamp_compile.runtime.kv_cache import NestedCache
+    from lamp_compile.torch_backend import backend
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'lamp_compile' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,285 @@
+"""The plan: what the compiler decided for every site. Frozen data, JSON both ways, meant to be read and edited by hand."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from lamp_compile.errors import OptionError, PlanError
+from lamp_compile.ir import Floor
+
+PLAN_VERSION = 1
+FORMATS = ("bf16", "fp16", "fp8", "int8", "nested8")
+RULES = ("energy", "lamp_relaxed", "lamp_strict", "mass")
+ROTATIONS = ("hadamard", "none")
+QUERY_BITS = (0, 8, 16)
+
+
+@dataclass(frozen=True)
+class GuardPlan:
+    """When a kv head falls back to more precision (``runtime/guard.py``)."""
+
+    budget: float = 0.25
+    """Relative output error the certificate may report, as a running root mean square; infinity = never fall back."""
+    window: int = 16
+    """Steps of the running mean."""
+    hold: int = 64
+    """Steps a raised floor level is held."""
+    hysteresis: float = 0.5
+    """The level sinks again below this share of the budget."""
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """Decisions for one attention site. ``tau``, ``floor`` and ``guard.budget`` are hot; everything else is compiled in."""
+
+    name: str
+    apply: bool = True
+    """False keeps the original attention."""
+    reason: str = ""
+    """Why it is kept, or why something here differs from the preset."""
+    rule: str = "energy"
+    tau: float | tuple[float, ...] = 0.01
+    """Threshold of the rule; one number, or one per kv head. Smaller refines more: 0 refines every live tile."""
+    floor: int | tuple[int, ...] = 0
+    """Least precision (``ir.Floor``): 0 as the rule says, 1 both planes, 2 exact; one number, or one per kv head."""
+    k_format: str = "nested8"
+    v_format: str = "nested8"
+    rotation: str = "hadamard"
+    query_bits: int = 8
+    tile: int = 128
+    """Keys per storage tile."""
+    subtile: int = 32
+    """Keys per decision."""
+    balance: tuple[tuple[float, ...], ...] | None = None
+    """Divisor of each key channel (and factor of the query's), per kv head; None = all 1."""
+    guard: GuardPlan = GuardPlan()
+
+    def validate(self, where: str = "") -> None:
+        """Check every field.
+
+        Raises:
+            PlanError: Naming the field, its value and what it may be.
+        """
+        where = where or f"plan, site {self.name!r}"
+        _choice(self.rule, RULES, "rule", where)
+        _choice(self.k_format, FORMATS, "k_format", where)
+        _choice(self.v_format, FORMATS, "v_format", where)
+        _choice(self.rotation, ROTATIONS, "rotation", where)
+        _choice(self.query_bits, QUERY_BITS, "query_bits", where)
+        _choice(self.tile, (64, 128), "tile", where)
+        _choice(self.subtile, (16, 32, 64, 128), "subtile", where)
+        if self.tile % self.subtile:
+            raise PlanError(f"subtile {self.subtile} does not divide tile {self.tile}", where=where, fix="subtile 32")
+        for value in _each(self.tau):
+            _number(value, "tau", where, least=0.0)
+        for value in _each(self.floor):
+            _choice(value, tuple(int(level) for level in Floor), "floor", where)
+        for row in self.balance or ():
+            for value in row:
+                _number(value, "balance", where, above=0.0)
+        _number(self.guard.budget, "guard.budget", where, above=0.0, infinite=True)
+        _number(self.guard.hysteresis, "guard.hysteresis", where, least=0.0, most=1.0)
+        for name in ("window", "hold"):
+            value = getattr(self.guard, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise PlanError(f"guard.{name} must be a whole number of steps, got {value!r}", where=where, fix="1 or more")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All sites of one model or graph, in graph order, and where the numbers come from."""
+
+    sites: tuple[SitePlan, ...]
+    model: str = ""
+    """What it was made for, in words (class and sizes)."""
+    fingerprint: str = ""
+    """Hash of the names and shapes of all sites; a plan for another graph is refused by it."""
+    preset: str = "balanced"
+    provenance: Mapping[str, Any] = field(default_factory=lambda: {"calibration": "uncalibrated"})
+    version: int = PLAN_VERSION
+
+    def site(self, name: str) -> SitePlan:
+        """The row of one site.
+
+        Raises:
+            PlanError: The plan has no such row.
+        """
+        for row in self.sites:
+            if row.name == name:
+                return row
+        raise PlanError(
+            f"the plan has no site {name!r}", where=f"plan for {self.model or 'another graph'}", fix="make a new plan for this model"
+        )
+
+    def validate(self) -> Plan:
+        """Check every row; returns self.
+
+        Raises:
+            PlanError: A row is malformed or a name occurs twice.
+        """
+        names = [row.name for row in self.sites]
+        for name in names:
+            if names.count(name) > 1:
+                raise PlanError(f"site {name!r} occurs twice", where="plan", fix="keep one of the rows")
+        for row in self.sites:
+            row.validate()
+        return self
+
+    def check(self, fingerprint: str, model: str) -> None:
+        """Raise PlanError unless this plan was made for sites with that fingerprint."""
+        if self.fingerprint and self.fingerprint != fingerprint:
+            raise PlanError(
+                f"this plan was made for {self.model or 'another graph'} (fingerprint {self.fingerprint}), not for {model} ({fingerprint})",
+                where="plan",
+                fix="make a new plan for this model, or clear the plan's fingerprint if you know that the sites are the same",
+            )
+
+    def to_json(self) -> str:
+        """Readable JSON, one object per site."""
+        return json.dumps(_jsonable(asdict(self)), indent=2, allow_nan=False) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        """Write ``to_json()`` to a file."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    @staticmethod
+    def from_json(text: str, where: str = "plan") -> Plan:
+        """Read and validate a plan.
+
+        Raises:
+            PlanError: Not JSON, another version, unknown or missing fields, impossible values.
+        """
+        try:
+            data = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise PlanError(f"not JSON: {error}", where=where, fix="write plans with Plan.save() or `lamp-compile compile`") from None
+        if not isinstance(data, dict) or data.get("version") != PLAN_VERSION:
+            got = data.get("version") if isinstance(data, dict) else type(data).__name__
+            raise PlanError(f"plan version {got!r}, this release reads {PLAN_VERSION}", where=where, fix="make a new plan")
+        rows = data.get("sites")
+        if not isinstance(rows, list):
+            raise PlanError("`sites` must be a list", where=where, fix="see docs/plan.md")
+        sites = tuple(_row(SitePlan, row, f"{where}, site {index}") for index, row in enumerate(rows))
+        plan: Plan = _row(Plan, {**data, "sites": sites}, where)
+        if not isinstance(plan.provenance, dict):
+            raise PlanError("`provenance` must be an object", where=where, fix="see docs/plan.md")
+        return plan.validate()
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """Read a plan from a file.
+
+        Raises:
+            PlanError: See ``from_json``; also when the file cannot be read.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"cannot read the plan: {error}", where=str(path), fix="check the path") from None
+        return Plan.from_json(text, where=str(path))
+
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "conservative": {"tau": 0.003},
+    "balanced": {"tau": 0.01},
+    "aggressive": {"tau": 0.03},
+}
+"""Named starting points; each sets fields of every SitePlan."""
+
+HOT = ("tau", "floor")
+SITE_OPTIONS = tuple(f.name for f in fields(SitePlan) if f.name not in ("name", "apply", "reason", "balance", "guard"))
+GUARD_OPTIONS = tuple(f.name for f in fields(GuardPlan))
+
+
+def template(preset: str = "balanced", **overrides: Any) -> SitePlan:
+    """A nameless SitePlan of a preset with fields overridden (``guard_budget=`` and the like reach into the guard).
+
+    Raises:
+        OptionError: Unknown preset or field, by name.
+        PlanError: Impossible value.
+    """
+    if preset not in PRESETS:
+        raise OptionError(f"unknown preset {preset!r}", where="preset", fix=f"one of {', '.join(PRESETS)}")
+    known = (*SITE_OPTIONS, *(f"guard_{name}" for name in GUARD_OPTIONS))
+    for name in overrides:
+        if name not in known:
+            raise OptionError(f"unknown option {name!r}", where="options", fix=f"one of {', '.join(known)}")
+    guard = {name.removeprefix("guard_"): value for name, value in overrides.items() if name.startswith("guard_")}
+    site = {name: value for name, value in overrides.items() if not name.startswith("guard_")}
+    made = replace(SitePlan(name="*"), **{**PRESETS[preset], **site})
+    made = replace(made, guard=replace(made.guard, **guard))
+    made.validate(where="options")
+    return made
+
+
+def fingerprint(sites: Iterable[tuple[str, int, int, int, int]]) -> str:
+    """Hash of (name, heads, kv heads, head dim, value dim) of all sites."""
+    text = json.dumps([list(site) for site in sites])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _row(kind: type[Any], row: object, where: str) -> Any:
+    if not isinstance(row, dict):
+        raise PlanError(f"expected an object, got {type(row).__name__}", where=where, fix="see docs/plan.md")
+    known = {f.name for f in fields(kind)}
+    if unknown := sorted(set(row) - known):
+        raise PlanError(f"unknown field {unknown[0]!r}", where=where, fix=f"one of {', '.join(sorted(known))}")
+    values = dict(row)
+    if kind is SitePlan:
+        if not isinstance(values.get("name"), str):
+            raise PlanError("a site needs a name", where=where, fix="the module path that `lamp-compile explain` prints")
+        for name, wanted in (("apply", bool), ("reason", str)):
+            if name in values and not isinstance(values[name], wanted):
+                raise PlanError(f"{name} must be {wanted.__name__}, got {values[name]!r}", where=where, fix="see docs/plan.md")
+        for name in ("tau", "floor"):
+            if isinstance(values.get(name), list):
+                values[name] = tuple(values[name])
+        if values.get("balance") is not None:
+            values["balance"] = _balance(values["balance"], where)
+        guard = values.get("guard", {})
+        values["guard"] = _row(GuardPlan, guard, f"{where}, guard")
+    for name in ("budget",):
+        if values.get(name) == "Infinity":
+            values[name] = math.inf
+    return kind(**values)
+
+
+def _balance(value: object, where: str) -> tuple[tuple[float, ...], ...]:
+    if not isinstance(value, list) or not all(isinstance(row, list) for row in value) or len({len(r) for r in value}) > 1:
+        raise PlanError("balance must be one list of numbers per kv head, all of one length", where=where, fix="or null")
+    return tuple(tuple(row) for row in value)
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    return "Infinity" if value == math.inf else value
+
+
+def _each(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _choice(value: Any, allowed: tuple[Any, ...], name: str, where: str) -> None:
+    if isinstance(value, bool) or value not in allowed:
+        raise PlanError(f"{name} is {value!r}", where=where, fix=f"one of {', '.join(map(str, allowed))}")
+
+
+def _number(
+    value: Any, name: str, where: str, *, least: float | None = None, above: float | None = None,
+    most: float | None = None, infinite: bool = False,
+) -> None:  # fmt: skip
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    ok = ok and (infinite or math.isfinite(value))
+    ok = ok and (least is None or value >= least) and (above is None or value > above) and (most is None or value <= most)
+    if not ok:
+        limits = [f">= {least}" if least is not None else "", f"> {above}" if above is not None else "", f"<= {most}" if most is not None else ""]
+        raise PlanError(f"{name} is {value!r}", where=where, fix=f"a number {' and '.join(filter(None, limits))}")

@@ -1,0 +1,97 @@
+"""Hot settings: tau, floor level and error budget of every site, as tensors that a compiled graph reads.
+
+They are changed in place, so changing them recompiles nothing and moves no plane byte.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lamp_compile.errors import OptionError
+from lamp_compile.ir import Floor
+from lamp_compile.plan import SitePlan
+
+
+@dataclass(frozen=True)
+class SiteControls:
+    """The hot tensors of one site, float32 ``[G]`` each."""
+
+    tau: Tensor
+    floor: Tensor
+    budget: Tensor
+
+    @staticmethod
+    def of(site: SitePlan, kv_heads: int, device: torch.device | str = "cpu") -> SiteControls:
+        """Tensors that start at the plan's values.
+
+        Raises:
+            OptionError: The plan lists another number of kv heads.
+        """
+        values = {"tau": site.tau, "floor": site.floor, "budget": site.guard.budget}
+        return SiteControls(**{name: _per_head(v, kv_heads, f"{name} of {site.name}").to(device) for name, v in values.items()})
+
+
+class Controls:
+    """The hot tensors of all sites of one model, by site name."""
+
+    def __init__(self) -> None:
+        self._sites: dict[str, SiteControls] = {}
+
+    def __getitem__(self, site: str) -> SiteControls:
+        return self._sites[site]
+
+    def __contains__(self, site: object) -> bool:
+        return site in self._sites
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+    def get_or_create(self, site: SitePlan, kv_heads: int, device: torch.device | str = "cpu") -> SiteControls:
+        """The controls of a site; made from the plan the first time, so that a second compile finds the same tensors."""
+        if site.name not in self._sites:
+            self._sites[site.name] = SiteControls.of(site, kv_heads, device)
+        return self._sites[site.name]
+
+    def set(
+        self,
+        *,
+        tau: float | Sequence[float] | None = None,
+        floor: int | Sequence[int] | None = None,
+        budget: float | Sequence[float] | None = None,
+        sites: str | Iterable[str] | None = None,
+    ) -> None:
+        """Change settings in place, of all sites or of those named; one number, or one per kv head.
+
+        Raises:
+            OptionError: Unknown site, impossible value, wrong number of heads.
+        """
+        names = list(self._sites) if sites is None else [sites] if isinstance(sites, str) else list(sites)
+        for name in names:
+            if name not in self._sites:
+                raise OptionError(f"unknown site {name!r}", where="Controls.set", fix=f"one of {', '.join(self._sites)}")
+        for field, value in (("tau", tau), ("floor", floor), ("budget", budget)):
+            if value is None:
+                continue
+            for name in names:
+                tensor: Tensor = getattr(self._sites[name], field)
+                tensor.copy_(_per_head(value, tensor.shape[0], f"{field} of {name}"))
+
+
+def _per_head(value: float | Sequence[float], kv_heads: int, where: str) -> Tensor:
+    values = [float(v) for v in value] if isinstance(value, Sequence) else [float(value)] * kv_heads
+    if len(values) != kv_heads:
+        raise OptionError(f"{len(values)} values for {kv_heads} kv heads", where=where, fix="one number, or one per kv head")
+    name = where.split()[0]
+    for v in values:
+        allowed = v in set(map(float, Floor)) if name == "floor" else v > 0 if name == "budget" else 0 <= v < math.inf
+        if not allowed:
+            raise OptionError(f"{v!r} is not possible", where=where, fix="tau >= 0, floor 0, 1 or 2, budget > 0")
+    return torch.tensor(values, dtype=torch.float32)

@@ -1,0 +1,81 @@
+"""How rows of planes are laid out in storage tiles and pages.
+
+Keys ``[B, G, P, tile, width]``, values ``[B, G, P, width, tile]``. A cache appends with ``positions``; a block table lists, per
+sequence, which storage tiles of a shared pool are its own.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TILE = 128
+"""Keys per storage tile."""
+SUBTILE = 32
+"""Keys per precision decision."""
+
+
+def tiles_for(keys: int, tile: int = TILE) -> int:
+    """Storage tiles that hold ``keys`` keys."""
+    return -(-keys // tile)
+
+
+def key_tiles(rows: Tensor, tile: int) -> Tensor:
+    """``[B, G, N, width]`` -> ``[B, G, P, tile, width]``, zero-padded to whole tiles."""
+    pad = -rows.shape[2] % tile
+    return F.pad(rows, (0, 0, 0, pad)).unflatten(2, (-1, tile))
+
+
+def value_tiles(rows: Tensor, tile: int) -> Tensor:
+    """``[B, G, N, width]`` -> ``[B, G, P, width, tile]``, zero-padded to whole tiles."""
+    return key_tiles(rows, tile).transpose(-1, -2).contiguous()
+
+
+def scale_tiles(scale: Tensor, tile: int) -> Tensor:
+    """``[B, G, N]`` -> ``[B, G, P * tile]``, zero-padded to whole tiles."""
+    return F.pad(scale, (0, -scale.shape[2] % tile))
+
+
+def key_rows(planes: Tensor) -> Tensor:
+    """``[B, G, P, tile, width]`` -> ``[B, G, P * tile, width]``: a view."""
+    return planes.flatten(2, 3)
+
+
+def value_rows(planes: Tensor) -> Tensor:
+    """``[B, G, P, width, tile]`` -> ``[B, G, P * tile, width]``."""
+    return planes.transpose(-1, -2).flatten(2, 3)
+
+
+def gather_pages(planes: Tensor, block_table: Tensor) -> Tensor:
+    """Pool ``[1, G, P_pool, ...]`` and table ``[B, P]`` -> ``[B, G, P, ...]``; entries below 0 read tile 0 (never live)."""
+    pages = planes[0].index_select(1, block_table.clamp(min=0).flatten().long())
+    return pages.unflatten(1, tuple(block_table.shape)).transpose(0, 1)
+
+
+def gather_scales(scale: Tensor, block_table: Tensor, tile: int) -> Tensor:
+    """Pool ``[1, G, P_pool * tile]`` and table ``[B, P]`` -> ``[B, G, P * tile]``."""
+    return gather_pages(scale.unflatten(2, (-1, tile)), block_table).flatten(2, 3)
+
+
+def write_keys(planes: Tensor, rows: Tensor, positions: Tensor) -> None:
+    """Write rows ``[B, G, n, width]`` at key positions ``[n]``, in place."""
+    key_rows(planes).index_copy_(2, positions, rows)
+
+
+def write_values(planes: Tensor, rows: Tensor, positions: Tensor) -> None:
+    """Write rows ``[B, G, n, width]`` at key positions ``[n]``, in place."""
+    tile = planes.shape[-1]
+    # The two index tensors stand apart, so the indexed dimension comes first: [n, B, G, width].
+    planes[:, :, positions // tile, :, positions % tile] = rows.permute(2, 0, 1, 3)
+
+
+def write_scales(scale: Tensor, rows: Tensor, positions: Tensor) -> None:
+    """Write scales ``[B, G, n]`` at key positions ``[n]``, in place."""
+    scale.index_copy_(2, positions, rows)
+
+
+def page_positions(block_table: Tensor, positions: Tensor, tile: int) -> Tensor:
+    """Logical key positions ``[B, n]`` -> positions in the pool, ``[B, n]``."""
+    page = torch.gather(block_table.long(), 1, positions // tile)
+    return page * tile + positions % tile

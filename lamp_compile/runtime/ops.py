@@ -1,0 +1,345 @@
+"""Schemas, fakes and default implementations of the ``lamp::`` operators. Torch only.
+
+Shape letters: B batch, H query heads, G kv heads, S queries, N keys, D head dim, Dv value dim; storage tiles of
+``tile`` keys (P of them), decisions on sub-tiles of ``subtile`` keys (T = P * tile / subtile).
+
+Planes: ``k_high``/``k_residual`` ``[B, G, P, tile, width]``, ``v_high``/``v_residual`` ``[B, G, P, width, tile]``
+(transposed inside a tile, because 8-bit tensor cores want the reduction contiguous), scales ``[B, G, P * tile]``.
+A format without a residual plane stores one of width 0. With ``block_table`` ``[B, pages]`` (int32, page = a whole number of
+storage tiles, here one) the planes are a pool ``[1, G, P_pool, ...]`` and the table gives each sequence's tiles in order.
+
+Liveness, common to all: key j of sequence b is live for query i iff ``start[b] <= j < min(lengths[b], keys)``, the boolean
+``mask`` allows it, and causality and window do. ``causal="top_left"`` puts query i at position i, ``"bottom_right"`` at
+``length - S + i``. A row with no live key gives output 0, log-sum-exp -inf, certificate 0.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lamp_compile.runtime import formats, guard, layout, reference
+from lamp_compile.runtime.arguments import Planes, Scores, Visibility
+
+DEFAULT_TAU = 0.01
+"""tau of the energy rule when nothing else is said: about a tenth of the sub-tiles are refined on real text."""
+
+_LIVE = "Tensor? mask, Tensor? bias, Tensor? sinks, Tensor? start, Tensor? lengths, Tensor? block_table"
+_PLANES = "Tensor k_high, Tensor k_residual, Tensor k_scale, Tensor v_high, Tensor v_residual, Tensor v_scale"
+_SHAPE = "str causal, int window, float? scale, float softcap, SymInt keys"
+_STORE = "str k_format, str v_format, str rotation"
+
+SCHEMAS = {
+    # The meeting point: every spelling of attention becomes this, every target starts from it.
+    "attention": (
+        "(Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? bias=None, Tensor? sinks=None, *, "
+        "str causal='', int window=0, float? scale=None, float softcap=0.0, str site='') -> Tensor"
+    ),
+    # The same, over the planes of a cache, with its per-slot state in and out.
+    "attention.cached": (
+        f"(Tensor q, {_PLANES}, Tensor tau, Tensor floor, Tensor budget, Tensor state, Tensor stats, Tensor? balance, "
+        f"{_LIVE}, *, {_SHAPE}, {_STORE}, str rule, int query_bits, int subtile, "
+        "int guard_window, int guard_hold, float hysteresis, str site) -> (Tensor, Tensor, Tensor)"
+    ),
+    # tile = 0 gives rows for appending to a cache: planes [B, G, N, width], scales [B, G, N].
+    "quantize": (
+        f"(Tensor k, Tensor v, Tensor? balance, *, {_STORE}, int tile, str site) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "look_ahead": (
+        f"(Tensor q, Tensor k_high, Tensor k_scale, Tensor? balance, {_LIVE}, *, {_SHAPE}, "
+        "str k_format, str rotation, str rule, int query_bits, int subtile, str site) -> Tensor"
+    ),
+    "select": (
+        "(Tensor importance, Tensor tau, Tensor floor, Tensor? state, Tensor? skip_below, *, bool exact, str site)"
+        " -> Tensor"
+    ),
+    "attend": (
+        f"(Tensor q, {_PLANES}, Tensor levels, Tensor? k_exact, Tensor? v_exact, Tensor? balance, {_LIVE}, *, {_SHAPE}, "
+        f"{_STORE}, int query_bits, int subtile, str site) -> (Tensor, Tensor, Tensor)"
+    ),
+    "guard": (
+        "(Tensor out, Tensor lse, Tensor certificate, Tensor levels, Tensor state, Tensor stats, Tensor floor, "
+        "Tensor budget, *, int window, int hold, float hysteresis, bool exact, str site) -> (Tensor, Tensor)"
+    ),
+}
+
+Planes6 = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _visible(
+    keys: int,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    start: Tensor | None,
+    lengths: Tensor | None,
+    causal: str,
+    window: int,
+) -> Visibility:
+    return Visibility(int(keys), mask, bias, sinks, start, lengths, causal, window)
+
+
+def _scores(q: Tensor, scale: float | None, softcap: float, rotation: str, query_bits: int) -> Scores:
+    return Scores(q.shape[-1] ** -0.5 if scale is None else float(scale), softcap, rotation, query_bits)
+
+
+def _quantize(
+    k: Tensor, v: Tensor, balance: Tensor | None, *, k_format: str, v_format: str, rotation: str, tile: int, site: str
+) -> Planes6:
+    planes = reference.quantize(k, v, balance, k_format, v_format, rotation, tile)
+    return (planes.k_high, planes.k_residual, planes.k_scale, planes.v_high, planes.v_residual, planes.v_scale)
+
+
+def _look_ahead(
+    q: Tensor,
+    k_high: Tensor,
+    k_scale: Tensor,
+    balance: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    start: Tensor | None,
+    lengths: Tensor | None,
+    block_table: Tensor | None,
+    *,
+    causal: str,
+    window: int,
+    scale: float | None,
+    softcap: float,
+    keys: int,
+    k_format: str,
+    rotation: str,
+    rule: str,
+    query_bits: int,
+    subtile: int,
+    site: str,
+) -> Tensor:
+    if block_table is not None:
+        k_scale = layout.gather_scales(k_scale, block_table, k_high.shape[3])
+        k_high = layout.gather_pages(k_high, block_table)
+    visible = _visible(keys, mask, bias, sinks, start, lengths, causal, window)
+    scores = _scores(q, scale, softcap, rotation, query_bits)
+    return reference.look_ahead(q, k_high, k_scale, balance, visible, scores, k_format, rule, subtile)
+
+
+def _select(
+    importance: Tensor,
+    tau: Tensor,
+    floor: Tensor,
+    state: Tensor | None,
+    skip_below: Tensor | None,
+    *,
+    exact: bool,
+    site: str,
+) -> Tensor:
+    return reference.select(importance, tau, floor, state, skip_below, exact)
+
+
+def _attend(
+    q: Tensor,
+    k_high: Tensor,
+    k_residual: Tensor,
+    k_scale: Tensor,
+    v_high: Tensor,
+    v_residual: Tensor,
+    v_scale: Tensor,
+    levels: Tensor,
+    k_exact: Tensor | None,
+    v_exact: Tensor | None,
+    balance: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    start: Tensor | None,
+    lengths: Tensor | None,
+    block_table: Tensor | None,
+    *,
+    causal: str,
+    window: int,
+    scale: float | None,
+    softcap: float,
+    keys: int,
+    k_format: str,
+    v_format: str,
+    rotation: str,
+    query_bits: int,
+    subtile: int,
+    site: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    planes = Planes(k_high, k_residual, k_scale, v_high, v_residual, v_scale).gathered(block_table)
+    exact = None if k_exact is None or v_exact is None else (k_exact, v_exact)
+    visible = _visible(keys, mask, bias, sinks, start, lengths, causal, window)
+    scores = _scores(q, scale, softcap, rotation, query_bits)
+    return reference.attend(q, planes, levels, exact, balance, visible, scores, k_format, v_format, subtile)
+
+
+def _guard(
+    out: Tensor,
+    lse: Tensor,
+    certificate: Tensor,
+    levels: Tensor,
+    state: Tensor,
+    stats: Tensor,
+    floor: Tensor,
+    budget: Tensor,
+    *,
+    window: int,
+    hold: int,
+    hysteresis: float,
+    exact: bool,
+    site: str,
+) -> tuple[Tensor, Tensor]:
+    return guard.step(
+        out, lse, certificate, levels, state, stats, floor, budget,
+        window=window, hold=hold, hysteresis=hysteresis, exact=exact,
+    )  # fmt: skip
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
+    causal: str = "",
+    window: int = 0,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    site: str = "",
+) -> Tensor:
+    """Called as it stands, outside any plan: the reference under the default settings, without a guard."""
+    rotation = "hadamard"
+    planes = _quantize(k, v, None, k_format="nested8", v_format="nested8", rotation=rotation, tile=layout.TILE, site=site)
+    none = (None, mask, bias, sinks, None, None, None)
+    shape: dict[str, Any] = dict(causal=causal, window=window, scale=scale, softcap=softcap, keys=k.shape[2])
+    common: dict[str, Any] = dict(rotation=rotation, query_bits=8, subtile=layout.SUBTILE, site=site)
+    importance = _look_ahead(q, planes[0], planes[2], *none, **shape, k_format="nested8", rule="energy", **common)
+    tau = torch.full((k.shape[1],), DEFAULT_TAU, device=q.device)
+    levels = _select(importance, tau, torch.zeros_like(tau), None, None, exact=False, site=site)
+    return _attend(q, *planes, levels, None, None, *none, **shape, k_format="nested8", v_format="nested8", **common)[0]
+
+
+def _cached(
+    q: Tensor,
+    k_high: Tensor,
+    k_residual: Tensor,
+    k_scale: Tensor,
+    v_high: Tensor,
+    v_residual: Tensor,
+    v_scale: Tensor,
+    tau: Tensor,
+    floor: Tensor,
+    budget: Tensor,
+    state: Tensor,
+    stats: Tensor,
+    balance: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    start: Tensor | None,
+    lengths: Tensor | None,
+    block_table: Tensor | None,
+    *,
+    rule: str,
+    guard_window: int,
+    guard_hold: int,
+    hysteresis: float,
+    site: str,
+    k_format: str,
+    v_format: str,
+    **common: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    seen = (balance, mask, bias, sinks, start, lengths, block_table)
+    importance = _look_ahead(q, k_high, k_scale, *seen, k_format=k_format, rule=rule, site=site, **common)
+    levels = _select(importance, tau, floor, state, None, exact=False, site=site)
+    out, lse, certificate = _attend(
+        q, k_high, k_residual, k_scale, v_high, v_residual, v_scale, levels, None, None, *seen,
+        k_format=k_format, v_format=v_format, site=site, **common,
+    )  # fmt: skip
+    state, stats = _guard(
+        out, lse, certificate, levels, state, stats, floor, budget,
+        window=guard_window, hold=guard_hold, hysteresis=hysteresis, exact=False, site=site,
+    )  # fmt: skip
+    return out, state, stats
+
+
+def _fake_quantize(
+    k: Tensor, v: Tensor, balance: Tensor | None, *, k_format: str, v_format: str, rotation: str, tile: int, site: str
+) -> Planes6:
+    def rows(x: Tensor, name: str, transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
+        batch, kv_heads, keys, dim = x.shape
+        high, residual = formats.get(name).plane_widths(dim)
+        dtype = formats.get(name).plane_dtype
+        if tile == 0:
+            lead: tuple[int, ...] = (batch, kv_heads, keys)
+            shapes: list[tuple[int, ...]] = [(*lead, high), (*lead, residual)]
+            stored = keys
+        else:
+            lead = (batch, kv_heads, (keys + tile - 1) // tile)
+            shapes = [(*lead, w, tile) if transposed else (*lead, tile, w) for w in (high, residual)]
+            stored = lead[2] * tile
+        planes = [x.new_empty(shape, dtype=dtype) for shape in shapes]
+        return planes[0], planes[1], x.new_empty((batch, kv_heads, stored), dtype=torch.float16)
+
+    return (*rows(k, k_format, False), *rows(v, v_format, True))
+
+
+def _fake_look_ahead(q: Tensor, k_high: Tensor, k_scale: Tensor, *args: Any, subtile: int, **kwargs: Any) -> Tensor:
+    block_table = args[-1]
+    tiles = k_high.shape[2] if block_table is None else block_table.shape[1]
+    return q.new_empty((q.shape[0], k_high.shape[1], q.shape[2], tiles * (k_high.shape[3] // subtile)), dtype=torch.float32)
+
+
+def _fake_attend(q: Tensor, *args: Any, v_format: str, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    value_dim = formats.get(v_format).channels(args[3].shape[3])
+    batch, heads, queries, _ = q.shape
+    rows = q.new_empty((batch, heads, queries), dtype=torch.float32)
+    return q.new_empty((batch, heads, queries, value_dim)), rows, rows.new_empty((batch, heads, queries, 3))
+
+
+def _fake_cached(q: Tensor, *args: Any, v_format: str, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    out = _fake_attend(q, *args, v_format=v_format)[0]
+    return out, torch.empty_like(args[9]), torch.empty_like(args[10])
+
+
+_IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "attention": (_attention, lambda q, k, v, *args, **kwargs: q.new_empty((*q.shape[:-1], v.shape[-1]))),
+    "attention.cached": (_cached, _fake_cached),
+    "quantize": (_quantize, _fake_quantize),
+    "look_ahead": (_look_ahead, _fake_look_ahead),
+    "select": (_select, lambda importance, *args, **kwargs: torch.empty_like(importance, dtype=torch.uint8)),
+    "attend": (_attend, _fake_attend),
+    "guard": (
+        _guard,
+        lambda out, lse, certificate, levels, state, stats, *args, **kwargs: (
+            torch.empty_like(state),
+            torch.empty_like(stats),
+        ),
+    ),
+}
+
+
+def _without_grad(run: Callable[..., Any]) -> Callable[..., Any]:
+    """LAMP is for inference: its operators record nothing for a backward pass (autograd then says so itself)."""
+
+    @functools.wraps(run)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return run(*args, **kwargs)
+
+    return wrapped
+
+
+LIBRARY = torch.library.Library("lamp", "DEF")
+for _name, _schema in SCHEMAS.items():
+    _run, _fake = _IMPLEMENTATIONS[_name]
+    LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(_name, _without_grad(_run), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lamp::{_name}", _fake, lib=LIBRARY)
