@@ -1,0 +1,62 @@
+# Two commands do everything on a fresh machine, set-up included: make demo, make test.
+#
+#   PYTHON=python3.12        interpreter for the virtual environment (3.11 to 3.13)
+#   VENV=.venv               where that environment lives
+#   CONSTRAINTS=FILE         versions to install (constraints.txt, constraints-oldest.txt)
+#   PIP_ARGS=...             passed to pip, such as an index with CPU builds of torch
+#   MODEL=DIR TEXT=FILE      what the demo and the benchmarks run on
+#   ARGS=...                 passed to pytest
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+MODEL ?= examples/models/nano
+TEXT ?= examples/data/walden.txt
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-$(notdir $(CONSTRAINTS))
+
+.PHONY: demo test check format golden bench wheel clean help
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -9
+
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else \
+	    f"python {v.major}.{v.minor} found; lamp_compile needs 3.11 to 3.13: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c $(CONSTRAINTS) -e ".[dev,hf]"
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py --model $(MODEL) --text $(TEXT)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Accept the graphs and tables that the tests compare with; read the diff before you commit it.
+golden: $(STAMP)
+	EXPECTTEST_ACCEPT=1 $(BIN)/python -m pytest tests/passes tests/backends $(ARGS)
+	$(BIN)/python -m tests.models.table --write
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/compile_time.py $(MODEL)
+
+wheel: $(STAMP)
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
