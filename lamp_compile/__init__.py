@@ -22,7 +22,19 @@ _HOME = {
     "GuardPlan": "lamp_compile.plan",
     "LampError": "lamp_compile.errors",
 }
-__all__ = [*_HOME, "__version__"]
+__all__ = [
+    "GuardPlan",
+    "LampError",
+    "NestedCache",
+    "Plan",
+    "SitePlan",
+    "__version__",
+    "backend",
+    "compile",
+    "disable",
+    "explain",
+    "rewrite",
+]
 
 if TYPE_CHECKING:
     from lamp_compile.api import compile, disable, explain, rewrite

@@ -1,0 +1,50 @@
+"""Settings for all tests. Environment variables are for the test run only; the library reads none."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def nano() -> Path:
+    """The packaged nano model: a trained Llama with D 64."""
+    return ROOT / "examples" / "models" / "nano"
+
+
+@pytest.fixture(scope="session")
+def small_model() -> Path:
+    """A larger trained model (D 128, 4,096 tokens), where the run names one."""
+    return _named("LAMP_TEST_MODEL")
+
+
+@pytest.fixture(scope="session")
+def text_data() -> Path:
+    """Folder of texts, where the run names one."""
+    return _named("LAMP_TEST_DATA")
+
+
+def _named(variable: str) -> Path:
+    value = os.environ.get(variable)
+    if not value:
+        pytest.skip(f"{variable} names no folder")
+    folder = Path(value)
+    if not folder.is_dir():
+        pytest.fail(f"{variable}={value} is no folder")
+    return folder
