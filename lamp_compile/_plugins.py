@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import TypeVar
 
@@ -17,11 +18,17 @@ from lamp_compile.errors import PluginError
 T = TypeVar("T")
 
 
+def names(folder: str) -> tuple[str, ...]:
+    """Names of the plug-ins in a folder of this package (``"runtime/formats"``), read off its listing: nothing is imported."""
+    path = Path(__file__).parent / folder
+    return tuple(sorted(info.name for info in pkgutil.iter_modules([str(path)]) if not info.name.startswith("_")))
+
+
 def load(package: ModuleType, constant: str, kind: type[T]) -> Mapping[str, T]:
     """Import the modules of ``package`` in sorted order and gather their ``constant`` by its ``name``.
 
     Raises:
-        PluginError: A module lacks the constant, it has the wrong type, or its name is taken.
+        PluginError: A module lacks the constant, it has the wrong type, or it is not named as its file.
     """
     found: dict[str, T] = {}
     for info in sorted(pkgutil.iter_modules(package.__path__), key=lambda item: item.name):
@@ -36,9 +43,11 @@ def load(package: ModuleType, constant: str, kind: type[T]) -> Mapping[str, T]:
                 fix=f"add `{constant} = {kind.__name__}(...)` or start the file name with an underscore",
             )
         name = str(plugin.name)  # type: ignore[attr-defined]
-        if name in found:
+        if name != info.name:
             raise PluginError(
-                f"two plug-ins are named {name!r}", where=str(module.__file__), fix="rename one of them"
+                f"plug-in {name!r} lives in {info.name}.py",
+                where=str(module.__file__),
+                fix=f"name both {name!r} or both {info.name!r}",
             )
         found[name] = plugin
     return MappingProxyType(found)

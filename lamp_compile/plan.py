@@ -10,12 +10,15 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from lamp_compile import _plugins
 from lamp_compile.errors import OptionError, PlanError
 from lamp_compile.ir import Floor
 
 PLAN_VERSION = 1
-FORMATS = ("bf16", "fp16", "fp8", "int8", "nested8")
-RULES = ("energy", "lamp_relaxed", "lamp_strict", "mass")
+FORMATS = _plugins.names("runtime/formats")
+CONTROLS = ("random_tiles", "static_tiles")
+"""Selection rules for measurements, refused in a plan."""
+RULES = tuple(name for name in _plugins.names("runtime/lookahead") if name not in CONTROLS)
 ROTATIONS = ("hadamard", "none")
 QUERY_BITS = (0, 8, 16)
 
