@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lamp_compile.errors import InputError, OptionError
 from lamp_compile.plan import Plan
 from lamp_compile.quality import rows as specs
+from lamp_compile.quality.engine import Engine, SiteTiles
 from lamp_compile.quality.metrics import Comparison, Scores
 from lamp_compile.quality.rows import RowSpec
 from lamp_compile.quality.twin import outlier_twin
@@ -20,45 +21,6 @@ from lamp_compile.quality.twin import outlier_twin
 CONTROL_TRIES = 8
 REFERENCE_BYTES = {"cuda": 16 << 30, "cpu": 1 << 30}
 """Reference logits are kept up to this size and computed again beyond it."""
-
-
-@dataclass(frozen=True)
-class SiteTiles:
-    """What one site read in one run.
-
-    Attributes:
-        counts: Live and refined sub-tiles, int64 ``[2]``, on the device.
-        weight: Values stored per token: kv heads x (D + Dv).
-        key_dim: D.
-        value_dim: Dv.
-        groups: Query heads per kv head.
-    """
-
-    counts: Tensor
-    weight: int
-    key_dim: int
-    value_dim: int
-    groups: int
-
-
-@dataclass(frozen=True)
-class Run:
-    """One forward over a batch of windows: logits ``[B, S, V]``, what the sites read, and the bytes of the KV cache."""
-
-    logits: Tensor
-    tiles: dict[str, SiteTiles]
-    kv_bytes: int
-
-
-class Engine(Protocol):
-    """A model on the real runtime whose plan can be replaced from run to run."""
-
-    @property
-    def plan(self) -> Plan:
-        """The plan it was compiled with."""
-
-    def run(self, ids: Tensor, plan: Plan) -> Run:
-        """One forward over ``ids`` ``[B, S]`` from an empty cache under ``plan``, whose rules may be controls."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +116,7 @@ class Evaluation:
         """float32 logits ``[1, T, V]`` of the uncompiled model on one window."""
         if index < len(self._reference):
             return self._reference[index]
-        with torch.inference_mode():
+        with torch.no_grad():
             logits: Tensor = self.model(input_ids=self.windows[index : index + 1], use_cache=False).logits
         kept = sum(t.nbytes for t in self._reference) + logits.nbytes
         if index == len(self._reference) and kept <= REFERENCE_BYTES.get(self.device.type, 1 << 30):
@@ -188,7 +150,7 @@ class Evaluation:
         kv_bytes = 0
         for index in range(self.windows.shape[0]):
             ids = self.windows[index : index + 1]
-            with torch.inference_mode():
+            with torch.no_grad():
                 run = engine.run(ids, plan)
                 comparison.add(self.reference(index), run.logits, ids)
             counted.add(run.tiles)
@@ -217,9 +179,7 @@ class _Counted:
             if name in self.sites:
                 self.sites[name].counts.add_(site.counts)
             else:
-                self.sites[name] = SiteTiles(
-                    site.counts.clone(), site.weight, site.key_dim, site.value_dim, site.groups
-                )
+                self.sites[name] = replace(site, counts=site.counts.clone())
 
 
 def _row(
@@ -230,8 +190,9 @@ def _row(
     for name, site in counted.sites.items():
         seen, hot = (int(n) for n in site.counts.tolist())
         planned = plan.site(name)
-        bits += site.weight * specs.bits_read(planned, site.key_dim, site.value_dim, hot / max(1, seen))
-        weight += site.weight
+        values = site.kv_heads * (site.key_dim + site.value_dim)
+        bits += values * specs.bits_read(planned, site.key_dim, site.value_dim, hot / max(1, seen))
+        weight += values
         live, refined = live + seen, refined + hot
     return Row(
         name=spec.name,
@@ -253,7 +214,10 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-HEADER = f"{'KV precision':24s} {'bits':>6s} {'refined':>8s} {'KL':>8s} {'agreement (95 %)':>24s} {'ppl ratio':>10s} {'KV MB':>8s} {'s':>6s}"
+HEADER = (
+    f"{'KV precision':24s} {'bits':>6s} {'refined':>8s} {'KL':>8s} {'agreement (95 %)':>24s} "
+    f"{'ppl ratio':>10s} {'KV MB':>8s} {'s':>6s}"
+)
 
 
 def line(row: Row) -> str:

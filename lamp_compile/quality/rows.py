@@ -24,7 +24,8 @@ class RowSpec:
     Attributes:
         name: What the table calls it.
         changes: Fields of ``SitePlan`` to replace.
-        control: ``"random_tiles"`` or ``"static_tiles"``: choose tiles without looking, at the refined share of the row ``match`` or more.
+        control: ``"random_tiles"`` or ``"static_tiles"``: choose tiles without looking, at the refined share of the
+            row ``match`` or more.
         match: The row a control is held against.
         twin: S of the outlier twin it runs on; 0 = the model itself.
         pairs: Which RoPE pairs the twin scales.
@@ -61,7 +62,7 @@ TWIN = (FP8, ALL_HIGH, LAMP)
 
 
 def changed(plan: Plan, changes: Mapping[str, Any]) -> Plan:
-    """The plan with ``changes`` at every site that it applies to. Not validated: controls use rules that no plan may use."""
+    """The plan with ``changes`` at every site it applies to. Not validated: controls use rules that no plan may."""
     return replace(plan, sites=tuple(replace(s, **changes) if s.apply else s for s in plan.sites))
 
 

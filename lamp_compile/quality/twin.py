@@ -1,7 +1,8 @@
 """The outlier twin: the same function with S-fold outlier key channels, to see what a quantiser does about them.
 
-In every kv head a few RoPE pairs (channels i and i + R/2) of the keys are multiplied by S and those of the head's queries by 1/S. A rotation turns both
-channels of a pair by one angle, so q.k is unchanged: in exact arithmetic the twin *is* the model. Its keys are another matter.
+In every kv head a few RoPE pairs (channels i and i + R/2) of the keys are multiplied by S and those of the head's
+queries by 1/S. A rotation turns both channels of a pair by one angle, so q.k is unchanged: in exact arithmetic the twin
+*is* the model. Its keys are another matter.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ def outlier_twin(model: nn.Module, scale: float, *, pairs: str = "any", count: i
     """A copy of ``model`` that computes the same function with outlier key channels.
 
     Args:
-        model: A Hugging Face causal language model in float32 with ``q_proj``/``k_proj`` and half-split RoPE. Left as it is; all
-            weights but those of the scaled projections and norms are shared with the result.
+        model: A Hugging Face causal language model in float32 with ``q_proj``/``k_proj`` and half-split RoPE. Left as
+            it is; all weights but those of the scaled projections and norms are shared with the result.
         scale: S, the factor on the chosen key channels.
         pairs: ``"any"`` draws from all RoPE pairs, ``"slow"`` from the slowest-turning quarter.
         count: Pairs per kv head.
@@ -98,7 +99,7 @@ def _attentions(model: nn.Module) -> Iterator[_Attention]:
 
 
 def _structural_copy(model: nn.Module, attentions: list[nn.Module]) -> nn.Module:
-    """A deep copy that shares every parameter and buffer except those of the projections and norms about to be scaled."""
+    """A deep copy that shares every parameter and buffer except those about to be scaled."""
     own: set[int] = set()
     for module in attentions:
         for name in ("q_proj", "k_proj", "q_norm", "k_norm"):
@@ -153,7 +154,8 @@ def _scale_norm(norm: object, factor: Tensor, where: str) -> None:
     """Make a norm's output ``factor`` times as large, channel by channel.
 
     Raises:
-        ModelError: It is no norm with a weight per channel, or does not multiply with its weight (some multiply with 1 + weight).
+        ModelError: It is no norm with a weight per channel, or does not multiply with its weight (some multiply with
+            1 + weight).
     """
     weight = getattr(norm, "weight", None)
     if not isinstance(norm, nn.Module) or not isinstance(weight, nn.Parameter) or weight.numel() % factor.numel():

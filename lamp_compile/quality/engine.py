@@ -1,0 +1,106 @@
+"""The compiled model as quality measurement sees it: one forward per window over a fresh cache, under any plan.
+
+One forward over a window has the semantics of decoding it token by token: every query row decides for itself from the
+keys before it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lamp_compile.plan import Plan, SitePlan
+from lamp_compile.runtime import guard
+from lamp_compile.runtime.controls import SiteControls
+from lamp_compile.runtime.kv_cache import CacheSpec, LayerSpec, NestedCache, NestedLayer
+
+
+@dataclass(frozen=True)
+class SiteTiles:
+    """What one site read in one run.
+
+    Attributes:
+        counts: Live and refined sub-tiles, int64 ``[2]``, on the device.
+        key_dim: D.
+        value_dim: Dv.
+        kv_heads: G; G x (D + Dv) values are stored per token.
+        groups: Query heads per kv head.
+    """
+
+    counts: Tensor
+    key_dim: int
+    value_dim: int
+    kv_heads: int
+    groups: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """One forward over a batch of windows: logits ``[B, S, V]``, what the sites read, and the bytes of the KV cache."""
+
+    logits: Tensor
+    tiles: dict[str, SiteTiles]
+    kv_bytes: int
+
+
+class Engine(Protocol):
+    """A model on the real runtime whose plan can be replaced from run to run."""
+
+    @property
+    def plan(self) -> Plan:
+        """The plan it was compiled with."""
+
+    def run(self, ids: Tensor, plan: Plan) -> Run:
+        """One forward over ``ids`` ``[B, S]`` from an empty cache under ``plan``, whose rules may be controls."""
+
+
+class CompiledEngine:
+    """The engine of ``lamp_compile.compile(model, mode="eager")``.
+
+    Args:
+        fast: The compiled model.
+    """
+
+    def __init__(self, fast: Any) -> None:
+        self._fast = fast
+        self._spec: CacheSpec = fast.lamp.spec
+        self._heads = int(fast.config.get_text_config(decoder=True).num_attention_heads)
+
+    @property
+    def plan(self) -> Plan:
+        """The plan it was compiled with."""
+        plan: Plan = self._fast.lamp.plan
+        return plan
+
+    def run(self, ids: Tensor, plan: Plan) -> Run:
+        """One forward over ``ids`` ``[B, S]`` from an empty cache under ``plan``, whose rules may be controls."""
+        layers = tuple(
+            None if layer is None else _layer(layer, plan.site(layer.plan.name)) for layer in self._spec.layers
+        )
+        cache = NestedCache(replace(self._spec, layers=layers), capacity=ids.shape[1])
+        with torch.no_grad():
+            logits = self._fast(input_ids=ids, past_key_values=cache, use_cache=True).logits
+        tiles = {layer.name: self._tiles(layer) for layer in cache.layers if isinstance(layer, NestedLayer)}
+        return Run(logits, tiles, cache.nbytes)
+
+    def _tiles(self, layer: NestedLayer) -> SiteTiles:
+        counts = layer.stats.sum((0, 1))[[guard.LIVE, guard.REFINED]]
+        return SiteTiles(
+            counts, layer.k_head_dim, layer.v_head_dim, layer.num_heads, max(1, self._heads // layer.num_heads)
+        )
+
+
+def _layer(made: LayerSpec, site: SitePlan) -> LayerSpec:
+    """The same layer under another plan, with hot tensors of its own."""
+    if site == made.plan:
+        return replace(made, controls=_controls(made, site))
+    device = made.controls.tau.device
+    balance = None if site.balance is None else torch.tensor(site.balance, dtype=torch.float32, device=device)
+    return LayerSpec(site, _controls(made, site), balance)
+
+
+def _controls(made: LayerSpec, site: SitePlan) -> SiteControls:
+    return SiteControls.of(site, made.controls.tau.shape[0], made.controls.tau.device)
