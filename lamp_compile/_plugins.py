@@ -19,7 +19,8 @@ T = TypeVar("T")
 
 
 def names(folder: str) -> tuple[str, ...]:
-    """Names of the plug-ins in a folder of this package (``"runtime/formats"``), read off its listing: nothing is imported."""
+    """Names of the plug-ins in a folder of this package (``"runtime/formats"``), read off its listing: nothing is
+    imported."""
     path = Path(__file__).parent / folder
     return tuple(sorted(info.name for info in pkgutil.iter_modules([str(path)]) if not info.name.startswith("_")))
 
