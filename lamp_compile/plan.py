@@ -1,4 +1,5 @@
-"""The plan: what the compiler decided for every site. Frozen data, JSON both ways, meant to be read and edited by hand."""
+"""The plan: what the compiler decided for every site. Frozen data, JSON both ways, meant to be read and edited by
+hand."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ class GuardPlan:
 
 @dataclass(frozen=True)
 class SitePlan:
-    """Decisions for one attention site. ``tau``, ``floor`` and ``guard.budget`` are hot; everything else is compiled in."""
+    """Decisions for one attention site. ``tau``, ``floor`` and ``guard.budget`` are hot; everything else is compiled
+    in."""
 
     name: str
     apply: bool = True
@@ -91,7 +93,9 @@ class SitePlan:
         for name in ("window", "hold"):
             value = getattr(self.guard, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise PlanError(f"guard.{name} must be a whole number of steps, got {value!r}", where=where, fix="1 or more")
+                raise PlanError(
+                    f"guard.{name} must be a whole number of steps, got {value!r}", where=where, fix="1 or more"
+                )
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,9 @@ class Plan:
             if row.name == name:
                 return row
         raise PlanError(
-            f"the plan has no site {name!r}", where=f"plan for {self.model or 'another graph'}", fix="make a new plan for this model"
+            f"the plan has no site {name!r}",
+            where=f"plan for {self.model or 'another graph'}",
+            fix="make a new plan for this model",
         )
 
     def validate(self) -> Plan:
@@ -138,9 +144,9 @@ class Plan:
         """Raise PlanError unless this plan was made for sites with that fingerprint."""
         if self.fingerprint and self.fingerprint != fingerprint:
             raise PlanError(
-                f"this plan was made for {self.model or 'another graph'} (fingerprint {self.fingerprint}), not for {model} ({fingerprint})",
-                where="plan",
-                fix="make a new plan for this model, or clear the plan's fingerprint if you know that the sites are the same",
+                f"this plan was made for {self.model or 'another graph'}, not for {model}",
+                where=f"plan (fingerprint {self.fingerprint}, this graph has {fingerprint})",
+                fix="make a new plan, or clear the plan's fingerprint if you know that the sites are the same",
             )
 
     def to_json(self) -> str:
@@ -161,10 +167,14 @@ class Plan:
         try:
             data = json.loads(text)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise PlanError(f"not JSON: {error}", where=where, fix="write plans with Plan.save() or `lamp-compile compile`") from None
+            raise PlanError(
+                f"not JSON: {error}", where=where, fix="write plans with Plan.save() or `lamp-compile compile`"
+            ) from None
         if not isinstance(data, dict) or data.get("version") != PLAN_VERSION:
             got = data.get("version") if isinstance(data, dict) else type(data).__name__
-            raise PlanError(f"plan version {got!r}, this release reads {PLAN_VERSION}", where=where, fix="make a new plan")
+            raise PlanError(
+                f"plan version {got!r}, this release reads {PLAN_VERSION}", where=where, fix="make a new plan"
+            )
         rows = data.get("sites")
         if not isinstance(rows, list):
             raise PlanError("`sites` must be a list", where=where, fix="see docs/plan.md")
@@ -236,10 +246,14 @@ def _row(kind: type[Any], row: object, where: str) -> Any:
     values = dict(row)
     if kind is SitePlan:
         if not isinstance(values.get("name"), str):
-            raise PlanError("a site needs a name", where=where, fix="the module path that `lamp-compile explain` prints")
+            raise PlanError(
+                "a site needs a name", where=where, fix="the module path that `lamp-compile explain` prints"
+            )
         for name, wanted in (("apply", bool), ("reason", str)):
             if name in values and not isinstance(values[name], wanted):
-                raise PlanError(f"{name} must be {wanted.__name__}, got {values[name]!r}", where=where, fix="see docs/plan.md")
+                raise PlanError(
+                    f"{name} must be {wanted.__name__}, got {values[name]!r}", where=where, fix="see docs/plan.md"
+                )
         for name in ("tau", "floor"):
             if isinstance(values.get(name), list):
                 values[name] = tuple(values[name])
@@ -254,8 +268,14 @@ def _row(kind: type[Any], row: object, where: str) -> Any:
 
 
 def _balance(value: object, where: str) -> tuple[tuple[float, ...], ...]:
-    if not isinstance(value, list) or not all(isinstance(row, list) for row in value) or len({len(r) for r in value}) > 1:
-        raise PlanError("balance must be one list of numbers per kv head, all of one length", where=where, fix="or null")
+    if (
+        not isinstance(value, list)
+        or not all(isinstance(row, list) for row in value)
+        or len({len(r) for r in value}) > 1
+    ):
+        raise PlanError(
+            "balance must be one list of numbers per kv head, all of one length", where=where, fix="or null"
+        )
     return tuple(tuple(row) for row in value)
 
 
@@ -282,7 +302,16 @@ def _number(
 ) -> None:  # fmt: skip
     ok = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
     ok = ok and (infinite or math.isfinite(value))
-    ok = ok and (least is None or value >= least) and (above is None or value > above) and (most is None or value <= most)
+    ok = (
+        ok
+        and (least is None or value >= least)
+        and (above is None or value > above)
+        and (most is None or value <= most)
+    )
     if not ok:
-        limits = [f">= {least}" if least is not None else "", f"> {above}" if above is not None else "", f"<= {most}" if most is not None else ""]
+        limits = [
+            f">= {least}" if least is not None else "",
+            f"> {above}" if above is not None else "",
+            f"<= {most}" if most is not None else "",
+        ]
         raise PlanError(f"{name} is {value!r}", where=where, fix=f"a number {' and '.join(filter(None, limits))}")

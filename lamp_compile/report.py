@@ -50,16 +50,24 @@ class Report:
 
     def text(self) -> str:
         """A readable summary."""
-        lines = [f"{len(self.rewritten)} of {len(self.sites)} attention sites rewritten" + (f" for {self.backend}" if self.backend else "")]
+        lines = [
+            f"{len(self.rewritten)} of {len(self.sites)} attention sites rewritten"
+            + (f" for {self.backend}" if self.backend else "")
+        ]
         for site in self.sites:
             row = self.plan.site(site.name)
             done = "rewritten" if site.name in self.rewritten else f"kept: {row.reason or 'beyond fuel'}"
-            shape = f"{site.heads} heads, {site.kv_heads} kv, D {site.head_dim}" + (f"/{site.value_dim}" if site.value_dim != site.head_dim else "")
+            shape = f"{site.heads} heads, {site.kv_heads} kv, D {site.head_dim}" + (
+                f"/{site.value_dim}" if site.value_dim != site.head_dim else ""
+            )
             lines.append(f"  {site.name}  [{site.pattern}]  {shape}, {site.dtype}  {' '.join(site.features)}")
             formats = row.k_format if row.k_format == row.v_format else f"K {row.k_format} / V {row.v_format}"
-            lines.append(f"      {done}; {formats}, {row.rule} tau {row.tau}, rotation {row.rotation}, balance {'yes' if row.balance else 'no'}")
+            balance = "balanced" if row.balance else "not balanced"
+            lines.append(f"      {done}; {formats}, {row.rule} tau {row.tau}, rotation {row.rotation}, {balance}")
         for title, refusals in (("refused", self.refusals), ("softmax not claimed", self.unclaimed)):
             for refusal in refusals:
-                lines.append(f"  {title}: {refusal.site}: {refusal.reason}" + (f" (try: {refusal.fix})" if refusal.fix else ""))
+                lines.append(
+                    f"  {title}: {refusal.site}: {refusal.reason}" + (f" (try: {refusal.fix})" if refusal.fix else "")
+                )
         lines.extend(f"  note: {note}" for note in self.notes)
         return "\n".join(lines)

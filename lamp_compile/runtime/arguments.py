@@ -93,7 +93,8 @@ class Scores:
     softcap: float = 0.0
     rotation: str = "none"
     query_bits: int = 8
-    """8 = the query is rounded to int8 with one scale per row, as the integer kernels do; 16 = bfloat16; 0 = as it is."""
+    """8 = the query is rounded to int8 with one scale per row, as the integer kernels do; 16 = bfloat16; 0 = as it
+    is."""
 
 
 def _take_rows(x: Tensor, rows: slice) -> Tensor:

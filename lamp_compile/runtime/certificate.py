@@ -1,9 +1,9 @@
 """The error certificate: an estimate of ||delta out|| per output row, from what attention has at hand.
 
-To first order delta out = sum_i p_i d_i (v_i - o) + sum_i p_i dv_i, with d_i the error of score i and dv_i that of value i.
-Rounding errors of stored keys and values are independent between keys, so they add in squares (E|v_i - o|^2 is taken as
-|v_i|^2 + |o|^2). The rounding of the query is one vector for all keys: its share is bounded with Jensen's inequality,
-|sum p_i x_i|^2 <= sum p_i |x_i|^2, instead of being assumed independent.
+To first order delta out = sum_i p_i d_i (v_i - o) + sum_i p_i dv_i, with d_i the error of score i and dv_i that of
+value i. Rounding errors of stored keys and values are independent between keys, so they add in squares (E|v_i - o|^2
+is taken as |v_i|^2 + |o|^2). The rounding of the query is one vector for all keys: its share is bounded with
+Jensen's inequality, |sum p_i x_i|^2 <= sum p_i |x_i|^2, instead of being assumed independent.
 
 Per row the certificate holds three sums, already scaled so that
 
@@ -45,15 +45,15 @@ def row_noise(planes: Planes, head_dim: int, value_dim: int, k_format: str, v_fo
     key, value = formats.get(k_format), formats.get(v_format)
     k_square = key.mean_square(layout.key_rows(planes.k_high), planes.k_scale)
     v_square = value.mean_square(layout.value_rows(planes.v_high), planes.v_scale)
-    rows = (
-        key.noise(planes.k_scale, k_square, False),
-        key.noise(planes.k_scale, k_square, True),
-        value.noise(planes.v_scale, v_square, False),
-        value.noise(planes.v_scale, v_square, True),
-        k_square * head_dim,
-        v_square * value_dim,
+    return RowNoise(
+        key.noise(planes.k_scale, k_square, False)[:, :, None],
+        key.noise(planes.k_scale, k_square, True)[:, :, None],
+        value.noise(planes.v_scale, v_square, False)[:, :, None],
+        value.noise(planes.v_scale, v_square, True)[:, :, None],
+        k_square[:, :, None] * head_dim,
+        v_square[:, :, None] * value_dim,
+        value_dim,
     )
-    return RowNoise(*(row[:, :, None, :] for row in rows), value_dim=value_dim)
 
 
 def sums(p: Tensor, level: Tensor, noise: RowNoise, query: Tensor, scores: Scores) -> Tensor:

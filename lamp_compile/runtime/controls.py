@@ -33,7 +33,9 @@ class SiteControls:
             OptionError: The plan lists another number of kv heads.
         """
         values = {"tau": site.tau, "floor": site.floor, "budget": site.guard.budget}
-        return SiteControls(**{name: _per_head(v, kv_heads, f"{name} of {site.name}").to(device) for name, v in values.items()})
+        return SiteControls(
+            **{name: _per_head(v, kv_heads, f"{name} of {site.name}").to(device) for name, v in values.items()}
+        )
 
 
 class Controls:
@@ -55,7 +57,8 @@ class Controls:
         return len(self._sites)
 
     def get_or_create(self, site: SitePlan, kv_heads: int, device: torch.device | str = "cpu") -> SiteControls:
-        """The controls of a site; made from the plan the first time, so that a second compile finds the same tensors."""
+        """The controls of a site; made from the plan the first time, so that a second compile finds the same
+        tensors."""
         if site.name not in self._sites:
             self._sites[site.name] = SiteControls.of(site, kv_heads, device)
         return self._sites[site.name]
@@ -76,7 +79,9 @@ class Controls:
         names = list(self._sites) if sites is None else [sites] if isinstance(sites, str) else list(sites)
         for name in names:
             if name not in self._sites:
-                raise OptionError(f"unknown site {name!r}", where="Controls.set", fix=f"one of {', '.join(self._sites)}")
+                raise OptionError(
+                    f"unknown site {name!r}", where="Controls.set", fix=f"one of {', '.join(self._sites)}"
+                )
         for field, value in (("tau", tau), ("floor", floor), ("budget", budget)):
             if value is None:
                 continue
@@ -88,7 +93,9 @@ class Controls:
 def _per_head(value: float | Sequence[float], kv_heads: int, where: str) -> Tensor:
     values = [float(v) for v in value] if isinstance(value, Sequence) else [float(value)] * kv_heads
     if len(values) != kv_heads:
-        raise OptionError(f"{len(values)} values for {kv_heads} kv heads", where=where, fix="one number, or one per kv head")
+        raise OptionError(
+            f"{len(values)} values for {kv_heads} kv heads", where=where, fix="one number, or one per kv head"
+        )
     name = where.split()[0]
     for v in values:
         allowed = v in set(map(float, Floor)) if name == "floor" else v > 0 if name == "budget" else 0 <= v < math.inf

@@ -1,4 +1,5 @@
-"""The fallback guard: accumulates the certificate per slot and kv head, and raises the floor level when it exceeds its budget.
+"""The fallback guard: accumulates the certificate per slot and kv head, and raises the floor level when it exceeds
+its budget.
 
 Functional: ``step`` takes state and statistics and returns new ones; the caller writes them back. It acts from the next
 attention on.
@@ -13,8 +14,8 @@ from lamp_compile.ir import Floor, Precision
 from lamp_compile.runtime import certificate as certificates
 
 ERROR, FLOOR, HOLD, FLAGS = range(4)
-"""Fields of the state, float32 ``[B, G, 4]``: mean squared relative error over the window, floor level raised by the guard,
-steps left to hold it, sticky flags."""
+"""Fields of the state, float32 ``[B, G, 4]``: mean squared relative error over the window, floor level raised by the
+guard, steps left to hold it, sticky flags."""
 STATE_FIELDS = 4
 
 NONFINITE = 1
@@ -23,8 +24,8 @@ EXACT_MISSING = 2
 """Flag: level 2 was called for and the site has no exact keys and values; both planes are used."""
 
 STEPS, LIVE, REFINED, EXACT, RAISED, LOWERED, BAD = range(7)
-"""Fields of the statistics, int64 ``[B, G, 7]``: steps, live sub-tiles, of these refined, of these exact; floor raised, floor
-lowered, steps with a non-finite output."""
+"""Fields of the statistics, int64 ``[B, G, 7]``: steps, live sub-tiles, of these refined, of these exact; floor
+raised, floor lowered, steps with a non-finite output."""
 STATS_FIELDS = 7
 
 
@@ -55,16 +56,18 @@ def step(
 ) -> tuple[Tensor, Tensor]:
     """One step of the guard.
 
-    The squared relative error (estimate / |out|)^2, its mean over the live rows of a kv head, enters a running mean over
-    ``window`` steps. Above ``budget^2`` the floor rises by one level and is held for ``hold`` steps, and the mean starts anew; below
-    ``(hysteresis * budget)^2``, once held, it sinks by one. A non-finite row raises it to ``Floor.EXACT`` at once.
+    The squared relative error (estimate / |out|)^2, its mean over the live rows of a kv head, enters a running mean
+    over ``window`` steps. Above ``budget^2`` the floor rises by one level and is held for ``hold`` steps, and the mean
+    starts anew; below ``(hysteresis * budget)^2``, once held, it sinks by one. A non-finite row raises it to
+    ``Floor.EXACT`` at once.
 
     Args:
         out: ``[B, H, S, Dv]``.
         lse: ``[B, H, S]``; rows at -inf saw no key and stay out.
         certificate: ``[B, H, S, 3]``.
         levels: ``[B, G, S, T]``, for the statistics.
-        state: ``[B, G, 4]``, or ``[1, G, 4]`` where slots have no identity (a graph without a cache): the batch is then pooled.
+        state: ``[B, G, 4]``, or ``[1, G, 4]`` where slots have no identity (a graph without a cache): the batch is
+            then pooled.
         stats: ``[B, G, 7]`` or ``[1, G, 7]``, like state.
         floor: The floor set from outside, ``[G]`` or ``[B, G]``.
         budget: Relative error allowed, ``[G]`` or ``[B, G]``; infinity switches the guard off.
@@ -121,7 +124,7 @@ def flag_names(flags: int) -> list[str]:
 
 def _pool(x: Tensor, kv_heads: int, pooled: bool) -> Tensor:
     """``[B, H, S]`` -> sums ``[B, G]`` (or ``[1, G]``)."""
-    summed = x.unflatten(1, (kv_heads, -1)).sum((2, 3))
+    summed = x.reshape(x.shape[0], kv_heads, -1).sum(-1)
     return summed.sum(0, keepdim=True) if pooled else summed
 
 

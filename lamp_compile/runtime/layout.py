@@ -1,7 +1,7 @@
 """How rows of planes are laid out in storage tiles and pages.
 
-Keys ``[B, G, P, tile, width]``, values ``[B, G, P, width, tile]``. A cache appends with ``positions``; a block table lists, per
-sequence, which storage tiles of a shared pool are its own.
+Keys ``[B, G, P, tile, width]``, values ``[B, G, P, width, tile]``. A cache appends with ``positions``; a block table
+lists, per sequence, which storage tiles of a shared pool are its own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def tiles_for(keys: int, tile: int = TILE) -> int:
 def key_tiles(rows: Tensor, tile: int) -> Tensor:
     """``[B, G, N, width]`` -> ``[B, G, P, tile, width]``, zero-padded to whole tiles."""
     pad = -rows.shape[2] % tile
-    return F.pad(rows, (0, 0, 0, pad)).unflatten(2, (-1, tile))
+    padded = F.pad(rows, (0, 0, 0, pad))
+    return padded.reshape(*rows.shape[:2], padded.shape[2] // tile, tile, rows.shape[3])
 
 
 def value_tiles(rows: Tensor, tile: int) -> Tensor:
@@ -48,14 +49,15 @@ def value_rows(planes: Tensor) -> Tensor:
 
 
 def gather_pages(planes: Tensor, block_table: Tensor) -> Tensor:
-    """Pool ``[1, G, P_pool, ...]`` and table ``[B, P]`` -> ``[B, G, P, ...]``; entries below 0 read tile 0 (never live)."""
+    """Pool ``[1, G, P_pool, ...]`` and table ``[B, P]`` -> ``[B, G, P, ...]``; entries below 0 read tile 0 (never
+    live)."""
     pages = planes[0].index_select(1, block_table.clamp(min=0).flatten().long())
-    return pages.unflatten(1, tuple(block_table.shape)).transpose(0, 1)
+    return pages.reshape(pages.shape[0], *block_table.shape, *pages.shape[2:]).transpose(0, 1)
 
 
 def gather_scales(scale: Tensor, block_table: Tensor, tile: int) -> Tensor:
     """Pool ``[1, G, P_pool * tile]`` and table ``[B, P]`` -> ``[B, G, P * tile]``."""
-    return gather_pages(scale.unflatten(2, (-1, tile)), block_table).flatten(2, 3)
+    return gather_pages(scale.reshape(*scale.shape[:2], -1, tile), block_table).flatten(2, 3)
 
 
 def write_keys(planes: Tensor, rows: Tensor, positions: Tensor) -> None:

@@ -5,23 +5,24 @@ Shape letters: B batch, H query heads, G kv heads, S queries, N keys, D head dim
 
 Planes: ``k_high``/``k_residual`` ``[B, G, P, tile, width]``, ``v_high``/``v_residual`` ``[B, G, P, width, tile]``
 (transposed inside a tile, because 8-bit tensor cores want the reduction contiguous), scales ``[B, G, P * tile]``.
-A format without a residual plane stores one of width 0. With ``block_table`` ``[B, pages]`` (int32, page = a whole number of
-storage tiles, here one) the planes are a pool ``[1, G, P_pool, ...]`` and the table gives each sequence's tiles in order.
+A format without a residual plane stores one of width 0. With ``block_table`` ``[B, pages]`` (int32, page = a whole
+number of storage tiles, here one) the planes are a pool ``[1, G, P_pool, ...]`` and the table gives each sequence's
+tiles in order.
 
-Liveness, common to all: key j of sequence b is live for query i iff ``start[b] <= j < min(lengths[b], keys)``, the boolean
-``mask`` allows it, and causality and window do. ``causal="top_left"`` puts query i at position i, ``"bottom_right"`` at
-``length - S + i``. A row with no live key gives output 0, log-sum-exp -inf, certificate 0.
+Liveness, common to all: key j of sequence b is live for query i iff ``start[b] <= j < min(lengths[b], keys)``, the
+boolean ``mask`` allows it, and causality and window do. ``causal="top_left"`` puts query i at position i,
+``"bottom_right"`` at ``length - S + i``. A row with no live key gives output 0, log-sum-exp -inf, certificate 0.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lamp_compile.errors import ModelError
 from lamp_compile.runtime import formats, guard, layout, reference
 from lamp_compile.runtime.arguments import Planes, Scores, Visibility
 
@@ -59,8 +60,8 @@ SCHEMAS = {
         " -> Tensor"
     ),
     "attend": (
-        f"(Tensor q, {_PLANES}, Tensor levels, Tensor? k_exact, Tensor? v_exact, Tensor? balance, {_LIVE}, *, {_SHAPE}, "
-        f"{_STORE}, int query_bits, int subtile, str site) -> (Tensor, Tensor, Tensor)"
+        f"(Tensor q, {_PLANES}, Tensor levels, Tensor? k_exact, Tensor? v_exact, Tensor? balance, {_LIVE}, *, "
+        f"{_SHAPE}, {_STORE}, int query_bits, int subtile, str site) -> (Tensor, Tensor, Tensor)"
     ),
     "guard": (
         "(Tensor out, Tensor lse, Tensor certificate, Tensor levels, Tensor state, Tensor stats, Tensor floor, "
@@ -216,14 +217,22 @@ def _attention(
 ) -> Tensor:
     """Called as it stands, outside any plan: the reference under the default settings, without a guard."""
     rotation = "hadamard"
-    planes = _quantize(k, v, None, k_format="nested8", v_format="nested8", rotation=rotation, tile=layout.TILE, site=site)
-    none = (None, mask, bias, sinks, None, None, None)
+    planes = torch.ops.lamp.quantize(
+        k, v, None, k_format="nested8", v_format="nested8", rotation=rotation, tile=layout.TILE, site=site
+    )
+    none: Any = (None, mask, bias, sinks, None, None, None)
     shape: dict[str, Any] = dict(causal=causal, window=window, scale=scale, softcap=softcap, keys=k.shape[2])
     common: dict[str, Any] = dict(rotation=rotation, query_bits=8, subtile=layout.SUBTILE, site=site)
-    importance = _look_ahead(q, planes[0], planes[2], *none, **shape, k_format="nested8", rule="energy", **common)
+    importance = torch.ops.lamp.look_ahead(
+        q, planes[0], planes[2], *none, **shape, k_format="nested8", rule="energy", **common
+    )
     tau = torch.full((k.shape[1],), DEFAULT_TAU, device=q.device)
-    levels = _select(importance, tau, torch.zeros_like(tau), None, None, exact=False, site=site)
-    return _attend(q, *planes, levels, None, None, *none, **shape, k_format="nested8", v_format="nested8", **common)[0]
+    levels = torch.ops.lamp.select(importance, tau, torch.zeros_like(tau), None, None, exact=False, site=site)
+    attended = torch.ops.lamp.attend(
+        q, *planes, levels, None, None, *none, **shape, k_format="nested8", v_format="nested8", **common
+    )
+    out: Tensor = attended[0]
+    return out
 
 
 def _cached(
@@ -256,14 +265,14 @@ def _cached(
     v_format: str,
     **common: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    seen = (balance, mask, bias, sinks, start, lengths, block_table)
-    importance = _look_ahead(q, k_high, k_scale, *seen, k_format=k_format, rule=rule, site=site, **common)
-    levels = _select(importance, tau, floor, state, None, exact=False, site=site)
-    out, lse, certificate = _attend(
+    seen: Any = (balance, mask, bias, sinks, start, lengths, block_table)
+    importance = torch.ops.lamp.look_ahead(q, k_high, k_scale, *seen, k_format=k_format, rule=rule, site=site, **common)
+    levels = torch.ops.lamp.select(importance, tau, floor, state, None, exact=False, site=site)
+    out, lse, certificate = torch.ops.lamp.attend(
         q, k_high, k_residual, k_scale, v_high, v_residual, v_scale, levels, None, None, *seen,
         k_format=k_format, v_format=v_format, site=site, **common,
     )  # fmt: skip
-    state, stats = _guard(
+    state, stats = torch.ops.lamp.guard(
         out, lse, certificate, levels, state, stats, floor, budget,
         window=guard_window, hold=guard_hold, hysteresis=hysteresis, exact=False, site=site,
     )  # fmt: skip
@@ -294,7 +303,9 @@ def _fake_quantize(
 def _fake_look_ahead(q: Tensor, k_high: Tensor, k_scale: Tensor, *args: Any, subtile: int, **kwargs: Any) -> Tensor:
     block_table = args[-1]
     tiles = k_high.shape[2] if block_table is None else block_table.shape[1]
-    return q.new_empty((q.shape[0], k_high.shape[1], q.shape[2], tiles * (k_high.shape[3] // subtile)), dtype=torch.float32)
+    return q.new_empty(
+        (q.shape[0], k_high.shape[1], q.shape[2], tiles * (k_high.shape[3] // subtile)), dtype=torch.float32
+    )
 
 
 def _fake_attend(q: Tensor, *args: Any, v_format: str, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -326,20 +337,18 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 }
 
 
-def _without_grad(run: Callable[..., Any]) -> Callable[..., Any]:
-    """LAMP is for inference: its operators record nothing for a backward pass (autograd then says so itself)."""
-
-    @functools.wraps(run)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad():
-            return run(*args, **kwargs)
-
-    return wrapped
+def _no_backward(ctx: Any, *grads: Any) -> Any:
+    raise ModelError(
+        "lamp operators have no backward pass",
+        where="torch.ops.lamp",
+        fix="run the model under torch.no_grad() or torch.inference_mode(), or train the original model",
+    )
 
 
-LIBRARY = torch.library.Library("lamp", "DEF")
+LIBRARY: Any = torch.library.Library("lamp", "DEF")  # type: ignore[no-untyped-call]
 for _name, _schema in SCHEMAS.items():
     _run, _fake = _IMPLEMENTATIONS[_name]
     LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(_name, _without_grad(_run), "CompositeExplicitAutograd")
+    LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lamp::{_name}", _fake, lib=LIBRARY)
+    torch.library.register_autograd(f"lamp::{_name}", _no_backward, lib=LIBRARY)

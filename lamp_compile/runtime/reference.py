@@ -1,7 +1,7 @@
 """The definition of correctness: the operators in plain torch, readable, float64-able. Kernels are tested against this.
 
-Arithmetic runs in float32, or in float64 when the query is float64. Long prefills are cut into blocks of queries so that no
-more than ``BLOCK_ELEMENTS`` scores exist at a time; the result does not depend on the block.
+Arithmetic runs in float32, or in float64 when the query is float64. Long prefills are cut into blocks of queries so
+that no more than ``BLOCK_ELEMENTS`` scores exist at a time; the result does not depend on the block.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ DEAD = -1.0
 """Importance of a sub-tile without a live key."""
 
 
-def quantize(k: Tensor, v: Tensor, balance: Tensor | None, k_format: str, v_format: str, rotation_kind: str, tile: int) -> Planes:
+def quantize(
+    k: Tensor, v: Tensor, balance: Tensor | None, k_format: str, v_format: str, rotation_kind: str, tile: int
+) -> Planes:
     """Keys ``[B, G, N, D]`` and values ``[B, G, N, Dv]`` -> planes; ``tile = 0`` leaves rows for appending.
 
-    ``balance`` ``[G, D]`` or ``[B, G, D]`` divides the keys (the query is multiplied by it): exact, and it takes outlier key channels
-    away before the rotation would spread their rounding error over channels that the query does read.
+    ``balance`` ``[G, D]`` or ``[B, G, D]`` divides the keys (the query is multiplied by it): exact, and it takes
+    outlier key channels away before the rotation would spread their rounding error over channels that the query does
+    read.
     """
     dtype = _compute_dtype(k)
     key = k.to(dtype)
@@ -33,16 +36,11 @@ def quantize(k: Tensor, v: Tensor, balance: Tensor | None, k_format: str, v_form
     k_rows = formats.get(k_format).quantize(rotation.rotate(key, rotation_kind))
     v_rows = formats.get(v_format).quantize(rotation.rotate(v.to(dtype), rotation_kind))
     if tile == 0:
-        return Planes(*(t.contiguous() for t in (*k_rows, *v_rows)))
+        return Planes(*map(_packed, (*k_rows, *v_rows)))
     (kh, kr, ks), (vh, vr, vs) = k_rows, v_rows
-    return Planes(
-        layout.key_tiles(kh, tile).contiguous(),
-        layout.key_tiles(kr, tile).contiguous(),
-        layout.scale_tiles(ks, tile).contiguous(),
-        layout.value_tiles(vh, tile),
-        layout.value_tiles(vr, tile),
-        layout.scale_tiles(vs, tile).contiguous(),
-    )
+    keys = (layout.key_tiles(kh, tile), layout.key_tiles(kr, tile), layout.scale_tiles(ks, tile))
+    values = (layout.value_tiles(vh, tile), layout.value_tiles(vr, tile), layout.scale_tiles(vs, tile))
+    return Planes(*map(_packed, (*keys, *values)))
 
 
 def prepare_query(q: Tensor, balance: Tensor | None, scores: Scores) -> Tensor:
@@ -73,7 +71,8 @@ def look_ahead(
 ) -> Tensor:
     """Importance ``[B, G, S, T]`` of each sub-tile, from the high plane alone; ``DEAD`` where no key is live.
 
-    The queries of a kv head's group share its tiles, so a sub-tile is as important as the most interested of them finds it.
+    The queries of a kv head's group share its tiles, so a sub-tile is as important as the most interested of them
+    finds it.
     """
     batch, heads, queries, _ = q.shape
     kv_heads, capacity = k_high.shape[1], k_high.shape[2] * k_high.shape[3]
@@ -85,9 +84,9 @@ def look_ahead(
         y = _product(prepared[:, :, rows], keys, scores)
         live = visible.live(rows, queries, capacity, q.device).expand(y.shape)
         z, _ = _softmax(y, live, visible, rows)
-        tiled = [t.unflatten(-1, (-1, subtile)) for t in (z, y, live)]
+        tiled = [t.reshape(*t.shape[:-1], -1, subtile) for t in (z, y, live)]
         importance = importance_of(*tiled).masked_fill(~tiled[2].any(-1), DEAD)
-        parts.append(importance.unflatten(1, (kv_heads, -1)).amax(2))
+        parts.append(importance.reshape(batch, kv_heads, -1, *importance.shape[2:]).amax(2))
     return torch.cat(parts, dim=2).float()
 
 
@@ -96,8 +95,9 @@ def select(
 ) -> Tensor:
     """Precision ``[B, G, S, T]`` (uint8, ``ir.Precision``) of each sub-tile.
 
-    ``tau`` and ``floor`` are ``[G]`` or ``[B, G]``; the guard's ``state`` can raise the floor. NaN importance is refined: what
-    cannot be judged is not trusted. ``skip_below`` is an opt-in: sub-tiles at or below it are not read at all.
+    ``tau`` and ``floor`` are ``[G]`` or ``[B, G]``; the guard's ``state`` can raise the floor. NaN importance is
+    refined: what cannot be judged is not trusted. ``skip_below`` is an opt-in: sub-tiles at or below it are not read
+        at all.
     """
     level = _per_slot(floor, importance).to(torch.float32)
     if state is not None:
@@ -143,10 +143,16 @@ def attend(
     for rows in _blocks(queries, 2 * batch * heads * capacity):
         level = _expand_levels(levels[:, :, rows], heads // kv_heads, subtile)
         y = torch.where(
-            level >= Precision.BOTH, _product(prepared[:, :, rows], k_hot, scores), _product(prepared[:, :, rows], k_cold, scores)
+            level >= Precision.BOTH,
+            _product(prepared[:, :, rows], k_hot, scores),
+            _product(prepared[:, :, rows], k_cold, scores),
         )
         if exact is not None:
-            y = torch.where(level == Precision.EXACT, _product(q[:, :, rows].to(dtype), _pad_rows(exact[0], capacity, dtype), scores), y)
+            y = torch.where(
+                level == Precision.EXACT,
+                _product(q[:, :, rows].to(dtype), _pad_rows(exact[0], capacity, dtype), scores),
+                y,
+            )
         live = visible.live(rows, queries, capacity, q.device) & (level > Precision.SKIP)
         p, lse = _softmax(y, live, visible, rows)
         refined = level >= Precision.BOTH
@@ -160,14 +166,22 @@ def attend(
     return out.to(q.dtype), lse.float(), sums.float()
 
 
-def exact_attention(q: Tensor, k: Tensor, v: Tensor, visible: Visibility, scale: float, softcap: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Attention without any rounding, in float64: output ``[B, H, S, Dv]`` and log-sum-exp ``[B, H, S]``. The oracle."""
+def exact_attention(
+    q: Tensor, k: Tensor, v: Tensor, visible: Visibility, scale: float, softcap: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Attention without any rounding, in float64: output ``[B, H, S, Dv]`` and log-sum-exp ``[B, H, S]``. The
+    oracle."""
     scores = Scores(scale, softcap, query_bits=0)
     rows = slice(0, q.shape[2])
     y = _product(q.double(), k.double(), scores)
     live = visible.live(rows, q.shape[2], k.shape[2], q.device).expand(y.shape)
     p, lse = _softmax(y, live, visible, rows)
     return _weighted(p, v.double()), lse
+
+
+def _packed(x: Tensor) -> Tensor:
+    """Contiguous; ``contiguous()`` leaves the odd strides of an empty tensor, and compilers compare strides."""
+    return x.contiguous() if x.numel() else x.new_empty(x.shape)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -222,8 +236,8 @@ def _product(q: Tensor, k: Tensor, scores: Scores) -> Tensor:
 
 
 def _weighted(p: Tensor, v: Tensor) -> Tensor:
-    """p V: ``[B, H, S, Dv]``, without repeating V. A weight of 0 takes nothing from V, not even NaN: rows that were cropped
-    away or belong to nobody may hold anything."""
+    """p V: ``[B, H, S, Dv]``, without repeating V. A weight of 0 takes nothing from V, not even NaN: rows that were
+    cropped away or belong to nobody may hold anything."""
     batch, heads, queries, keys = p.shape
     grouped = p.reshape(batch, v.shape[1], -1, keys)
     poisoned = ~v.isfinite().all(-1)
@@ -233,7 +247,8 @@ def _weighted(p: Tensor, v: Tensor) -> Tensor:
 
 
 def _softmax(y: Tensor, live: Tensor, visible: Visibility, rows: slice) -> tuple[Tensor, Tensor]:
-    """Weights and log-sum-exp over live keys and the sinks. A row with no live key has weights 0 and log-sum-exp -inf."""
+    """Weights and log-sum-exp over live keys and the sinks. A row with no live key has weights 0 and log-sum-exp
+    -inf."""
     added = visible.added(rows, y.shape[-1])
     total = y if added is None else y + added.to(y.dtype)
     total = total.masked_fill(~live, -torch.inf)

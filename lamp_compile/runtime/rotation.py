@@ -1,7 +1,8 @@
 """Orthonormal Hadamard rotations of the head dimension.
 
-x -> x R with R^T R = 1 leaves q.k unchanged and spreads an outlier channel over all channels, which makes the row easier to
-quantise. D = m * 2^n with m in 1, 12, 20: Sylvester's doubling on top of Paley's construction (R. E. A. C. Paley, 1933).
+x -> x R with R^T R = 1 leaves q.k unchanged and spreads an outlier channel over all channels, which makes the row
+easier to quantise. D = m * 2^n with m in 1, 12, 20: Sylvester's doubling on top of Paley's construction (R. E. A. C.
+Paley, 1933).
 """
 
 from __future__ import annotations

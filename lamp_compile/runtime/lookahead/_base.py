@@ -14,8 +14,8 @@ class Rule:
 
     Attributes:
         name: What plans call it.
-        importance: ``(weights z, scores y, live)``, each ``[B, H, S, T, subtile]`` -> importance ``[B, H, S, T]``. A sub-tile is
-            refined when its importance exceeds tau, so every rule puts its importance on tau's scale.
+        importance: ``(weights z, scores y, live)``, each ``[B, H, S, T, subtile]`` -> importance ``[B, H, S, T]``. A
+            sub-tile is refined when its importance exceeds tau, so every rule puts its importance on tau's scale.
         source: Where it comes from.
         control: A control for measurements, not to be used in a plan.
     """

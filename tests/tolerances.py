@@ -1,0 +1,55 @@
+"""The one table of tolerances, each with its reason. No test states a tolerance of its own."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Tolerance(NamedTuple):
+    """A bound on ||got - wanted|| / ||wanted||, and why it is that number."""
+
+    relative: float
+    reason: str
+
+
+ARITHMETIC = {
+    torch.float64: Tolerance(1e-12, "float64 sums of up to 10^5 terms; only the order of summation differs"),
+    torch.float32: Tolerance(2e-5, "float32 sums of up to 10^4 terms; only the order of summation differs"),
+    torch.bfloat16: Tolerance(6e-3, "the output is rounded to 8 bits of mantissa (2^-9 = 2e-3), inputs once more"),
+    torch.float16: Tolerance(1e-3, "the output is rounded to 11 bits of mantissa (2^-12 = 2.4e-4), inputs once more"),
+}
+"""Same mathematics, other order: attend against brute force over the same dequantised planes."""
+
+STORAGE = {
+    "bf16": Tolerance(
+        5e-3, "8 bits of mantissa: 2^-9/sqrt(3) a value, errors of K and V and of the query add in squares"
+    ),
+    "fp16": Tolerance(7e-4, "11 bits of mantissa"),
+    "fp8": Tolerance(6e-2, "4 bits of mantissa: 2.6 % rms a value; scores of unit variance carry it into the weights"),
+    "int8": Tolerance(2e-2, "step max/127 over normal rows: 0.7 % rms a value"),
+    "nested8": Tolerance(2e-2, "step max/119 over normal rows: 0.7 % rms a value"),
+    "nested8_high": Tolerance(3.5e-1, "16 times the step of both planes: 11 % rms a value"),
+}
+"""Everything at one precision against exact attention, standard-normal q, k, v, 8-bit query (see
+``runtime/arguments.py``)."""
+
+
+class Growth(NamedTuple):
+    """A bound on the relative error at any length, and on its growth from 1K to 128K keys."""
+
+    relative: float
+    growth: float
+    reason: str
+
+
+MEAN_ERROR = {
+    ("HIGH", "diffuse"): Growth(0.2, 1.5, "independent errors shrink as the average does: about 10 % at any length"),
+    ("BOTH", "diffuse"): Growth(0.02, 1.5, "the same, a sixteenth of the step; the 8-bit query adds to it"),
+    ("HIGH", "peaked"): Growth(
+        0.6, 3.0, "the largest of more scores is larger, and so is its error; never refined here"
+    ),
+    ("BOTH", "peaked"): Growth(0.06, 3.0, "the same, a sixteenth of the step; the 8-bit query adds to it"),
+}
+"""Normal q, k, v (q scaled by 0.05 or 3), everything at one precision."""
