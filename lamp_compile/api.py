@@ -1,0 +1,118 @@
+"""The public functions: ``compile``, ``explain``, ``rewrite``, ``disable``. Options are checked here, at once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lamp_compile import plan as plans
+from lamp_compile.errors import ModelError, OptionError
+from lamp_compile.frontends.switch import disable
+from lamp_compile.plan import Plan
+
+MODES = ("auto", "default", "eager", "reduce-overhead")
+__all__ = ["compile", "disable"]
+
+
+def compile(
+    model: nn.Module,
+    *,
+    plan: Plan | str | Path | None = None,
+    preset: str = "balanced",
+    mode: str = "auto",
+    inplace: bool = False,
+    fuel: int | None = None,
+    balance: str = "auto",
+    **options: Any,
+) -> Any:
+    """Give back the model with look-ahead mixed precision attention. The argument stays as it is; the weights are shared.
+
+    A transformers decoder gets a cache of packed planes: ``fast.generate(...)`` uses it and compiles its decode step.
+
+    Args:
+        model: A module in eval mode.
+        plan: A plan for this model (or the path of one); None makes one from ``preset`` and ``options``.
+        preset: "conservative", "balanced" or "aggressive".
+        mode: "eager" compiles nothing; "default" and "reduce-overhead" as in torch.compile; "auto" takes "reduce-overhead" on
+            CUDA and "default" elsewhere.
+        inplace: Change the argument itself instead of a copy of its structure.
+        fuel: Rewrite only the first so many sites (to find the one that hurts).
+        balance: "auto" balances key channels where the probe finds outliers; "always"; "never".
+        **options: Fields of every site of the plan (``tau``, ``rule``, ``k_format``, ``guard_budget``, ...).
+
+    Raises:
+        OptionError: An option is unknown or impossible.
+        ModelError: The model is in training mode, has no attention, or holds weights that LAMP cannot run with.
+        PlanError: The plan was made for another model.
+    """
+    _check_options(plan, preset, mode, inplace, balance, options)
+    template = plans.template(preset, **options)
+    _check_model(model)
+    if "transformers" in sys.modules:
+        from lamp_compile.frontends.huggingface import route
+
+        if not route.why_not(model):
+            mode = _mode(mode, route.device_type(model))
+            fast = route.compile_model(
+                model,
+                plan=plan,
+                template=template,
+                preset=preset,
+                mode=mode,
+                inplace=inplace,
+                fuel=fuel,
+                balance=balance,
+            )
+            if mode != "eager":
+                from lamp_compile.torch_backend import backend
+
+                route.compile_decoding(fast, backend(plan=fast.lamp.plan, controls=fast.lamp.controls))
+            return fast
+    raise ModelError("the graph route is not here yet", where="compile", fix="torch.compile(model, backend='lamp')")
+
+
+def _mode(mode: str, device: str) -> str:
+    return ("reduce-overhead" if device == "cuda" else "default") if mode == "auto" else mode
+
+
+def _check_options(
+    plan: object, preset: str, mode: str, inplace: object, balance: str, options: dict[str, Any]
+) -> None:
+    if mode not in MODES:
+        raise OptionError(f"mode is {mode!r}", where="mode", fix=f"one of {', '.join(MODES)}")
+    if not isinstance(inplace, bool):
+        raise OptionError(f"inplace is {inplace!r}", where="inplace", fix="True or False")
+    if plan is None:
+        return
+    if not isinstance(plan, Plan | str | Path):
+        raise OptionError(
+            f"plan is a {type(plan).__name__}", where="plan", fix="a lamp_compile.Plan or the path of one"
+        )
+    extra = [*options, *(["preset"] if preset != "balanced" else []), *(["balance"] if balance != "auto" else [])]
+    if extra:
+        raise OptionError(
+            f"{extra[0]!r} next to a plan", where="options", fix="change it in the plan, or leave the plan out"
+        )
+
+
+def _check_model(model: object) -> None:
+    name = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{name} is not a torch.nn.Module", where="model", fix="pass the model itself")
+    if hasattr(model, "_orig_mod"):
+        raise ModelError(
+            "the model went through torch.compile already", where=name, fix="pass the model that was compiled"
+        )
+    if model.training:
+        raise ModelError("the model is in training mode", where=name, fix="model.eval(): LAMP is for inference")
+    for key, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ModelError(f"{key} is on the meta device", where=name, fix="load the weights first")
+    weights = [(key, p) for key, p in model.named_parameters() if p.dim() >= 2]
+    for key, tensor in weights:
+        if not tensor.dtype.is_floating_point or tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ModelError(f"{key} is {tensor.dtype}", where=name, fix="float32, bfloat16 or float16 weights")

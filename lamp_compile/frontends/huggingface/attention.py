@@ -1,0 +1,130 @@
+"""The attention and mask functions that transformers calls under the name ``"lamp"``.
+
+Both names must be registered: a model whose attention name has no mask function gets no mask at all.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from lamp_compile.errors import InputError
+from lamp_compile.runtime.plane_handle import PlaneHandle
+
+NAME = "lamp"
+SPECIAL = ("softcap", "s_aux", "position_bias")
+"""Arguments that only a model file's own eager attention handles."""
+
+Observer = Callable[[nn.Module, Tensor, Any, Any, dict[str, Any]], None]
+_observer: ContextVar[Observer | None] = ContextVar("lamp_observer", default=None)
+
+
+@contextmanager
+def observing(observer: Observer) -> Iterator[None]:
+    """Within the block, ``observer(module, q, k, v, arguments)`` sees every call of the attention function."""
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
+
+
+def lamp_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Any,
+    value: Any,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention for transformers: query ``[B, H, S, D]`` and two plane handles, or plain keys and values.
+
+    Returns:
+        Output ``[B, S, H, Dv]`` and None, or what the original attention returns for plain keys and values.
+
+    Raises:
+        InputError: The mask has a shape that attention cannot read.
+    """
+    if not torch.compiler.is_compiling() and (observer := _observer.get()) is not None:
+        observer(module, query, key, value, {"scaling": scaling, "mask": attention_mask, **kwargs})
+    if not isinstance(key, PlaneHandle):
+        return original_attention(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    mask = bias = None
+    if attention_mask is not None:
+        if attention_mask.dim() != 4:
+            raise InputError(
+                f"a mask of shape {tuple(attention_mask.shape)}",
+                where=key.layer.name,
+                fix="[batch, 1 or heads, queries, keys], boolean or additive, or the usual 2-D attention_mask of the model",
+            )
+        mask, bias = (attention_mask, None) if attention_mask.dtype == torch.bool else (None, attention_mask)
+    causal = ""
+    if attention_mask is None:
+        wanted = kwargs.get("is_causal")
+        causal = "bottom_right" if (getattr(module, "is_causal", True) if wanted is None else wanted) else ""
+    out = key.layer.attend(
+        query,
+        mask,
+        bias,
+        kwargs.get("s_aux"),
+        causal=causal,
+        window=int(kwargs.get("sliding_window") or 0) if causal else 0,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=float(kwargs.get("softcap") or 0.0),
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def original_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """What the model does without LAMP: SDPA, or the model file's own eager attention where SDPA would drop something."""
+    if all(kwargs.get(name) is None for name in SPECIAL):
+        sdpa: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return sdpa
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if eager is None:
+        named = [name for name in SPECIAL if kwargs.get(name) is not None]
+        raise InputError(
+            f"this attention takes {', '.join(named)} and its file has no eager_attention_forward",
+            where=type(module).__qualname__,
+            fix="use the model uncompiled",
+        )
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        zero = torch.zeros((), dtype=query.dtype, device=query.device)
+        attention_mask = torch.where(attention_mask, zero, torch.finfo(query.dtype).min)
+    eager_out: tuple[Tensor, Tensor | None] = eager(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+    )
+    return eager_out
+
+
+def lamp_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """The boolean mask ``[B, 1, S, keys]``, always spelled out: the planes are longer than the queries."""
+    kwargs["allow_is_causal_skip"] = False
+    mask: Tensor | None = sdpa_mask(*args, **kwargs)
+    return mask
+
+
+AttentionInterface.register(NAME, lamp_attention)
+AttentionMaskInterface.register(NAME, lamp_mask)

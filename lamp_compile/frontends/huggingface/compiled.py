@@ -1,0 +1,189 @@
+"""What a compiled transformers model carries, and the three hooks on it: forward, generate and the choice of cache.
+
+The hooks are bound to the one instance; no class is patched.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from lamp_compile.errors import ModelError
+from lamp_compile.frontends import switch
+from lamp_compile.frontends.huggingface.sites import ProbedSite
+from lamp_compile.ir import Refusal
+from lamp_compile.plan import Plan
+from lamp_compile.report import Report, SiteSummary
+from lamp_compile.runtime import layout
+from lamp_compile.runtime.controls import Controls
+from lamp_compile.runtime.kv_cache import CacheSpec, NestedCache
+
+
+class Lamp:
+    """The ``lamp`` attribute of a compiled model: its plan, its hot settings, its caches, its report.
+
+    Attributes:
+        plan: What was decided, one row per site.
+        controls: tau, floor level and budget of every site; ``controls.set(tau=0.02)`` acts from the next step on.
+        spec: What a cache of this model is made of.
+        original: The model without LAMP, around the same weights.
+        mode: How decoding runs: "eager", "default" or "reduce-overhead".
+        backend: The torch.compile backend of the decode step; None in eager mode.
+    """
+
+    def __init__(
+        self, plan: Plan, controls: Controls, spec: CacheSpec, original: nn.Module,
+        sites: tuple[ProbedSite, ...], refusals: tuple[Refusal, ...], mode: str,
+    ) -> None:  # fmt: skip
+        self.plan, self.controls, self.spec, self.original, self.mode = plan, controls, spec, original, mode
+        self.backend: Any = None
+        self.compile_config: Any = None
+        self._sites, self._refusals = sites, refusals
+        self._warned = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Lamp:
+        """Copies of a compiled model share plan and settings, as they could share a cache."""
+        return self
+
+    def cache(self, capacity: int = layout.TILE) -> NestedCache:
+        """A fresh cache for this model; it grows when it must.
+
+        Args:
+            capacity: Tokens to make room for at once.
+        """
+        return NestedCache(self.spec, capacity)
+
+    def report(self) -> Report:
+        """What was found in the model and what was done with it."""
+        rewritten = {layer.plan.name for layer in self.spec.layers if layer is not None}
+        return Report(
+            sites=tuple(_summary(site) for site in self._sites),
+            refusals=self._refusals,
+            unclaimed=(),
+            plan=self.plan,
+            rewritten=tuple(site.name for site in self._sites if site.name in rewritten),
+            backend=f"transformers generate, {self.mode}",
+            notes=_notes(self._sites),
+        )
+
+    def warn_once(self, what: str) -> None:
+        """Say, once per model, that LAMP is off for a call."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(f"{what}: LAMP is off for this call (said once)", UserWarning, stacklevel=4)
+
+
+def attach(model: nn.Module, lamp: Lamp) -> None:
+    """Bind the hooks to the model."""
+    base = model.forward
+    bound = "forward" in model.__dict__
+    position = list(inspect.signature(base).parameters).index("past_key_values")
+    call = base if bound else type(model).forward
+
+    @functools.wraps(type(model).forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        first = args if bound else (self, *args)
+        if torch.compiler.is_compiling():
+            return call(*first, **kwargs)
+        if switch.disabled():
+            return self.lamp.original.forward(*args, **kwargs)
+        given = args[position] if len(args) > position else kwargs.get("past_key_values")
+        made = _cache_for_forward(self, given, args, kwargs)
+        if made is not None and len(args) <= position:
+            kwargs["past_key_values"] = made
+        return call(*first, **kwargs)
+
+    @functools.wraps(type(model).generate)  # type: ignore[arg-type]
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if switch.disabled():
+            return self.lamp.original.generate(*args, **kwargs)
+        _refuse_training(self)
+        return type(self).generate(self, *args, **kwargs)
+
+    hooked: Any = model
+    hooked.lamp = lamp
+    hooked.forward = MethodType(forward, model)
+    hooked.generate = MethodType(generate, model)
+    hooked._prepare_cache_for_generation = MethodType(_prepare_cache_for_generation, model)
+
+
+def _refuse_training(model: nn.Module) -> None:
+    if model.training:
+        raise ModelError(
+            "the model is in training mode", where=type(model).__name__, fix="model.eval(): LAMP is for inference"
+        )
+
+
+def _cache_for_forward(model: Any, given: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NestedCache | None:
+    """Check the cache of an eager call, or make the one it lacks."""
+    _refuse_training(model)
+    lamp: Lamp = model.lamp
+    ids = args[0] if args else kwargs.get("input_ids")
+    ids = kwargs.get("inputs_embeds") if ids is None else ids
+    if isinstance(given, NestedCache):
+        given.check(lamp.spec, None if ids is None else int(ids.shape[0]))
+        return None
+    if given is not None:
+        lamp.warn_once(f"past_key_values is a {type(given).__name__}")
+        return None
+    use_cache = kwargs.get("use_cache")
+    if use_cache is None:
+        use_cache = model.config.get_text_config(decoder=True).use_cache
+    return lamp.cache(int(ids.shape[1])) if use_cache and ids is not None else None
+
+
+def _prepare_cache_for_generation(
+    self: Any,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    generation_mode: Any,
+    batch_size: int,
+    max_cache_length: int,
+) -> Any:
+    """transformers' hook: supply or check the cache, and name the backend that compiles decoding."""
+    lamp: Lamp = self.lamp
+    given = model_kwargs.get("past_key_values")
+    rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+    ours = isinstance(given, NestedCache)
+    if isinstance(given, NestedCache):
+        given.check(lamp.spec, rows)
+        given.ensure_capacity(max_cache_length)
+    elif given is not None:
+        lamp.warn_once(f"past_key_values is a {type(given).__name__}")
+    elif generation_config.cache_implementation is not None:
+        lamp.warn_once(f"cache_implementation is {generation_config.cache_implementation!r}")
+    elif generation_config.use_cache is not False:
+        model_kwargs["past_key_values"] = lamp.cache(max_cache_length)
+        ours = True
+    if ours and generation_config.compile_config is None:
+        generation_config.compile_config = lamp.compile_config
+        generation_config.disable_compile = lamp.compile_config is None or bool(generation_config.disable_compile)
+    if ours and given is None:
+        return None
+    return type(self)._prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    )
+
+
+def _summary(site: ProbedSite) -> SiteSummary:
+    return SiteSummary(
+        site.name, "huggingface", site.heads, site.kv_heads, site.head_dim, site.value_dim,
+        str(site.dtype).removeprefix("torch."), site.features,
+    )  # fmt: skip
+
+
+def _notes(sites: tuple[ProbedSite, ...]) -> tuple[str, ...]:
+    notes = [
+        "torch.compile(model, backend='lamp').generate(...) compiles nothing: generate belongs to the model inside; use lamp_compile.compile(model)",
+        "without the cache made here decoding gains nothing: keys and values would be quantised anew at every step",
+        "prefill reads the planes too, so it follows the same numbers as decoding",
+    ]
+    if any(feature.startswith("window") for site in sites for feature in site.features):
+        notes.append("sliding-window layers store all keys; the mask keeps to the window")
+    return tuple(notes)

@@ -1,0 +1,126 @@
+"""From probed sites to a plan, and from a plan to what the caches are made of."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from lamp_compile.errors import ModelError, OptionError, PlanError
+from lamp_compile.frontends.huggingface import balance as balancing
+from lamp_compile.frontends.huggingface.sites import CALIBRATION, ProbedSite
+from lamp_compile.plan import Plan, SitePlan, fingerprint
+from lamp_compile.runtime.controls import Controls
+from lamp_compile.runtime.kv_cache import CacheSpec, LayerSpec
+
+Sites = tuple[ProbedSite, ...]
+
+
+def describe(model: nn.Module, sites: Sites) -> str:
+    """The model in words, for plans and errors."""
+    first = sites[0] if sites else None
+    sizes = f", {first.heads} heads, {first.kv_heads} kv, D {first.head_dim}" if first else ""
+    return f"{type(model).__name__} with {len(sites)} attention layers{sizes}"
+
+
+def make_plan(model: nn.Module, sites: Sites, template: SitePlan, preset: str, balance: str) -> Plan:
+    """One row per site, in the order they run.
+
+    Raises:
+        OptionError: ``balance`` is not a mode.
+    """
+    if balance not in balancing.MODES:
+        raise OptionError(f"balance is {balance!r}", where="balance", fix=f"one of {', '.join(balancing.MODES)}")
+    config: Any = model.config
+    rows = tuple(_row(site, template, balance, config.get_text_config(decoder=True)) for site in sites)
+    gains = {site.name: round(balancing.gain(*balancing.pooled(site, config)), 3) for site in sites if not site.reason}
+    return Plan(
+        rows,
+        model=describe(model, sites),
+        fingerprint=fingerprint(site.key for site in sites),
+        preset=preset,
+        provenance={
+            "calibration": CALIBRATION,
+            "balance": balance,
+            "balance_threshold": balancing.THRESHOLD,
+            "balance_gain": gains,
+        },
+    ).validate()
+
+
+def _row(site: ProbedSite, template: SitePlan, balance: str, config: Any) -> SitePlan:
+    if site.reason:
+        return replace(template, name=site.name, apply=False, reason=site.reason)
+    rms = balancing.pooled(site, config)
+    gain = balancing.gain(*rms)
+    if balance == "never" or (balance == "auto" and gain <= balancing.THRESHOLD):
+        return replace(template, name=site.name)
+    rows = tuple(tuple(float(f"{value:.6g}") for value in row) for row in balancing.factors(*rms).tolist())
+    reason = f"balanced: score noise {gain:.2f} times smaller" if balance == "auto" else "balanced: asked for"
+    return replace(template, name=site.name, balance=rows, reason=reason)
+
+
+def check_plan(plan: Plan, model: nn.Module, sites: Sites) -> Plan:
+    """A plan given by the user, checked against the model.
+
+    Raises:
+        PlanError: It was made for another model, or a row does not fit its site.
+    """
+    plan.validate().check(fingerprint(site.key for site in sites), describe(model, sites))
+    known = {site.name: site for site in sites}
+    for row in plan.sites:
+        where = f"plan, site {row.name!r}"
+        if row.name not in known:
+            raise PlanError(f"the model has no site {row.name!r}", where=where, fix=f"one of {', '.join(known)}")
+        site = known[row.name]
+        if row.apply and site.reason:
+            raise PlanError(f"this site cannot be applied: {site.reason}", where=where, fix="apply: false")
+        if row.balance is not None and (len(row.balance), len(row.balance[0])) != (site.kv_heads, site.head_dim):
+            raise PlanError(
+                f"balance is {len(row.balance)} x {len(row.balance[0])}",
+                where=where,
+                fix=f"{site.kv_heads} lists of {site.head_dim}, or null",
+            )
+        for name in ("tau", "floor"):
+            value = getattr(row, name)
+            if isinstance(value, tuple) and len(value) != site.kv_heads:
+                raise PlanError(
+                    f"{name} has {len(value)} numbers", where=where, fix=f"one, or {site.kv_heads} (one per kv head)"
+                )
+    for site in sites:
+        plan.site(site.name)
+    return plan
+
+
+def applied(plan: Plan, sites: Sites, fuel: int | None) -> tuple[ProbedSite, ...]:
+    """The sites that the plan applies, the first ``fuel`` of them.
+
+    Raises:
+        OptionError: ``fuel`` is negative or no whole number.
+    """
+    if fuel is not None and (not isinstance(fuel, int) or isinstance(fuel, bool) or fuel < 0):
+        raise OptionError(f"fuel is {fuel!r}", where="fuel", fix="None for all sites, or how many to rewrite")
+    wanted = [site for site in sites if not site.reason and plan.site(site.name).apply]
+    return tuple(wanted[:fuel])
+
+
+def make_spec(model: nn.Module, plan: Plan, sites: Sites, chosen: Sites, controls: Controls) -> CacheSpec:
+    """What each layer of a cache needs. Layers without an applied site keep float keys and values.
+
+    Raises:
+        ModelError: Two sites share one cache layer.
+    """
+    config: Any = model.config
+    count = max([int(config.get_text_config(decoder=True).num_hidden_layers), *(site.layer + 1 for site in sites)])
+    layers: list[LayerSpec | None] = [None] * count
+    for site in chosen:
+        row = plan.site(site.name)
+        if layers[site.layer] is not None:
+            raise ModelError(
+                f"two attentions share cache layer {site.layer}", where=site.name, fix="apply: false for one of them"
+            )
+        factors = None if row.balance is None else torch.tensor(row.balance, dtype=torch.float32, device=site.device)
+        layers[site.layer] = LayerSpec(row, controls.get_or_create(row, site.kv_heads, site.device), factors)
+    return CacheSpec(tuple(layers), plan.fingerprint, describe(model, sites))

@@ -1,0 +1,101 @@
+"""The Hugging Face route of ``lamp_compile.compile``: probe, plan, hook."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CompileConfig, PreTrainedModel
+
+from lamp_compile.errors import ModelError
+from lamp_compile.frontends.huggingface import attention, planning
+from lamp_compile.frontends.huggingface.compiled import Lamp, attach
+from lamp_compile.frontends.huggingface.sites import probe
+from lamp_compile.frontends.structure import structural_copy
+from lamp_compile.plan import Plan, SitePlan
+from lamp_compile.runtime.controls import Controls
+
+
+class SharedBackend:
+    """A torch.compile backend that stays itself when transformers copies the configuration it sits in."""
+
+    def __init__(self, backend: Any) -> None:
+        self.backend = backend
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.backend(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedBackend:
+        return self
+
+
+def why_not(model: nn.Module) -> str:
+    """Why this module does not go the Hugging Face route; empty if it does."""
+    if not isinstance(model, PreTrainedModel):
+        return "it is not a transformers model"
+    if not model.can_generate():
+        return "it does not generate"
+    if model.config.is_encoder_decoder:
+        return "it is an encoder-decoder"
+    if not model._can_set_attn_implementation():
+        return "its class does not use the attention interface"
+    if not model._supports_default_dynamic_cache():
+        return "its class brings a cache of its own"
+    return ""
+
+
+def compile_model(
+    model: nn.Module, *, plan: Plan | str | Path | None, template: SitePlan, preset: str, mode: str,
+    inplace: bool, fuel: int | None, balance: str,
+) -> Any:  # fmt: skip
+    """A model whose ``generate`` and forward keep their keys and values in planes.
+
+    Raises:
+        ModelError: No attention of this model can.
+        PlanError: The plan is for another model.
+    """
+    copied = structural_copy(model)
+    fast, original = (model, copied) if inplace else (copied, model)
+    before = fast.config._attn_implementation  # type: ignore[union-attr]
+    fast.set_attn_implementation(attention.NAME)  # type: ignore[operator]
+    try:
+        sites, refusals = probe(fast)
+        if not sites:
+            raise ModelError("the model has no attention", where=type(model).__name__, fix="nothing to compile here")
+        if len(refusals) == len(sites):
+            raise ModelError(
+                f"none of its attentions can keep planes: {refusals[0].reason}",
+                where=f"{type(model).__name__}, {refusals[0].site}",
+                fix="torch.compile(model, backend='lamp') for its prefill",
+            )
+        if plan is None:
+            made = planning.make_plan(fast, sites, template, preset, balance)
+        else:
+            made = planning.check_plan(plan if isinstance(plan, Plan) else Plan.load(plan), fast, sites)
+        controls = Controls()
+        chosen = planning.applied(made, sites, fuel)
+        spec = planning.make_spec(fast, made, sites, chosen, controls)
+    except Exception:
+        fast.set_attn_implementation(before)  # type: ignore[operator]
+        raise
+    attach(fast, Lamp(made, controls, spec, original, sites, refusals, mode))
+    fast.generation_config.cache_implementation = None  # type: ignore[union-attr]
+    return fast
+
+
+def compile_decoding(fast: Any, backend: Any) -> None:
+    """Let ``generate`` compile the decode step with this backend (prefill stays eager, as transformers has it)."""
+    lamp: Lamp = fast.lamp
+    lamp.backend = backend
+    config = CompileConfig(backend=SharedBackend(backend), mode=lamp.mode, fullgraph=True)
+    config._compile_all_devices = True
+    lamp.compile_config = config
+
+
+def device_type(model: nn.Module) -> str:
+    """Type of the device of the first parameter or buffer."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device.type
+    return torch.get_default_device().type
