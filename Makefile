@@ -49,6 +49,7 @@ format: $(STAMP)
 golden: $(STAMP)
 	EXPECTTEST_ACCEPT=1 $(BIN)/python -m pytest tests/passes tests/backends $(ARGS)
 	$(BIN)/python -m tests.models.table --write
+	$(BIN)/python -m tests.project.operator_page --write
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/compile_time.py $(MODEL)

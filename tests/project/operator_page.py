@@ -1,0 +1,79 @@
+"""docs/operators.md, from the schemas: ``python -m tests.project.operator_page --write``."""
+
+from __future__ import annotations
+
+import re
+import sys
+import textwrap
+from pathlib import Path
+
+from lamp_compile.runtime import ops
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "operators.md"
+
+HEAD = """\
+# Operators
+
+Generated from `lamp_compile/runtime/ops.py` (`make golden`). What each operator computes is defined by
+`lamp_compile/runtime/reference.py` and explained in [concepts](concepts.md). Importing
+`lamp_compile.runtime.ops` registers them; a saved program that contains them needs that import before it is
+loaded.
+
+Shapes: B batch, H query heads, G kv heads, S queries, N keys, D head size, Dv value size; storage tiles of
+`tile` keys (P of them), sub-tiles of `subtile` keys (T of them). Planes: `k_*` `[B, G, P, tile, width]`, `v_*`
+`[B, G, P, width, tile]`, scales `[B, G, P * tile]`.
+
+Arguments that mean the same everywhere:
+
+| argument | shape | meaning |
+|---|---|---|
+| `balance` | `[G, D]` or `[B, G, D]` | divisor of the keys, factor of the query |
+| `mask` | boolean, broadcast to `[B, H, S, N]` | True = attend |
+| `bias` | float, broadcast to `[B, H, S, N]` | added to the scores after scale and soft-cap |
+| `sinks` | `[H]` | logits that join the softmax's denominator only |
+| `start`, `lengths` | `[B]` or `[1]` | first live key and number of keys of each sequence |
+| `block_table` | int32 `[B, P]` | storage tiles of each sequence in a shared pool `[1, G, P_pool, ...]` |
+| `tau`, `floor`, `budget` | `[G]` or `[B, G]` | hot settings |
+| `state`, `stats` | `[B, G, 4]`, `[B, G, 7]`, or batch 1 | the guard's memory ([concepts](concepts.md#guard)) |
+| `causal` | | `''`, `'top_left'` (query i at position i), `'bottom_right'` (at length - S + i) |
+| `window` | | keys each query looks back; 0 = all; needs `causal` |
+| `scale` | | factor on q.k; None = 1 / sqrt(D) |
+| `keys` | | number of stored rows that may be live |
+| `site` | | name of the attention, for reports |
+"""
+
+ABOUT = {
+    "attention": """The meeting point: one attention, whatever its spelling was. Called as it stands it runs the
+        reference under the default settings, without a guard. Gives the output `[B, H, S, Dv]`.""",
+    "attention.cached": """The same over the planes of a cache. Gives the output and the guard's new state and
+        statistics.""",
+    "quantize": """Keys and values into planes: `k_high`, `k_residual`, `k_scale`, `v_high`, `v_residual`, `v_scale`.
+        `tile` 0 leaves rows `[B, G, N, width]` for appending to a cache.""",
+    "look_ahead": """Importance of each sub-tile, float `[B, G, S, T]`, from the high plane of K; -1 where no key is
+        live.""",
+    "select": """Precision of each sub-tile, uint8 `[B, G, S, T]`. `skip_below` is an opt-in: sub-tiles at or below
+        it are not read.""",
+    "attend": """Attention at these precisions: output `[B, H, S, Dv]`, natural log-sum-exp `[B, H, S]`, certificate
+        `[B, H, S, 3]`.""",
+    "guard": "Certificate against budget: new state and statistics.",
+}
+
+
+def page() -> str:
+    """The page as it should be."""
+    parts = [HEAD]
+    for name, schema in ops.SCHEMAS.items():
+        inner, result = re.fullmatch(r"\((.*)\) -> (.*)", schema, re.DOTALL).groups()  # type: ignore[union-attr]
+        about = textwrap.fill(" ".join(ABOUT[name].split()), 116)
+        whole = re.sub(r"(?<=\w)(\??) (?=\w)", "\\1\N{NO-BREAK SPACE}", inner)  # lines break at commas only
+        body = textwrap.fill(whole, 108, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
+        body = body.replace("\N{NO-BREAK SPACE}", " ")
+        parts.append(f"\n## lamp::{name}\n\n{about}\n\n```text\nlamp::{name}(\n{body}\n) -> {result}\n```\n")
+    return "".join(parts)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--write"]:
+        PAGE.write_text(page(), encoding="utf-8")
+    else:
+        sys.stdout.write(page())
