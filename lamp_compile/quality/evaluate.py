@@ -18,6 +18,7 @@ from lamp_compile.quality.metrics import Comparison, Scores
 from lamp_compile.quality.rows import RowSpec
 from lamp_compile.quality.twin import outlier_twin
 
+MakeEngine = Callable[[nn.Module, str], Engine]
 CONTROL_TRIES = 8
 REFERENCE_BYTES = {"cuda": 16 << 30, "cpu": 1 << 30}
 """Reference logits are kept up to this size and computed again beyond it."""
@@ -61,13 +62,12 @@ class Evaluation:
     Args:
         model: The uncompiled model, in evaluation mode. It is measured in float32; one in another dtype is refused.
         windows: int64 ``[n, T]``, see ``windows.spread``.
-        make_engine: Compiles a model (this one, or a twin of it) for the real runtime.
+        make_engine: ``(model, balance)`` -> engine: compiles a model (this one, or a twin of it) for the real runtime
+            with balance ``"auto"``, ``"always"`` or ``"never"``.
         pairs_count: RoPE pairs per kv head that a twin scales.
     """
 
-    def __init__(
-        self, model: nn.Module, windows: Tensor, make_engine: Callable[[nn.Module], Engine], *, pairs_count: int = 3
-    ) -> None:
+    def __init__(self, model: nn.Module, windows: Tensor, make_engine: MakeEngine, *, pairs_count: int = 3) -> None:
         if any(p.dtype != torch.float32 for p in model.parameters()):
             raise InputError(
                 "quality is measured in float32", where="model", fix="load the model with dtype=torch.float32"
@@ -78,15 +78,15 @@ class Evaluation:
         self.device = next(model.parameters()).device
         self.windows = windows.to(self.device)
         self.rows: dict[tuple[str, float, str], Row] = {}
-        self._engines: dict[tuple[float, str], Engine] = {}
+        self._engines: dict[tuple[float, str, str], Engine] = {}
         self._reference: list[Tensor] = []
 
-    def engine(self, twin: float = 0.0, pairs: str = "any") -> Engine:
+    def engine(self, twin: float = 0.0, pairs: str = "any", balance: str = "auto") -> Engine:
         """The engine of the model or of one of its twins; compiled on first use."""
-        key = (twin, pairs if twin else "any")
+        key = (twin, pairs if twin else "any", balance)
         if key not in self._engines:
             model = outlier_twin(self.model, twin, pairs=pairs, count=self._pairs_count) if twin else self.model
-            self._engines[key] = self._make_engine(model)
+            self._engines[key] = self._make_engine(model, balance)
         return self._engines[key]
 
     def measure(self, spec: RowSpec) -> Row:
@@ -95,7 +95,7 @@ class Evaluation:
         Raises:
             OptionError: A control before the row it is held against.
         """
-        engine = self.engine(spec.twin, spec.pairs)
+        engine = self.engine(spec.twin, spec.pairs, spec.balance)
         if not spec.control:
             row = self._measure(spec, engine, specs.changed(engine.plan, spec.changes))
         else:

@@ -29,6 +29,7 @@ class RowSpec:
         match: The row a control is held against.
         twin: S of the outlier twin it runs on; 0 = the model itself.
         pairs: Which RoPE pairs the twin scales.
+        balance: Compiled with balance ``"auto"``, ``"always"`` or ``"never"``.
     """
 
     name: str
@@ -37,6 +38,7 @@ class RowSpec:
     match: str = "lamp"
     twin: float = 0.0
     pairs: str = "any"
+    balance: str = "auto"
 
     def on_twin(self, scale: float, pairs: str = "any") -> RowSpec:
         """The same row on an outlier twin."""

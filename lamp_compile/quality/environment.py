@@ -1,0 +1,35 @@
+"""What a measurement ran on, for reports: versions and device, no names of people, hosts or folders."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from typing import Any
+
+import torch
+
+PACKAGES = ("lamp_compile", "torch", "transformers", "triton", "safetensors", "numpy", "onnxruntime")
+
+
+def versions() -> dict[str, str | None]:
+    """Python and the packages that matter; None where one is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def device_name(device: torch.device | str) -> str:
+    """The device in words."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"{device.type}, {platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def environment(device: torch.device | str) -> dict[str, Any]:
+    """``{"device", "versions"}``, as every JSON report starts."""
+    return {"device": device_name(device), "versions": versions()}
