@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lamp_compile.errors import ModelError
-from lamp_compile.runtime import formats, guard, layout, reference
+from lamp_compile.runtime import checks, formats, guard, layout, reference
 from lamp_compile.runtime.arguments import Planes, Scores, Visibility
 
 DEFAULT_TAU = 0.01
@@ -92,6 +92,8 @@ def _scores(q: Tensor, scale: float | None, softcap: float, rotation: str, query
 def _quantize(
     k: Tensor, v: Tensor, balance: Tensor | None, *, k_format: str, v_format: str, rotation: str, tile: int, site: str
 ) -> Planes6:
+    checks.keys_and_values(site, k, v)
+    checks.one_device(site, k, v=v, balance=balance)
     planes = reference.quantize(k, v, balance, k_format, v_format, rotation, tile)
     return (planes.k_high, planes.k_residual, planes.k_scale, planes.v_high, planes.v_residual, planes.v_scale)
 
@@ -120,6 +122,10 @@ def _look_ahead(
     subtile: int,
     site: str,
 ) -> Tensor:
+    batch = k_high.shape[0] if block_table is None else block_table.shape[0]
+    checks.query(site, q, k_high.shape[1], batch, formats.get(k_format).channels(k_high.shape[4]))
+    checks.one_device(site, q, k_planes=k_high, mask=mask, bias=bias, lengths=lengths, start=start, table=block_table)
+    checks.visibility(site, q, mask, bias, causal, window)
     if block_table is not None:
         k_scale = layout.gather_scales(k_scale, block_table, k_high.shape[3])
         k_high = layout.gather_pages(k_high, block_table)
@@ -138,6 +144,8 @@ def _select(
     exact: bool,
     site: str,
 ) -> Tensor:
+    for name, setting in (("tau", tau), ("floor", floor)):
+        checks.heads_of_setting(site, name, setting, importance.shape[1])
     return reference.select(importance, tau, floor, state, skip_below, exact)
 
 
@@ -172,6 +180,10 @@ def _attend(
     subtile: int,
     site: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    batch = k_high.shape[0] if block_table is None else block_table.shape[0]
+    checks.query(site, q, k_high.shape[1], batch, formats.get(k_format).channels(k_high.shape[4]))
+    checks.one_device(site, q, k_planes=k_high, v_planes=v_high, levels=levels, mask=mask, bias=bias, lengths=lengths)
+    checks.visibility(site, q, mask, bias, causal, window)
     planes = Planes(k_high, k_residual, k_scale, v_high, v_residual, v_scale).gathered(block_table)
     exact = None if k_exact is None or v_exact is None else (k_exact, v_exact)
     visible = _visible(keys, mask, bias, sinks, start, lengths, causal, window)
