@@ -29,7 +29,8 @@ def compile(
     balance: str = "auto",
     **options: Any,
 ) -> Any:
-    """Give back the model with look-ahead mixed precision attention. The argument stays as it is; the weights are shared.
+    """Give back the model with look-ahead mixed precision attention. The argument stays as it is; the weights are
+    shared.
 
     A transformers decoder gets a cache of packed planes: ``fast.generate(...)`` uses it and compiles its decode step.
 
@@ -37,8 +38,8 @@ def compile(
         model: A module in eval mode.
         plan: A plan for this model (or the path of one); None makes one from ``preset`` and ``options``.
         preset: "conservative", "balanced" or "aggressive".
-        mode: "eager" compiles nothing; "default" and "reduce-overhead" as in torch.compile; "auto" takes "reduce-overhead" on
-            CUDA and "default" elsewhere.
+        mode: "eager" compiles nothing; "default" and "reduce-overhead" as in torch.compile; "auto" takes
+        "reduce-overhead" on CUDA and "default" elsewhere.
         inplace: Change the argument itself instead of a copy of its structure.
         fuel: Rewrite only the first so many sites (to find the one that hurts).
         balance: "auto" balances key channels where the probe finds outliers; "always"; "never".

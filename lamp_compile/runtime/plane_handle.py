@@ -11,14 +11,16 @@ from torch import Tensor
 from lamp_compile.runtime import formats, layout, rotation
 
 if TYPE_CHECKING:
-    from lamp_compile.runtime.kv_cache import NestedLayer
+    from lamp_compile.runtime.cache_layers import NestedLayer
 
 
 class PlaneHandle:
     """Keys or values ``[B, G, capacity, D]`` of one cache layer, as planes.
 
-    The registered attention function reads the planes. Model code that touches keys or values itself gets them dequantised (and
-    then pays for a float copy); that is why there is no ``__getattr__``, which would hide such a use and which Dynamo cannot trace.
+    The registered attention function reads the planes. Model code that touches keys or values itself gets them
+    dequantised (and
+    then pays for a float copy); that is why there is no ``__getattr__``, which would hide such a use and which Dynamo
+    cannot trace.
     """
 
     __slots__ = ("dtype", "layer", "values")
@@ -41,7 +43,8 @@ class PlaneHandle:
         return self.layer.k_high.device
 
     def dequantize(self) -> Tensor:
-        """The stored numbers at full precision, ``[B, G, capacity, D]``; what is beyond the sequence's length is zero or stale."""
+        """The stored numbers at full precision, ``[B, G, capacity, D]``; what is beyond the sequence's length is zero
+        or stale."""
         layer, plan = self.layer, self.layer.plan
         if self.values:
             rows = (layout.value_rows(layer.v_high), layout.value_rows(layer.v_residual), layer.v_scale)

@@ -66,7 +66,7 @@ def lamp_attention(
             raise InputError(
                 f"a mask of shape {tuple(attention_mask.shape)}",
                 where=key.layer.name,
-                fix="[batch, 1 or heads, queries, keys], boolean or additive, or the usual 2-D attention_mask of the model",
+                fix="[batch, 1 or heads, queries, keys], boolean or additive, or the model's usual 2-D mask",
             )
         mask, bias = (attention_mask, None) if attention_mask.dtype == torch.bool else (None, attention_mask)
     causal = ""
@@ -96,7 +96,8 @@ def original_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """What the model does without LAMP: SDPA, or the model file's own eager attention where SDPA would drop something."""
+    """What the model does without LAMP: SDPA, or the model file's own eager attention where SDPA would drop
+    something."""
     if all(kwargs.get(name) is None for name in SPECIAL):
         sdpa: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

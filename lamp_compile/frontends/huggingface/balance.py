@@ -1,8 +1,10 @@
-"""The balance: one factor per key channel that takes outlier channels away before the rotation spreads their rounding error.
+"""The balance: one factor per key channel that takes outlier channels away before the rotation spreads their rounding
+error.
 
-Keys are divided by b and queries multiplied by it, after their position is rotated in: exact in real numbers. The rounding error
-of a score grows with |q b| |k / b|; over channels that is least for b = sqrt(rms k / rms q), and then the error is smaller by the
-gain R = sqrt(sum rms_q^2) sqrt(sum rms_k^2) / sum(rms_q rms_k) >= 1.
+Keys are divided by b and queries multiplied by it, after their position is rotated in: exact in real numbers. The
+rounding error
+of a score grows with |q b| |k / b|; over channels that is least for b = sqrt(rms k / rms q), and then the error is
+smaller by the gain R = sqrt(sum rms_q^2) sqrt(sum rms_k^2) / sum(rms_q rms_k) >= 1.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from lamp_compile.frontends.huggingface.sites import ProbedSite
 
 MODES = ("auto", "always", "never")
 THRESHOLD = 1.5
-"""Gain from which on ``auto`` balances a site. Two trained models measured 1.03 to 1.12; with three pairs per kv head scaled ten- and
-thirtyfold 1.75 to 5.3 and 4.3 to 15.8. Balancing costs about a tenth in error where there is nothing to gain."""
+"""Gain from which on ``auto`` balances a site. Two trained models measured 1.03 to 1.12; with three pairs per kv head
+scaled tenfold they measured 1.75 and more, thirtyfold 4.3 and more. Below it balancing gains nothing and costs some."""
 SMALLEST = 1e-3
 """Channels quieter than this share of the loudest count as that loud: the factors stay finite and modest."""
 
@@ -37,7 +39,8 @@ def factors(query_rms: Tensor, key_rms: Tensor) -> Tensor:
 
 
 def pooled(site: ProbedSite, config: Any) -> tuple[Tensor, Tensor]:
-    """The site's rms of q and k ``[G, D]``, each RoPE pair given one value: later positions turn a pair's channels into each
+    """The site's rms of q and k ``[G, D]``, each RoPE pair given one value: later positions turn a pair's channels
+    into each
     other, so that 128 positions say little about the two apart. Channels without a known partner stay alone."""
     partner = _partners(site.module, site.head_dim, config)
     return tuple(((x.square() + x[:, partner].square()) / 2).sqrt() for x in (site.query_rms, site.key_rms))  # type: ignore[return-value]

@@ -81,6 +81,7 @@ class Lamp:
 
 def attach(model: nn.Module, lamp: Lamp) -> None:
     """Bind the hooks to the model."""
+    hooked: Any = model
     base = model.forward
     bound = "forward" in model.__dict__
     position = list(inspect.signature(base).parameters).index("past_key_values")
@@ -99,14 +100,13 @@ def attach(model: nn.Module, lamp: Lamp) -> None:
             kwargs["past_key_values"] = made
         return call(*first, **kwargs)
 
-    @functools.wraps(type(model).generate)  # type: ignore[arg-type]
+    @functools.wraps(hooked.generate.__func__)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         if switch.disabled():
             return self.lamp.original.generate(*args, **kwargs)
         _refuse_training(self)
         return type(self).generate(self, *args, **kwargs)
 
-    hooked: Any = model
     hooked.lamp = lamp
     hooked.forward = MethodType(forward, model)
     hooked.generate = MethodType(generate, model)
@@ -180,7 +180,8 @@ def _summary(site: ProbedSite) -> SiteSummary:
 
 def _notes(sites: tuple[ProbedSite, ...]) -> tuple[str, ...]:
     notes = [
-        "torch.compile(model, backend='lamp').generate(...) compiles nothing: generate belongs to the model inside; use lamp_compile.compile(model)",
+        "torch.compile(model, backend='lamp').generate(...) compiles nothing: generate belongs to the model inside; "
+        "lamp_compile.compile(model).generate(...) does",
         "without the cache made here decoding gains nothing: keys and values would be quantised anew at every step",
         "prefill reads the planes too, so it follows the same numbers as decoding",
     ]

@@ -12,8 +12,9 @@ from lamp_compile.errors import ModelError, OptionError, PlanError
 from lamp_compile.frontends.huggingface import balance as balancing
 from lamp_compile.frontends.huggingface.sites import CALIBRATION, ProbedSite
 from lamp_compile.plan import Plan, SitePlan, fingerprint
+from lamp_compile.runtime.cache_layers import LayerSpec
 from lamp_compile.runtime.controls import Controls
-from lamp_compile.runtime.kv_cache import CacheSpec, LayerSpec
+from lamp_compile.runtime.kv_cache import CacheSpec
 
 Sites = tuple[ProbedSite, ...]
 

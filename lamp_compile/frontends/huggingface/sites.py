@@ -1,7 +1,7 @@
 """Finding the attention sites of a transformers decoder by running it once on random tokens and looking on.
 
-One forward shows what no configuration says reliably: which modules call the attention function, with which heads, sizes and
-arguments, and whether what the cache stores is what attention receives.
+One forward shows what no configuration says reliably: which modules call the attention function, with which heads,
+sizes and arguments, and whether what the cache stores is what attention receives.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ class _ProbeCache(DynamicCache):  # type: ignore[misc]
 
 
 def probe(model: nn.Module) -> tuple[tuple[ProbedSite, ...], tuple[Refusal, ...]]:
-    """Run the model (whose attention name is ``"lamp"``) once; gives back its sites in the order they run, and refusals.
+    """Run the model (whose attention name is ``"lamp"``) once; gives back its sites in the order they run, and
+    refusals.
 
     Raises:
         ModelError: It has a cache that is more than keys and values, or its forward does not run on token ids alone.
@@ -102,7 +103,7 @@ def probe(model: nn.Module) -> tuple[tuple[ProbedSite, ...], tuple[Refusal, ...]
                 device=query.device,
                 features=_features(arguments),
                 reason=reason,
-                query_rms=_rms(query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)),
+                query_rms=_rms(_by_kv_head(query, key.shape[1])),
                 key_rms=_rms(key),
             )
         )
@@ -169,6 +170,12 @@ def _features(arguments: dict[str, Any]) -> tuple[str, ...]:
     if arguments.get("s_aux") is not None:
         found.append("sinks")
     return tuple(found)
+
+
+def _by_kv_head(query: Tensor, kv_heads: int) -> Tensor:
+    """``[1, H, n, D]`` -> ``[1, G, H/G * n, D]``; alone where the heads cannot be shared out (refused anyway)."""
+    groups = kv_heads if query.shape[1] % kv_heads == 0 else 1
+    return query.reshape(1, groups, -1, query.shape[-1])
 
 
 def _rms(x: Tensor) -> Tensor:
