@@ -1,0 +1,91 @@
+"""What a user may ask of the graph compiler, checked at once: unknown names and impossible values are refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lamp_compile import backends
+from lamp_compile.errors import OptionError
+from lamp_compile.plan import GUARD_OPTIONS, PRESETS, SITE_OPTIONS, Plan, template
+
+INDUCTOR = "inductor."
+
+
+@dataclass(frozen=True)
+class Options:
+    """Checked options.
+
+    Attributes:
+        preset: Starting point of the plan (``plan.PRESETS``).
+        plan: A plan to obey instead.
+        fuel: Rewrite only the first so many sites.
+        lower: Backend that runs the rewritten graph.
+        overrides: Fields of every row of the plan.
+        inductor: Settings handed to Inductor.
+        mode: ``torch.compile`` mode.
+    """
+
+    preset: str = "balanced"
+    plan: Plan | None = None
+    fuel: int | None = None
+    lower: str = "inductor"
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+    mode: str | None = None
+
+    @staticmethod
+    def parse(given: Mapping[str, Any]) -> Options:
+        """Check ``preset``, ``plan`` (a Plan or a path), ``fuel``, ``lower``, ``mode``, any field of a plan's row, ``guard_<field>``
+        and ``inductor.<key>``.
+
+        Raises:
+            OptionError: Unknown name or impossible value.
+            PlanError: The plan cannot be read, or a row's field is impossible.
+        """
+        values = dict(given)
+        own = {name: values.pop(name) for name in ("preset", "fuel", "lower", "mode") if name in values}
+        plan = _plan(values.pop("plan", None))
+        inductor = {name.removeprefix(INDUCTOR): values.pop(name) for name in list(values) if name.startswith(INDUCTOR)}
+        known = ("preset", "plan", "fuel", "lower", "mode", *SITE_OPTIONS, *(f"guard_{name}" for name in GUARD_OPTIONS))
+        for name in values:
+            if name not in known:
+                raise OptionError(f"unknown option {name!r}", where="options", fix=f"one of {', '.join(known)}, inductor.<key>")
+        if plan is not None and (values or "preset" in own):
+            name = next(iter(values), "preset")
+            raise OptionError(f"{name!r} beside a plan", where="options", fix="edit the plan's rows instead")
+        for name in ("tau", "floor"):
+            if isinstance(values.get(name), list):
+                values[name] = tuple(values[name])
+        options = Options(plan=plan, overrides=values, inductor=inductor, **own)
+        options._check()
+        return options
+
+    def _check(self) -> None:
+        if self.preset not in PRESETS:
+            raise OptionError(f"unknown preset {self.preset!r}", where="preset", fix=f"one of {', '.join(PRESETS)}")
+        if self.fuel is not None and (isinstance(self.fuel, bool) or not isinstance(self.fuel, int) or self.fuel < 0):
+            raise OptionError(f"fuel is {self.fuel!r}", where="fuel", fix="how many sites to rewrite: 0, 1, 2, ...")
+        template(self.preset, **self.overrides)
+        backends.get(self.lower)
+        if self.lower == "inductor":
+            from lamp_compile.backends.inductor import check, mode_options
+
+            mode_options(self.mode)
+            check(self.inductor)
+        elif self.inductor:
+            raise OptionError(
+                f"inductor.{next(iter(self.inductor))} with lower={self.lower!r}", where="options", fix="lower='inductor'"
+            )
+
+
+def _plan(given: object) -> Plan | None:
+    if given is None:
+        return None
+    if isinstance(given, Plan):
+        return given.validate()
+    if isinstance(given, str | Path):
+        return Plan.load(given)
+    raise OptionError(f"plan is a {type(given).__name__}", where="plan", fix="a Plan or the path of a plan file")

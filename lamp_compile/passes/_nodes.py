@@ -1,0 +1,71 @@
+"""Finding and removing nodes."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from lamp_compile.errors import PassError
+from lamp_compile.passes.patterns._dialect import bind
+from lamp_compile.passes.patterns._values import Emitter
+
+lamp = torch.ops.lamp
+OPS = {
+    "attention": lamp.attention.default,
+    "cached": lamp.attention.cached,
+    "quantize": lamp.quantize.default,
+    "look_ahead": lamp.look_ahead.default,
+    "select": lamp.select.default,
+    "attend": lamp.attend.default,
+    "guard": lamp.guard.default,
+}
+"""The operators of the rewritten graph, by short name."""
+
+
+def lamp_nodes(graph: Graph, site: str) -> dict[str, Node]:
+    """The ``lamp::`` nodes of one site by short name, in graph order."""
+    names = {target: name for name, target in OPS.items()}
+    found = {}
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in names and bind(node)["site"] == site:
+            found[names[node.target]] = node
+    return found
+
+
+def the(graph: Graph, op: str, site: str, wanted_by: str) -> Node:
+    """The node of that operator at that site.
+
+    Raises:
+        PassError: It is not there.
+    """
+    node = lamp_nodes(graph, site).get(op)
+    if node is None:
+        raise PassError(f"{wanted_by} needs lamp::{op}, which is not in the graph", where=f"site {site}", fix="run the passes in order")
+    return node
+
+
+def outputs(node: Node, count: int, emit: Emitter) -> list[Node]:
+    """The first ``count`` results of an operator that returns several."""
+    return [emit.call(operator.getitem, node, index) for index in range(count)]
+
+
+def outcome(node: Node, index: int) -> list[Node]:
+    """The users that take one result of an operator that returns several."""
+    return [user for user in node.users if user.target is operator.getitem and user.args[1] == index]
+
+
+def sweep(graph: Graph, candidates: Iterable[Node]) -> None:
+    """Erase those of the candidates that nobody uses; general dead-code elimination would take in-place updates with it."""
+    chosen = set(candidates)
+    for node in reversed(list(graph.nodes)):
+        if node in chosen and not node.users:
+            graph.erase_node(node)
+
+
+def attributes(bound: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Some of a node's arguments."""
+    return {name: bound[name] for name in names}

@@ -1,0 +1,44 @@
+"""Pass 4: the fallback guard: certificate, budget and state to a new state, written back in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lamp_compile.ir import AttentionSite
+from lamp_compile.passes._nodes import OPS, outcome, outputs, sweep, the
+from lamp_compile.passes.capture import Program
+from lamp_compile.passes.hot_tensors import Wires
+from lamp_compile.passes.patterns._dialect import aten
+from lamp_compile.passes.patterns._values import Emitter
+from lamp_compile.plan import Plan
+
+
+def insert_guard(program: Program, sites: Iterable[AttentionSite], plan: Plan, wires: Wires) -> None:
+    """Add ``lamp::guard`` after each ``lamp::attend``.
+
+    Without a cache the new state and statistics are copied into the hot tensors here; with one, the program copies what the
+    attention returned, and now takes the guard's results instead.
+    """
+    graph = program.graph
+    for site in sites:
+        row = plan.site(site.name)
+        attend, select = (the(graph, op, site.name, "insert_guard") for op in ("attend", "select"))
+        out, lse, certificate = (outcome(attend, index)[0] for index in range(3))
+        emit, hot = Emitter(certificate.next), wires.nodes(site, row)
+        emit.inherit(attend)
+        guard = emit.call(
+            OPS["guard"], out, lse, certificate, select, hot["state"], hot["stats"], hot["floor"], hot["budget"],
+            window=row.guard.window, hold=row.guard.hold, hysteresis=row.guard.hysteresis, exact=site.cache is None,
+            site=site.name,
+        )  # fmt: skip
+        state, stats = outputs(guard, 2, emit)
+        if site.cache is None:
+            emit.call(aten.copy_.default, hot["state"], state)
+            emit.call(aten.copy_.default, hot["stats"], stats)
+            continue
+        cached = the(graph, "cached", site.name, "insert_guard")
+        for index, new in ((1, state), (2, stats)):
+            for user in outcome(cached, index):
+                user.replace_all_uses_with(new)
+                graph.erase_node(user)
+        sweep(graph, [cached])

@@ -1,0 +1,54 @@
+"""What a pattern is: it anchors on one kind of node, walks back, and returns a site, refuses, or does not match."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from lamp_compile.ir import AttentionSite
+from lamp_compile.passes.patterns._dialect import Call
+from lamp_compile.passes.patterns._values import Emitter
+
+
+class NoMatch(Exception):
+    """This node is not what the pattern reads; the message says what is missing."""
+
+
+class Refuse(Exception):
+    """This is an attention, and it stays as it is.
+
+    Args:
+        reason: Why, in one clause.
+        fix: What the reader can do about it.
+        training: The graph was captured in training mode.
+    """
+
+    def __init__(self, reason: str, fix: str = "", *, training: bool = False) -> None:
+        super().__init__(reason)
+        self.reason, self.fix, self.training = reason, fix, training
+
+
+Read = Callable[[Node, Call, Emitter], AttentionSite]
+Expand = Callable[[Node, Call, Emitter], None]
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """One spelling of attention.
+
+    Attributes:
+        name: Shown in reports.
+        roots: Canonical operators (``_dialect``) that the reader anchors on.
+        read: ``(root, call, emitter) -> AttentionSite``; raises ``NoMatch`` or ``Refuse``. It may add pure nodes before the root
+            through the emitter (a transpose, a sum of two biases); they are taken back unless it returns a site. The site's
+            name is filled in by the caller.
+        expand: For operators that hold more than attention: replaces the root by smaller operators that another pattern then
+            reads; raises ``NoMatch`` or ``Refuse``.
+    """
+
+    name: str
+    roots: tuple[str, ...]
+    read: Read | None = None
+    expand: Expand | None = None

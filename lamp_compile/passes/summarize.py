@@ -1,0 +1,52 @@
+"""From graph objects to a ``Report`` that outlives the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lamp_compile.ir import AttentionSite, Found
+from lamp_compile.passes.capture import Program
+from lamp_compile.passes.printer import print_nodes, print_site
+from lamp_compile.plan import Plan
+from lamp_compile.report import Report, SiteSummary
+
+NO_CACHE = (
+    "sites without a KV cache of ours store K and V anew at every call: prefill and encoders are served, "
+    "token-by-token decoding gains nothing (lamp_compile.compile(model) gives it a packed cache)"
+)
+
+
+def summarize(
+    program: Program, found: Found, plan: Plan, chosen: Sequence[AttentionSite], before: str, backend: str
+) -> Report:
+    """What was seen, decided and done. Call it after the passes; ``before`` is taken ahead of them."""
+    notes = [NO_CACHE] if any(site.cache is None for site in chosen) else []
+    if not found.sites:
+        notes.append("no attention was found in this graph: it runs as it was")
+    return Report(
+        sites=tuple(map(summary, found.sites)),
+        refusals=found.refusals,
+        unclaimed=found.unclaimed,
+        plan=plan,
+        rewritten=tuple(site.name for site in chosen),
+        backend=backend,
+        notes=tuple(notes),
+        before=before,
+        after=print_site(program.graph, chosen[0].name) if chosen else "",
+    )
+
+
+def text_before(program: Program, sites: Sequence[AttentionSite]) -> str:
+    """The first site's nodes as they were."""
+    return print_nodes(program.graph, (sites[0].root, *sites[0].absorbed)) if sites else ""
+
+
+def summary(site: AttentionSite) -> SiteSummary:
+    """One site without its nodes."""
+    features = [name for name in ("mask", "bias", "sinks", "cache") if getattr(site, name) is not None]
+    features += [f"causal {site.causal}"] if site.causal else []
+    features += [f"window {site.window}"] if site.window else []
+    features += [f"softcap {site.softcap:g}"] if site.softcap else []
+    return SiteSummary(
+        site.name, site.pattern, site.heads, site.kv_heads, site.head_dim, site.value_dim, site.dtype, tuple(features)
+    )
