@@ -14,8 +14,9 @@ from torch import Tensor
 
 from lamp_compile.plan import Plan, SitePlan
 from lamp_compile.runtime import guard
+from lamp_compile.runtime.cache_layers import LayerSpec, NestedLayer
 from lamp_compile.runtime.controls import SiteControls
-from lamp_compile.runtime.kv_cache import CacheSpec, LayerSpec, NestedCache, NestedLayer
+from lamp_compile.runtime.kv_cache import CacheSpec, NestedCache
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,19 @@ class SiteTiles:
 
 @dataclass(frozen=True)
 class Run:
-    """One forward over a batch of windows: logits ``[B, S, V]``, what the sites read, and the bytes of the KV cache."""
+    """One forward over a batch of windows.
+
+    Attributes:
+        logits: ``[B, S, V]``.
+        tiles: What each site read.
+        kv_bytes: Bytes of the KV cache as allocated.
+        float_values: Values per token that layers without LAMP keep as they come.
+    """
 
     logits: Tensor
     tiles: dict[str, SiteTiles]
     kv_bytes: int
+    float_values: int = 0
 
 
 class Engine(Protocol):
@@ -84,7 +93,9 @@ class CompiledEngine:
         with torch.no_grad():
             logits = self._fast(input_ids=ids, past_key_values=cache, use_cache=True).logits
         tiles = {layer.name: self._tiles(layer) for layer in cache.layers if isinstance(layer, NestedLayer)}
-        return Run(logits, tiles, cache.nbytes)
+        kept = [layer for layer in cache.layers if not isinstance(layer, NestedLayer) and layer.is_initialized]
+        values = sum(layer.num_heads * (layer.k_head_dim + layer.v_head_dim) for layer in kept)
+        return Run(logits, tiles, cache.nbytes, values)
 
     def _tiles(self, layer: NestedLayer) -> SiteTiles:
         counts = layer.stats.sum((0, 1))[[guard.LIVE, guard.REFINED]]

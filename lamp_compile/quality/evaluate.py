@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from lamp_compile.errors import InputError, OptionError
 from lamp_compile.plan import Plan
 from lamp_compile.quality import rows as specs
-from lamp_compile.quality.engine import Engine, SiteTiles
+from lamp_compile.quality.engine import Engine, Run, SiteTiles
 from lamp_compile.quality.metrics import Comparison, Scores
 from lamp_compile.quality.rows import RowSpec
 from lamp_compile.quality.twin import outlier_twin
 
 MakeEngine = Callable[[nn.Module, str], Engine]
 CONTROL_TRIES = 8
+FLOAT_BITS = 16
+"""Bits per value of layers that LAMP leaves alone: models run in 16 bits, though they are measured here in 32."""
 REFERENCE_BYTES = {"cuda": 16 << 30, "cpu": 1 << 30}
 """Reference logits are kept up to this size and computed again beyond it."""
 
@@ -147,25 +149,13 @@ class Evaluation:
     def _measure(self, spec: RowSpec, engine: Engine, plan: Plan) -> Row:
         began = time.perf_counter()
         comparison, counted = Comparison(), _Counted()
-        kv_bytes = 0
         for index in range(self.windows.shape[0]):
             ids = self.windows[index : index + 1]
             with torch.no_grad():
                 run = engine.run(ids, plan)
                 comparison.add(self.reference(index), run.logits, ids)
-            counted.add(run.tiles)
-            kv_bytes = run.kv_bytes
-        applied = [site for site in plan.sites if site.apply]
-        tau = applied[0].tau if applied else None
-        return _row(
-            spec,
-            comparison.result(),
-            counted,
-            plan,
-            kv_bytes,
-            tau if isinstance(tau, float) else None,
-            time.perf_counter() - began,
-        )
+            counted.add(run)
+        return _row(spec, comparison.result(), counted, plan, time.perf_counter() - began)
 
 
 class _Counted:
@@ -173,19 +163,22 @@ class _Counted:
 
     def __init__(self) -> None:
         self.sites: dict[str, SiteTiles] = {}
+        self.kv_bytes = self.float_values = 0
 
-    def add(self, tiles: dict[str, SiteTiles]) -> None:
-        for name, site in tiles.items():
+    def add(self, run: Run) -> None:
+        self.kv_bytes, self.float_values = run.kv_bytes, run.float_values
+        for name, site in run.tiles.items():
             if name in self.sites:
                 self.sites[name].counts.add_(site.counts)
             else:
                 self.sites[name] = replace(site, counts=site.counts.clone())
 
 
-def _row(
-    spec: RowSpec, scores: Scores, counted: _Counted, plan: Plan, kv_bytes: int, tau: float | None, seconds: float
-) -> Row:
-    bits = weight = 0.0
+def _row(spec: RowSpec, scores: Scores, counted: _Counted, plan: Plan, seconds: float) -> Row:
+    applied = [site.tau for site in plan.sites if site.apply]
+    tau = applied[0] if applied and isinstance(applied[0], int | float) else None
+    weight = float(counted.float_values)
+    bits = weight * FLOAT_BITS
     live = refined = 0
     for name, site in counted.sites.items():
         seen, hot = (int(n) for n in site.counts.tolist())
@@ -199,7 +192,7 @@ def _row(
         **asdict(scores),
         bits_per_value=bits / max(1.0, weight),
         refined_share=refined / max(1, live),
-        kv_bytes=kv_bytes,
+        kv_bytes=counted.kv_bytes,
         tau=None if tau is None or tau >= specs.NEVER else tau,
         seconds=seconds,
         twin=spec.twin,
@@ -215,7 +208,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 HEADER = (
-    f"{'KV precision':24s} {'bits':>6s} {'refined':>8s} {'KL':>8s} {'agreement (95 %)':>24s} "
+    f"{'KV precision':32s} {'bits':>6s} {'refined':>8s} {'KL':>8s} {'agreement (95 %)':>24s} "
     f"{'ppl ratio':>10s} {'KV MB':>8s} {'s':>6s}"
 )
 
@@ -225,6 +218,6 @@ def line(row: Row) -> str:
     name = row.name + (f" twin {row.twin:g} {row.pairs}" if row.twin else "")
     interval = f"{row.agreement:7.2%} ({row.agreement_low:.2%}-{row.agreement_high:.2%})"
     return (
-        f"{name:24s} {row.bits_per_value:6.2f} {row.refined_share:8.2%} {row.kl:8.1e} {interval:>24s} "
+        f"{name:32s} {row.bits_per_value:6.2f} {row.refined_share:8.2%} {row.kl:8.1e} {interval:>24s} "
         f"{row.perplexity_ratio:10.5f} {row.kv_bytes / 1e6:8.2f} {row.seconds:6.1f}"
     )
