@@ -99,6 +99,10 @@ class Emitter:
             ) from error
         return node
 
+    def before(self, anchor: Node) -> None:
+        """Put the following nodes before another anchor."""
+        self.anchor = self._place = anchor
+
     def inherit(self, place: Node) -> None:
         """Take module path and stack trace from another node than the anchor."""
         self._place = place
