@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,16 @@ import torch
 from torch import nn
 
 from lamp_compile import plan as plans
+from lamp_compile.driver import rewrite
 from lamp_compile.errors import ModelError, OptionError
+from lamp_compile.frontends import modules
 from lamp_compile.frontends.switch import disable
 from lamp_compile.plan import Plan
+from lamp_compile.report import Report
+from lamp_compile.torch_backend import LampBackend, backend
 
 MODES = ("auto", "default", "eager", "reduce-overhead")
-__all__ = ["compile", "disable"]
+__all__ = ["compile", "disable", "explain", "rewrite"]
 
 
 def compile(
@@ -33,6 +38,7 @@ def compile(
     shared.
 
     A transformers decoder gets a cache of packed planes: ``fast.generate(...)`` uses it and compiles its decode step.
+    Any other module is compiled as a graph on its first call. What was done is ``fast.lamp.report()``.
 
     Args:
         model: A module in eval mode.
@@ -53,27 +59,88 @@ def compile(
     _check_options(plan, preset, mode, inplace, balance, options)
     template = plans.template(preset, **options)
     _check_model(model)
-    if "transformers" in sys.modules:
-        from lamp_compile.frontends.huggingface import route
+    route = _huggingface(model)
+    if route is not None:
+        mode = _mode(mode, route.device_type(model))
+        fast = route.compile_model(
+            model, plan=plan, template=template, preset=preset, mode=mode, inplace=inplace, fuel=fuel, balance=balance
+        )
+        if mode != "eager":
+            route.compile_decoding(fast, backend(plan=route.decode_plan(fast), controls=fast.lamp.controls))
+        return fast
+    return modules.compile_module(model, _graph_backend(model, plan, preset, mode, fuel, balance, options), inplace)
 
-        if not route.why_not(model):
-            mode = _mode(mode, route.device_type(model))
-            fast = route.compile_model(
-                model,
-                plan=plan,
-                template=template,
-                preset=preset,
-                mode=mode,
-                inplace=inplace,
-                fuel=fuel,
-                balance=balance,
-            )
-            if mode != "eager":
-                from lamp_compile.torch_backend import backend
 
-                route.compile_decoding(fast, backend(plan=fast.lamp.plan, controls=fast.lamp.controls))
-            return fast
-    raise ModelError("the graph route is not here yet", where="compile", fix="torch.compile(model, backend='lamp')")
+def explain(model: nn.Module, example_inputs: Any = None, **options: Any) -> Report:
+    """What ``compile`` would do to a model: sites found and refused and why, the plan, one site's graph before and
+    after.
+
+    Args:
+        model: A module in eval mode; it stays as it is.
+        example_inputs: A tuple or dict of inputs; needed for what is no transformers decoder.
+        **options: As for ``compile``.
+
+    Raises:
+        OptionError: No inputs where they are needed, or an unknown option.
+        ModelError, PlanError: As for ``compile``.
+    """
+    known = [name for name in inspect.signature(compile).parameters if name not in ("model", "mode", "inplace")]
+    for name in ("mode", "inplace"):
+        if name in options:
+            raise OptionError(f"{name!r} has no meaning here", where="explain", fix=f"one of {', '.join(known)}")
+    _check_model(model)
+    route = _huggingface(model)
+    if route is not None:
+        try:
+            fast = compile(model, mode="eager", **options)
+        except ModelError:
+            report: Report = route.survey(model)
+            if report.sites and len(report.refusals) == len(report.sites):
+                return report
+            raise
+        fast.lamp.backend = backend(plan=route.decode_plan(fast), controls=fast.lamp.controls, lower="eager")
+        route.trace_decoding(fast, fast.lamp.backend)
+        return fast.lamp.report()  # type: ignore[no-any-return]
+    if not isinstance(example_inputs, tuple | dict) or not example_inputs:
+        raise OptionError(
+            f"example_inputs is {type(example_inputs).__name__}",
+            where="explain",
+            fix="a tuple or dict of the model's inputs",
+        )
+    fast = compile(model, mode="eager", **options)
+    with torch.no_grad():
+        fast(**example_inputs) if isinstance(example_inputs, dict) else fast(*example_inputs)
+    return fast.lamp.report()  # type: ignore[no-any-return]
+
+
+def _huggingface(model: nn.Module) -> Any:
+    """The Hugging Face route where the model takes it. Whoever holds such a model has imported transformers."""
+    if "transformers" not in sys.modules:
+        return None
+    from lamp_compile.frontends.huggingface import route
+
+    return None if route.why_not(model) else route
+
+
+def _graph_backend(
+    model: nn.Module, plan: Plan | str | Path | None, preset: str, mode: str, fuel: int | None, balance: str,
+    options: dict[str, Any],
+) -> LampBackend:  # fmt: skip
+    if balance == "always":
+        raise OptionError(
+            "balance 'always' needs a probe", where=type(model).__name__, fix="balance 'auto', or in a plan"
+        )
+    if modules.surely_without_attention(model):
+        raise ModelError(
+            "the model has no attention", where=type(model).__name__, fix="torch.compile(model) without LAMP"
+        )
+    asked: dict[str, Any] = {"plan": plan} if plan is not None else {"preset": preset, **options}
+    if fuel is not None:
+        asked["fuel"] = fuel
+    if mode == "eager":
+        return backend(lower="eager", **asked)
+    device = next((t.device.type for t in (*model.parameters(), *model.buffers())), "cpu")
+    return backend(mode=_mode(mode, device), **asked)
 
 
 def _mode(mode: str, device: str) -> str:
@@ -104,6 +171,8 @@ def _check_model(model: object) -> None:
     name = type(model).__name__
     if not isinstance(model, nn.Module):
         raise ModelError(f"{name} is not a torch.nn.Module", where="model", fix="pass the model itself")
+    if hasattr(model, "lamp"):
+        raise ModelError("the model is compiled already", where=name, fix="compile the original: model.lamp.original")
     if hasattr(model, "_orig_mod"):
         raise ModelError(
             "the model went through torch.compile already", where=name, fix="pass the model that was compiled"

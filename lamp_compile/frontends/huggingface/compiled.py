@@ -62,14 +62,17 @@ class Lamp:
     def report(self) -> Report:
         """What was found in the model and what was done with it."""
         rewritten = {layer.plan.name for layer in self.spec.layers if layer is not None}
+        graphs = [report for report in getattr(self.backend, "reports", ()) if report.before]
         return Report(
-            sites=tuple(_summary(site) for site in self._sites),
+            sites=tuple(summary(site) for site in self._sites),
             refusals=self._refusals,
             unclaimed=(),
             plan=self.plan,
             rewritten=tuple(site.name for site in self._sites if site.name in rewritten),
             backend=f"transformers generate, {self.mode}",
             notes=_notes(self._sites),
+            before=graphs[0].before if graphs else "",
+            after=graphs[0].after if graphs else "",
         )
 
     def warn_once(self, what: str) -> None:
@@ -89,16 +92,17 @@ def attach(model: nn.Module, lamp: Lamp) -> None:
 
     @functools.wraps(type(model).forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        first = args if bound else (self, *args)
         if torch.compiler.is_compiling():
-            return call(*first, **kwargs)
+            return call(*(args if bound else (self, *args)), **kwargs)
         if switch.disabled():
             return self.lamp.original.forward(*args, **kwargs)
         given = args[position] if len(args) > position else kwargs.get("past_key_values")
         made = _cache_for_forward(self, given, args, kwargs)
-        if made is not None and len(args) <= position:
+        if made is not None and len(args) > position:
+            args = (*args[:position], made, *args[position + 1 :])
+        elif made is not None:
             kwargs["past_key_values"] = made
-        return call(*first, **kwargs)
+        return call(*(args if bound else (self, *args)), **kwargs)
 
     @functools.wraps(hooked.generate.__func__)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -171,7 +175,8 @@ def _prepare_cache_for_generation(
     )
 
 
-def _summary(site: ProbedSite) -> SiteSummary:
+def summary(site: ProbedSite) -> SiteSummary:
+    """The site as a report lists it."""
     return SiteSummary(
         site.name, "huggingface", site.heads, site.kv_heads, site.head_dim, site.value_dim,
         str(site.dtype).removeprefix("torch."), site.features,

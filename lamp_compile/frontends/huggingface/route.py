@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ from transformers import CompileConfig, PreTrainedModel
 
 from lamp_compile.errors import ModelError
 from lamp_compile.frontends.huggingface import attention, planning
-from lamp_compile.frontends.huggingface.compiled import Lamp, attach
+from lamp_compile.frontends.huggingface.compiled import Lamp, attach, summary
 from lamp_compile.frontends.huggingface.sites import probe
 from lamp_compile.frontends.structure import structural_copy
 from lamp_compile.plan import Plan, SitePlan
+from lamp_compile.report import Report
 from lamp_compile.runtime.controls import Controls
 
 
@@ -62,13 +64,13 @@ def compile_model(
     fast.set_attn_implementation(attention.NAME)  # type: ignore[operator]
     try:
         sites, refusals = probe(fast)
-        if not sites:
-            raise ModelError("the model has no attention", where=type(model).__name__, fix="nothing to compile here")
         if len(refusals) == len(sites):
             raise ModelError(
-                f"none of its attentions can keep planes: {refusals[0].reason}",
-                where=f"{type(model).__name__}, {refusals[0].site}",
-                fix="torch.compile(model, backend='lamp') for its prefill",
+                f"none of its attentions can keep planes: {refusals[0].reason}"
+                if sites
+                else "the model has no attention",
+                where=f"{type(model).__name__}{', ' + refusals[0].site if sites else ''}",
+                fix="torch.compile(model, backend='lamp') for its prefill" if sites else "nothing to compile here",
             )
         if plan is None:
             made = planning.make_plan(fast, sites, template, preset, balance)
@@ -77,12 +79,42 @@ def compile_model(
         controls = Controls()
         chosen = planning.applied(made, sites, fuel)
         spec = planning.make_spec(fast, made, sites, chosen, controls)
-    except Exception:
+    except BaseException:
         fast.set_attn_implementation(before)  # type: ignore[operator]
         raise
     attach(fast, Lamp(made, controls, spec, original, sites, refusals, mode))
     fast.generation_config.cache_implementation = None  # type: ignore[union-attr]
     return fast
+
+
+def survey(model: nn.Module) -> Report:
+    """What the probe finds, for a model of which nothing can be compiled.
+
+    Raises:
+        ModelError: The probe does not run.
+    """
+    copied = structural_copy(model)
+    copied.set_attn_implementation(attention.NAME)  # type: ignore[operator]
+    sites, refusals = probe(copied)
+    plan = planning.make_plan(copied, sites, SitePlan("*"), "balanced", "never")
+    return Report(tuple(summary(site) for site in sites), refusals, (), plan, ())
+
+
+def decode_plan(fast: Any) -> Plan:
+    """The plan as the decode graph must obey it: sites without planes stay as they are."""
+    rewritten = fast.lamp.report().rewritten
+    rows = tuple(row if row.name in rewritten else replace(row, apply=False) for row in fast.lamp.plan.sites)
+    plan: Plan = fast.lamp.plan
+    return replace(plan, sites=rows)
+
+
+def trace_decoding(fast: Any, backend: Any) -> None:
+    """One decode step through a backend, so that its report shows the graph."""
+    ids = torch.zeros(1, 2, dtype=torch.long, device=fast.device)
+    step: Any = torch.compile(fast.forward, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        cache = fast(ids, use_cache=True).past_key_values
+        step(ids[:, :1], past_key_values=cache, use_cache=True)
 
 
 def compile_decoding(fast: Any, backend: Any) -> None:
