@@ -17,7 +17,7 @@ from torch.fx.node import map_arg
 
 from lamp_compile.errors import PassError
 
-KEYS = ("example_value", "val")
+KEYS = ("val", "example_value")
 _KEPT = ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn")
 
 
@@ -60,7 +60,7 @@ def fake_mode(graph: Graph) -> FakeTensorMode | None:
 
 def value_key(graph: Graph) -> str:
     """Where this graph's nodes keep their values."""
-    return next((key for node in graph.nodes for key in KEYS if key in node.meta), "val")
+    return next((key for key in KEYS for node in graph.nodes if key in node.meta), "val")
 
 
 class Emitter:
