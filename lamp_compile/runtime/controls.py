@@ -82,12 +82,14 @@ class Controls:
                 raise OptionError(
                     f"unknown site {name!r}", where="Controls.set", fix=f"one of {', '.join(self._sites)}"
                 )
-        for field, value in (("tau", tau), ("floor", floor), ("budget", budget)):
-            if value is None:
-                continue
-            for name in names:
-                tensor: Tensor = getattr(self._sites[name], field)
-                tensor.copy_(_per_head(value, tensor.shape[0], f"{field} of {name}"))
+        changes = [
+            (tensor, _per_head(value, tensor.shape[0], f"{field} of {name}"))
+            for field, value in (("tau", tau), ("floor", floor), ("budget", budget))
+            if value is not None
+            for name, tensor in ((name, getattr(self._sites[name], field)) for name in names)
+        ]
+        for tensor, values in changes:  # all are possible, so change all
+            tensor.copy_(values)
 
 
 def _per_head(value: float | Sequence[float], kv_heads: int, where: str) -> Tensor:
