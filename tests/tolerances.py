@@ -53,3 +53,21 @@ MEAN_ERROR = {
     ("BOTH", "peaked"): Growth(0.06, 3.0, "the same, a sixteenth of the step; the 8-bit query adds to it"),
 }
 """Normal q, k, v (q scaled by 0.05 or 3), everything at one precision."""
+
+ZOO = {
+    "exact": Tolerance(1e-5, "original K and V in float32: only the order of summation differs, through two layers"),
+    "both": Tolerance(2.5e-2, "two to six peaked attentions at 0.7 % rms a value; the peak of 16 channels varies"),
+}
+"""Outputs of the tiny random models against the same model uncompiled, everything at one precision."""
+HIGH_OVER_BOTH = 5.0
+"""The high plane alone must be at least so much worse: its step is 16 times that of both planes. Guards against a
+comparison that would pass with the original attention in place."""
+
+TIPPED = {
+    torch.float32: Tolerance(3e-4, "a last-bit difference tips the rounding of a few of the next layer's keys by a step"),
+    torch.bfloat16: Tolerance(3e-2, "the same, and every activation is rounded to 8 bits of mantissa on its way"),
+    torch.float16: Tolerance(4e-3, "the same, and every activation is rounded to 11 bits of mantissa on its way"),
+}
+"""Logits of a whole model, the same mathematics in another order, keys and values rounded on the way."""
+MODEL = Tolerance(6e-2, "two layers of peaked attention over nested8 planes, each within STORAGE")
+"""Logits of a whole tiny model with everything refined, against the original."""
