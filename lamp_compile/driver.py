@@ -60,7 +60,12 @@ def compile_graph(
 
 
 def rewrite(
-    program: Rewritable, *, plan: Any = None, example_inputs: Sequence[Any] | None = None, fuel: int | None = None, **options: Any
+    program: Rewritable,
+    *,
+    plan: Any = None,
+    example_inputs: Sequence[Any] | None = None,
+    fuel: int | None = None,
+    **options: Any,
 ) -> Rewritable:
     """Give every attention of a program look-ahead mixed precision; the argument stays as it was.
 
@@ -72,8 +77,8 @@ def rewrite(
         **options: See ``Options.parse``.
 
     Returns:
-        A program of the same type. The changeable tensors are buffers ``lamp_<site>_tau`` and so on in its state dict; what was
-        done is ``graph_module.meta["lamp_report"]`` (``meta["lamp_report"]`` of a GraphModule).
+        A program of the same type. The changeable tensors are buffers ``lamp_<site>_tau`` and so on in its state dict;
+        what was done is ``graph_module.meta["lamp_report"]`` (``meta["lamp_report"]`` of a GraphModule).
 
     Raises:
         OptionError, PlanError, InputError: Bad options, plan or program.

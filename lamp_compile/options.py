@@ -1,4 +1,4 @@
-"""What a user may ask of the graph compiler, checked at once: unknown names and impossible values are refused by name."""
+"""What a user may ask of the graph compiler, checked at once: unknown names and impossible values are refused."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Options:
 
     @staticmethod
     def parse(given: Mapping[str, Any]) -> Options:
-        """Check ``preset``, ``plan`` (a Plan or a path), ``fuel``, ``lower``, ``mode``, any field of a plan's row, ``guard_<field>``
-        and ``inductor.<key>``.
+        """Check ``preset``, ``plan`` (a Plan or a path), ``fuel``, ``lower``, ``mode``, any field of a plan's row,
+        ``guard_<field>`` and ``inductor.<key>``.
 
         Raises:
             OptionError: Unknown name or impossible value.
@@ -52,7 +52,9 @@ class Options:
         known = ("preset", "plan", "fuel", "lower", "mode", *SITE_OPTIONS, *(f"guard_{name}" for name in GUARD_OPTIONS))
         for name in values:
             if name not in known:
-                raise OptionError(f"unknown option {name!r}", where="options", fix=f"one of {', '.join(known)}, inductor.<key>")
+                raise OptionError(
+                    f"unknown option {name!r}", where="options", fix=f"one of {', '.join(known)}, inductor.<key>"
+                )
         if plan is not None and (values or "preset" in own):
             name = next(iter(values), "preset")
             raise OptionError(f"{name!r} beside a plan", where="options", fix="edit the plan's rows instead")
@@ -77,7 +79,9 @@ class Options:
             check(self.inductor)
         elif self.inductor:
             raise OptionError(
-                f"inductor.{next(iter(self.inductor))} with lower={self.lower!r}", where="options", fix="lower='inductor'"
+                f"inductor.{next(iter(self.inductor))} with lower={self.lower!r}",
+                where="options",
+                fix="lower='inductor'",
             )
 
 

@@ -1,4 +1,4 @@
-"""``torch.compile(model, backend="lamp")``, and ``backend(...)`` for the same with settings that can be changed while it runs."""
+"""``torch.compile(model, backend="lamp")``, and ``backend(...)`` for settings that can be changed while it runs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ class LampBackend:
         """
         states = self._hot.states
         if site not in states:
-            raise OptionError(f"unknown site {site!r}", where="guard_state", fix=f"one of {', '.join(states) or 'none compiled yet'}")
+            raise OptionError(
+                f"unknown site {site!r}", where="guard_state", fix=f"one of {', '.join(states) or 'none compiled yet'}"
+            )
         return states[site]
 
     def __call__(
@@ -84,7 +86,7 @@ def backend(*, controls: Controls | None = None, **options: Any) -> LampBackend:
 def lamp(
     gm: GraphModule, example_inputs: Sequence[Any], mode: str | None = None, options: Mapping[str, Any] | None = None
 ) -> Callable[..., Any]:
-    """The backend called "lamp" (entry point ``torch_dynamo_backends``); options arrive by ``torch.compile(options={...})``.
+    """The backend called "lamp" (an entry point); options arrive by ``torch.compile(options={...})``.
 
     Every graph gets its own settings, fixed by the options; use ``backend(...)`` to change them while the model runs.
     """

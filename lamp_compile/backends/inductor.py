@@ -1,4 +1,4 @@
-"""Compiles the rewritten graph with TorchInductor. Its options go in by ``config_patches``: nothing is set process-wide."""
+"""Compiles the rewritten graph with TorchInductor. Nothing is set process-wide."""
 
 from __future__ import annotations
 

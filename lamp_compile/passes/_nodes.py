@@ -44,7 +44,11 @@ def the(graph: Graph, op: str, site: str, wanted_by: str) -> Node:
     """
     node = lamp_nodes(graph, site).get(op)
     if node is None:
-        raise PassError(f"{wanted_by} needs lamp::{op}, which is not in the graph", where=f"site {site}", fix="run the passes in order")
+        raise PassError(
+            f"{wanted_by} needs lamp::{op}, which is not in the graph",
+            where=f"site {site}",
+            fix="run the passes in order",
+        )
     return node
 
 
@@ -59,7 +63,7 @@ def outcome(node: Node, index: int) -> list[Node]:
 
 
 def sweep(graph: Graph, candidates: Iterable[Node]) -> None:
-    """Erase those of the candidates that nobody uses; general dead-code elimination would take in-place updates with it."""
+    """Erase candidates that nobody uses. General dead-code elimination would take in-place updates with it."""
     chosen = set(candidates)
     for node in reversed(list(graph.nodes)):
         if node in chosen and not node.users:

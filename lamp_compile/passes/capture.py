@@ -1,11 +1,11 @@
-"""A private, rewritable copy of a program: Dynamo's graph inside a torch.compile backend, an ExportedProgram, or an FX graph."""
+"""A private, rewritable copy of a program: Dynamo's graph, an ExportedProgram, or an FX graph."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ def _copied(module: GraphModule) -> GraphModule:
     made.train(module.training)
     # Private names of Dynamo that AOTAutograd reads; without them parameters stop being static inputs (CUDA graphs).
     if hasattr(module, "_param_name_to_source"):
-        made._param_name_to_source = dict(module._param_name_to_source)
+        made._param_name_to_source = dict(cast(Any, module._param_name_to_source))  # type: ignore[assignment]
     for old, new in zip(module.graph.nodes, graph.nodes, strict=True):
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source
@@ -78,9 +78,7 @@ def _copied(module: GraphModule) -> GraphModule:
 
 
 def _knows_shapes(graph: Graph) -> bool:
-    return all(
-        any(key in node.meta for key in KEYS) for node in graph.nodes if node.op not in ("output", "get_attr")
-    )
+    return all(any(key in node.meta for key in KEYS) for node in graph.nodes if node.op not in ("output", "get_attr"))
 
 
 def _propagate(module: GraphModule, example_inputs: Sequence[Any] | None) -> None:
@@ -92,7 +90,9 @@ def _propagate(module: GraphModule, example_inputs: Sequence[Any] | None) -> Non
         )
     wanted = sum(node.op == "placeholder" for node in module.graph.nodes)
     if len(example_inputs) != wanted:
-        raise InputError(f"{len(example_inputs)} example inputs for {wanted} inputs", where="example_inputs", fix="one for each")
+        raise InputError(
+            f"{len(example_inputs)} example inputs for {wanted} inputs", where="example_inputs", fix="one for each"
+        )
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     inputs = [mode.from_tensor(x, static_shapes=True) if isinstance(x, Tensor) else x for x in example_inputs]
     try:
@@ -100,5 +100,7 @@ def _propagate(module: GraphModule, example_inputs: Sequence[Any] | None) -> Non
             FakeTensorProp(module, mode).propagate_dont_convert_inputs(*inputs)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise CaptureError(
-            f"the graph does not run on these example inputs: {error}", where="example_inputs", fix="check their shapes and dtypes"
+            f"the graph does not run on these example inputs: {error}",
+            where="example_inputs",
+            fix="check their shapes and dtypes",
         ) from error

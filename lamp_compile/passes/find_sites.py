@@ -18,7 +18,10 @@ from lamp_compile.passes.patterns._values import Emitter
 
 _UNREAD = {
     "flex_attention": ("flex_attention carries its mask and score change as code", "use the SDPA spelling"),
-    "lowered_sdpa": ("this graph was lowered to a device's own attention already", "rewrite it before run_decompositions"),
+    "lowered_sdpa": (
+        "this graph was lowered to a device's own attention already",
+        "rewrite it before run_decompositions",
+    ),
     "safe_softmax": ("this graph was decomposed already", "rewrite it before run_decompositions"),
     "leaf_module": ("this capture keeps the module whole", "capture it with torch.export"),
     "native_multihead": ("the fused inference path of nn.MultiheadAttention", "capture it through torch.compile"),
@@ -64,7 +67,7 @@ def find_sites(program: Program) -> Found:
 
 
 def site_name(node: Node) -> str:
-    """The module path of a node, spelled the same for Dynamo (``L['self'].layers[0]``) and torch.export (``layers.0``)."""
+    """The module path of a node: one spelling for Dynamo's ``L['self'].layers[0]`` and torch.export's ``layers.0``."""
     stack = node.meta.get("nn_module_stack") or {}
     path = ""
     for entry in stack.values():
@@ -127,5 +130,7 @@ def _nested(node: Node) -> list[Refusal]:
                 call = read(inner)
                 if call is not None and call.op in ("sdpa", "softmax", "multihead", "encoder_layer"):
                     fix = "compile the model without nested regions"
-                    found.append(Refusal(site_name(inner), f"it is inside a nested region ({name})", fix, node=inner.name))
+                    found.append(
+                        Refusal(site_name(inner), f"it is inside a nested region ({name})", fix, node=inner.name)
+                    )
     return found

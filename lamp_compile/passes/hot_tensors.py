@@ -1,4 +1,4 @@
-"""The changeable tensors of every site of one compiled program, made once by site name, and their nodes in its graph."""
+"""The changeable tensors of every site, made once by site name, and the nodes that read them in a graph."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from lamp_compile.runtime.controls import Controls
 class HotTensors:
     """tau, floor and budget (``runtime.controls``), and the guard's state ``[1, G, 4]`` and statistics ``[1, G, 7]``.
 
-    Compiling the same site again (another sequence length, a second call of the backend for one compile) finds the same tensors.
+    Compiling a site again (another sequence length, a second call of the backend for one compile) finds the same
+    tensors.
 
     Args:
         controls: Settings to share with others, such as a KV cache; new ones when left out.
@@ -37,8 +38,9 @@ class HotTensors:
         """
         controls = self.controls.get_or_create(row, kv_heads, device)
         if controls.tau.shape[0] != kv_heads or controls.tau.device.type != device.type:
+            held = f"{controls.tau.shape[0]} on {controls.tau.device}"
             raise ModelError(
-                f"{kv_heads} kv heads on {device}, but the settings of this name are for {controls.tau.shape[0]} on {controls.tau.device}",
+                f"{kv_heads} kv heads on {device}, but the settings of this name are for {held}",
                 where=f"site {row.name}",
                 fix="use one lamp_compile.backend(...) object per model, and move the model before compiling it",
             )
@@ -48,7 +50,13 @@ class HotTensors:
                 torch._dynamo.mark_static_address(t, guard=False)
             self.states[row.name] = made
         state, stats = self.states[row.name]
-        found = {"tau": controls.tau, "floor": controls.floor, "budget": controls.budget, "state": state, "stats": stats}
+        found = {
+            "tau": controls.tau,
+            "floor": controls.floor,
+            "budget": controls.budget,
+            "state": state,
+            "stats": stats,
+        }
         if row.balance is not None:
             if row.name not in self._balance:
                 self._balance[row.name] = torch.tensor(row.balance, dtype=torch.float32, device=device)

@@ -16,8 +16,8 @@ from lamp_compile.plan import Plan
 def insert_guard(program: Program, sites: Iterable[AttentionSite], plan: Plan, wires: Wires) -> None:
     """Add ``lamp::guard`` after each ``lamp::attend``.
 
-    Without a cache the new state and statistics are copied into the hot tensors here; with one, the program copies what the
-    attention returned, and now takes the guard's results instead.
+    Without a cache the new state and statistics are copied into the hot tensors here; with one, the program copies
+    what the attention returned, and now takes the guard's results instead.
     """
     graph = program.graph
     for site in sites:

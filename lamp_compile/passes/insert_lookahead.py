@@ -20,7 +20,7 @@ SEEN = ("mask", "bias", "sinks", "start", "lengths", "block_table")
 
 
 def insert_lookahead(program: Program, sites: Iterable[AttentionSite], plan: Plan, wires: Wires) -> None:
-    """Add ``lamp::quantize`` (where no cache holds planes already) and ``lamp::look_ahead`` before each site's attention."""
+    """Add ``lamp::quantize`` (unless a cache holds planes) and ``lamp::look_ahead`` before each site's attention."""
     for site in sites:
         row = plan.site(site.name)
         attention = the(program.graph, "attention" if site.cache is None else "cached", site.name, "insert_lookahead")

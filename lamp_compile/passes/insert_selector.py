@@ -1,4 +1,4 @@
-"""Pass 3: choose a precision for every sub-tile of keys, and attend at those precisions instead of the original attention."""
+"""Pass 3: choose a precision for every sub-tile of keys, and attend at those precisions."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from lamp_compile.passes.insert_lookahead import PLANES, SEEN
 from lamp_compile.passes.patterns._dialect import bind
 from lamp_compile.passes.patterns._values import Emitter
 from lamp_compile.plan import Plan
+
+SHARED = ("causal", "window", "scale", "softcap", "keys", "k_format", "rotation", "query_bits", "subtile")
 
 
 def insert_selector(program: Program, sites: Iterable[AttentionSite], plan: Plan, wires: Wires) -> None:
@@ -37,7 +39,7 @@ def insert_selector(program: Program, sites: Iterable[AttentionSite], plan: Plan
             OPS["attend"], bound["q"], *_planes(graph, site, bound), levels,
             bound["k"] if exact else None, bound["v"] if exact else None, hot["balance"],
             *(bound.get(name) for name in SEEN),
-            **attributes(looked, "causal", "window", "scale", "softcap", "keys", "k_format", "rotation", "query_bits", "subtile"),
+            **attributes(looked, *SHARED),
             v_format=row.v_format, site=site.name,
         )  # fmt: skip
         out, *_ = outputs(attended, 3, emit)

@@ -71,7 +71,12 @@ def _fits(site: AttentionSite, row: SitePlan) -> None:
     for name, value in (("tau", row.tau), ("floor", row.floor)):
         if isinstance(value, tuple) and len(value) != site.kv_heads:
             raise PlanError(
-                f"{name} lists {len(value)} values for {site.kv_heads} kv heads", where=where, fix="one number, or one per kv head"
+                f"{name} lists {len(value)} values for {site.kv_heads} kv heads",
+                where=where,
+                fix="one number, or one per kv head",
             )
-    if row.balance is not None and (len(row.balance), len(row.balance[0]) if row.balance else 0) != (site.kv_heads, site.head_dim):
+    if row.balance is not None and (len(row.balance), len(row.balance[0]) if row.balance else 0) != (
+        site.kv_heads,
+        site.head_dim,
+    ):
         raise PlanError(f"balance is not {site.kv_heads} lists of {site.head_dim} numbers", where=where, fix="or null")

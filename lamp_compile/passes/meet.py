@@ -14,7 +14,7 @@ from lamp_compile.passes.patterns._values import Emitter, tensor
 
 
 def meet(program: Program, sites: Iterable[AttentionSite]) -> None:
-    """Replace the root of each site by ``lamp::attention`` (sites over a cache are there already), and remove what it absorbed."""
+    """Replace each site's root by ``lamp::attention`` and remove what it absorbed; over a cache it is there already."""
     for site in sites:
         if site.cache is None:
             _replace(site)

@@ -32,7 +32,11 @@ def _call(node: Node) -> str:
     call = read(node)
     target = str(node.target)
     op = target.replace(".default", "") if target.startswith("lamp.") or call is None else call.op
-    op = getattr(node.target, "__name__", op) if call is None and callable(node.target) and not target.startswith(("lamp.", "aten.")) else op
+    op = (
+        getattr(node.target, "__name__", op)
+        if call is None and callable(node.target) and not target.startswith(("lamp.", "aten."))
+        else op
+    )
     arguments = [_text(argument) for argument in node.args]
     arguments += [f"{name}={_text(argument)}" for name, argument in node.kwargs.items()]
     return f"{op}({', '.join(arguments)})"

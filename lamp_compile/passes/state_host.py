@@ -1,7 +1,7 @@
 """How changeable tensors (tau, floor, budget, guard state) enter a graph, so that changing them recompiles nothing.
 
-Each kind of program has its own way in: a Dynamo graph gets placeholders at the end of its inputs, an FX graph registered
-buffers, an ExportedProgram buffers in its signature and state dict.
+Each kind of program has its own way in: a Dynamo graph gets placeholders at the end of its inputs, an FX graph
+registered buffers, an ExportedProgram buffers in its signature and state dict.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ class Host:
         if (site, field) not in self._nodes:
             name = self._name(site, field)
             node = self._make(name, tensor)
-            node.meta[self._key] = self._mode.from_tensor(tensor, static_shapes=True) if self._mode is not None else tensor
+            node.meta[self._key] = (
+                self._mode.from_tensor(tensor, static_shapes=True) if self._mode is not None else tensor
+            )
             self.tensors[name] = tensor
             self._nodes[site, field] = node
         return self._nodes[site, field]
@@ -73,9 +75,9 @@ class DynamoHost(Host):
         last = [node for node in graph.nodes if node.op == "placeholder"]
         with graph.inserting_after(last[-1]) if last else graph.inserting_before():
             node = graph.placeholder(name)
-        # AOTAutograd wants a source for every input of a Dynamo graph; "unguarded" marks the address as fixed, so that CUDA
-        # graphs accept the in-place update of the guard's state.
-        node._dynamo_source = LocalSource(name)  # type: ignore[attr-defined]
+        # AOTAutograd wants a source for every input of a Dynamo graph; "unguarded" marks the address as fixed, so that
+        # CUDA graphs accept the in-place update of the guard's state.
+        node._dynamo_source = LocalSource(name)
         node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
         return node
 

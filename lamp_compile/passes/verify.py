@@ -1,4 +1,4 @@
-"""The check between the stages: what a rewritten graph must look like after each pass. Always on; it costs one walk per site."""
+"""The check between the stages: what a rewritten graph must look like after each pass. Always on."""
 
 from __future__ import annotations
 
@@ -88,7 +88,13 @@ def _check_output(item: Expected, found: dict[str, Node], where: str) -> None:
     last = found.get("attend") or found.get("attention") or found["cached"]
     if item.value is None:
         return
-    out = tensor(last) if last.target is torch.ops.lamp.attention.default else tensor(outcome(last, 0)[0]) if outcome(last, 0) else None
+    out = (
+        tensor(last)
+        if last.target is torch.ops.lamp.attention.default
+        else tensor(outcome(last, 0)[0])
+        if outcome(last, 0)
+        else None
+    )
     if out is None:
         raise _fault("nothing takes the attention's output", where)
     wanted = item.value.unsqueeze(1) if item.value.dim() == 3 else item.value
@@ -101,7 +107,12 @@ def _check_output(item: Expected, found: dict[str, Node], where: str) -> None:
     for reader in item.readers:
         for node in reader.all_input_nodes if not reader._erased else ():
             value = tensor(node)
-            if node in reached and value is not None and value.dim() == item.value.dim() and value.dtype != item.value.dtype:
+            if (
+                node in reached
+                and value is not None
+                and value.dim() == item.value.dim()
+                and value.dtype != item.value.dtype
+            ):
                 raise _fault(f"the output is {value.dtype}, it was {item.value.dtype}", where)
 
 

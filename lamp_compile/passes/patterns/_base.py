@@ -41,11 +41,11 @@ class Pattern:
     Attributes:
         name: Shown in reports.
         roots: Canonical operators (``_dialect``) that the reader anchors on.
-        read: ``(root, call, emitter) -> AttentionSite``; raises ``NoMatch`` or ``Refuse``. It may add pure nodes before the root
-            through the emitter (a transpose, a sum of two biases); they are taken back unless it returns a site. The site's
-            name is filled in by the caller.
-        expand: For operators that hold more than attention: replaces the root by smaller operators that another pattern then
-            reads; raises ``NoMatch`` or ``Refuse``.
+        read: ``(root, call, emitter) -> AttentionSite``; raises ``NoMatch`` or ``Refuse``. It may add pure nodes
+            through the emitter (a transpose, a sum of two biases), which are taken back unless it returns a site. The
+            caller fills in the site's name.
+        expand: For operators that hold more than attention: replaces the root by smaller operators that another pattern
+            then reads; raises ``NoMatch`` or ``Refuse``.
     """
 
     name: str

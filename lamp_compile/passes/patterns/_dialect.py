@@ -1,7 +1,7 @@
-"""One table of equivalent operators, so that one reader serves Dynamo's torch-level graphs and the ATen graphs of torch.export.
+"""One table of equivalent operators: one reader serves Dynamo's torch-level graphs and torch.export's ATen graphs.
 
-``read(node)`` gives a node's canonical operator and its arguments by name, whatever the spelling: a torch function, a tensor
-method, a Python operator, an ``aten`` overload, or a leaf module.
+``read(node)`` gives a node's canonical operator and its arguments by name, whatever the spelling: a torch function, a
+tensor method, a Python operator, an ``aten`` overload, or a leaf module.
 """
 
 from __future__ import annotations
@@ -60,7 +60,11 @@ _ROWS: tuple[tuple[str, tuple[str, ...], tuple[Any, ...]], ...] = (
         (*_TWO, "alpha"),
         (torch.add, operator.add, operator.iadd, "add", "add_", aten.add.Tensor, aten.add_.Tensor, aten.add.Scalar),
     ),
-    ("sub", (*_TWO, "alpha"), (torch.sub, operator.sub, operator.isub, "sub", "sub_", aten.sub.Tensor, aten.sub_.Tensor)),
+    (
+        "sub",
+        (*_TWO, "alpha"),
+        (torch.sub, operator.sub, operator.isub, "sub", "sub_", aten.sub.Tensor, aten.sub_.Tensor),
+    ),
     (
         "mul",
         _TWO,

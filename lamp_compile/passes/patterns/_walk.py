@@ -65,11 +65,13 @@ def through(node: Any, passed: list[Node]) -> Any:
 
 def training() -> Refuse:
     """The refusal of a graph that was captured in training mode."""
-    return Refuse("attention weights are dropped out: the model is in training mode", "call model.eval()", training=True)
+    return Refuse(
+        "attention weights are dropped out: the model is in training mode", "call model.eval()", training=True
+    )
 
 
 def true_kv(node: Node, passed: list[Node]) -> Node:
-    """The keys or values ``[B, G, N, D]`` before they were repeated to all query heads; the node itself when they were not."""
+    """Keys or values ``[B, G, N, D]`` before they were repeated to all query heads; the node itself if not repeated."""
     seen: list[Node] = []
     outer = node
     while (call := read(outer)) is not None and (call.op == "same" or (call.op == "slice" and is_noop(outer, call))):
@@ -125,7 +127,12 @@ def _adds_group_axis(call: Call) -> bool:
 def transposed(node: Node, emit: Emitter, passed: list[Node]) -> Node:
     """The node whose last two axes, swapped, give ``node``; a new transpose when there is none to look through."""
     call, found = read(node), tensor(node)
-    if call is not None and found is not None and isinstance(call.get("input"), Node) and _swaps_last(call, found.dim()):
+    if (
+        call is not None
+        and found is not None
+        and isinstance(call.get("input"), Node)
+        and _swaps_last(call, found.dim())
+    ):
         passed.append(node)
         return call["input"]  # type: ignore[no-any-return]
     return emit.call(aten.transpose.int, node, -1, -2)
@@ -139,7 +146,11 @@ def _swaps_last(call: Call, rank: int) -> bool:
         return all(isinstance(d, int) for d in dims) and {d % rank for d in dims} == {rank - 1, rank - 2}
     if call.op == "permute":
         dims = call.get("dims", ())
-        return all(isinstance(d, int) for d in dims) and [d % rank for d in dims] == [*range(rank - 2), rank - 1, rank - 2]
+        return all(isinstance(d, int) for d in dims) and [d % rank for d in dims] == [
+            *range(rank - 2),
+            rank - 1,
+            rank - 2,
+        ]
     return False
 
 

@@ -1,4 +1,4 @@
-"""``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer``: single nodes in a Dynamo graph, opened up around an SDPA node.
+"""``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer``: single nodes in a Dynamo graph, opened up around SDPA.
 
 The ``sdpa`` pattern then reads that node. Shapes: L queries, N keys, B batch, E embedding.
 """
@@ -53,7 +53,12 @@ def _refuse_odd(root: Node, call: Call, results: dict[Any, Node]) -> None:
         raise Refuse("its results are used as a whole")
     if call.get("need_weights", True) and 1 in results and results[1].users:
         raise Refuse("the attention weights are used", "call it with need_weights=False")
-    for name, what in (("bias_k", "add_bias_kv"), ("bias_v", "add_bias_kv"), ("static_k", "static keys"), ("static_v", "static values")):
+    for name, what in (
+        ("bias_k", "add_bias_kv"),
+        ("bias_v", "add_bias_kv"),
+        ("static_k", "static keys"),
+        ("static_v", "static values"),
+    ):
         if call.get(name) is not None:
             raise Refuse(f"{what} is not supported", "leave it out")
     if call.get("add_zero_attn"):
@@ -151,7 +156,7 @@ def _self_attention(call: Call, x: Node, emit: Emitter) -> Node:
 
 
 def _layer_mask(call: Call, emit: Emitter) -> Node | None:
-    """mask_type 0 is ``[L, L]``, 1 is padding ``[B, L]``, 2 is both, ``[B, H, L, L]``. The operator reads any non-zero entry as hidden."""
+    """mask_type 0 is ``[L, L]``, 1 padding ``[B, L]``, 2 both, ``[B, H, L, L]``; any non-zero entry hides a key."""
     mask, kind = call.get("mask"), call.get("mask_type")
     if mask is None:
         return None

@@ -41,7 +41,7 @@ def read_sdpa(root: Node, call: Call, emit: Emitter) -> AttentionSite:
     return checked(site)
 
 
-def _mask(node: Any, q: Node, emit: Emitter) -> dict[str, Node]:
+def _mask(node: Any, q: Node, emit: Emitter) -> dict[str, Any]:
     if not isinstance(node, Node):
         return {}
     found, query = tensor(node), tensor(q)
