@@ -13,6 +13,7 @@ from tests.models.measure import Outcome, on_decoder, on_graph
 from tests.models.zoo import FAMILIES, Expected, Family, build
 from tests.tolerances import HIGH_OVER_BOTH, ZOO
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 GRAPHS = [(family, spelling) for family in FAMILIES for spelling in family.graph]
 DECODERS = [family for family in FAMILIES if family.decoder]
 

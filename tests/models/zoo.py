@@ -1,7 +1,7 @@
 """Tiny random models of the families people run, and what is expected of each on every route.
 
-Weights are drawn wide (``SPREAD``), so that attention is peaked: with the usual 0.02 every softmax is nearly uniform, and
-a wrong scale or a lost mask would hardly show.
+Weights are drawn wide (``SPREAD``), so that attention is peaked: with the usual 0.02 every softmax is nearly uniform,
+and a wrong scale or a lost mask would hardly show.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def _vit_inputs() -> dict[str, Tensor]:
 BOTH = {"sdpa": Expected(2), "eager": Expected(2)}
 SIX = {"sdpa": Expected(6), "eager": Expected(6)}
 EAGER = {"eager": Expected(2)}
-ROUTED = Expected(2, unclaimed=2, reason="no matmul")
+ROUTED = Expected(2, unclaimed=2, reason="between a product of queries and keys")
 DEEPSEEK = dict(
     num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16,
     n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=32, n_shared_experts=1,
