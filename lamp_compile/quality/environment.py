@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import shutil
 from importlib import metadata
 from typing import Any
 
@@ -33,3 +35,9 @@ def device_name(device: torch.device | str) -> str:
 def environment(device: torch.device | str) -> dict[str, Any]:
     """``{"device", "versions"}``, as every JSON report starts."""
     return {"device": device_name(device), "versions": versions()}
+
+
+def cpp_compiler() -> str | None:
+    """The C++ compiler that Inductor would find on this machine; None where there is none."""
+    named = os.environ.get("CXX")
+    return next((name for name in (named, "g++", "clang++", "c++") if name and shutil.which(name)), None)
