@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from dataclasses import replace
 
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from lamp_compile.errors import ModelError
 from lamp_compile.ir import AttentionSite, Found, Refusal
@@ -26,7 +26,7 @@ _UNREAD = {
     "leaf_module": ("this capture keeps the module whole", "capture it with torch.export"),
     "native_multihead": ("the fused inference path of nn.MultiheadAttention", "capture it through torch.compile"),
 }
-_NESTED = ("invoke_subgraph", "wrap", "checkpoint", "cond", "while_loop", "scan", "map_impl")
+_ANCHORS = ("sdpa", "softmax", "multihead", "encoder_layer", *_UNREAD)
 
 
 def find_sites(program: Program) -> Found:
@@ -38,7 +38,7 @@ def find_sites(program: Program) -> Found:
     refusals: list[Refusal] = []
     expanded: set[Node] = set()
     for node in list(program.graph.nodes):
-        call = read(node)
+        call = _read(node)
         for pattern in all_patterns().values():
             if call is not None and pattern.expand is not None and call.op in pattern.roots:
                 refusals.extend(_expand(node, call, pattern))
@@ -47,7 +47,7 @@ def find_sites(program: Program) -> Found:
     unclaimed: list[Refusal] = []
     names: Counter[str] = Counter()
     for node in list(program.graph.nodes):
-        call = read(node)
+        call = _read(node)
         if node in expanded or call is None:
             unclaimed.extend(_nested(node))
             continue
@@ -76,6 +76,16 @@ def site_name(node: Node) -> str:
     path = re.sub(r"\._modules\b", "", path)
     path = re.sub(r"\[(['\"]?)([^'\"\]]*)\1\]", r".\2", path)
     return re.sub(r"@\d+", "", path).strip(".") or "attention"
+
+
+def _read(node: Node) -> Call | None:
+    """The canonical form of a node, whose operator the table knows or a pattern declares."""
+    call = read(node)
+    for pattern in all_patterns().values():
+        if call is None and node.op in ("call_function", "call_method") and node.target in pattern.operators:
+            named = dict(zip(pattern.operators[node.target], node.args, strict=False))
+            return Call(pattern.name, {**named, **node.kwargs})
+    return call
 
 
 def _first_outcome(node: Node, call: Call, readers: list[Pattern]) -> AttentionSite | Refusal | None:
@@ -118,19 +128,16 @@ def _refusal(node: Node, refuse: Refuse, pattern: Pattern) -> Refusal:
 
 def _nested(node: Node) -> list[Refusal]:
     """A child graph is not entered: say so when there is attention in it."""
-    name = getattr(node.target, "__name__", str(node.target))
     owner = node.graph.owning_module
-    if node.op != "call_function" or name not in _NESTED or owner is None:
+    if node.op != "call_function" or owner is None:
         return []
     found = []
-    for argument in node.args:
-        if isinstance(argument, Node) and argument.op == "get_attr":
-            child = getattr(owner, str(argument.target), None)
-            for inner in child.graph.nodes if child is not None and hasattr(child, "graph") else ():
-                call = read(inner)
-                if call is not None and call.op in ("sdpa", "softmax", "multihead", "encoder_layer"):
-                    fix = "compile the model without nested regions"
-                    found.append(
-                        Refusal(site_name(inner), f"it is inside a nested region ({name})", fix, node=inner.name)
-                    )
+    for argument in node.all_input_nodes:
+        child = getattr(owner, str(argument.target), None) if argument.op == "get_attr" else None
+        for inner in child.graph.nodes if isinstance(child, GraphModule) else ():
+            call = read(inner)
+            if call is not None and call.op in _ANCHORS:
+                reason = f"it is inside a nested region ({node.target})"
+                fix = "compile the model without nested regions"
+                found.append(Refusal(site_name(inner), reason, fix, node=inner.name))
     return found

@@ -71,14 +71,18 @@ def test_no_drawer(name: str) -> None:
 
 
 def test_library_reads_no_environment_and_evaluates_nothing() -> None:
-    """No environment variable is an interface; nothing from outside is unpickled, evaluated or run."""
+    """No environment variable is an interface; nothing from outside is unpickled, evaluated or run.
+
+    ``doctor`` alone looks at the environment, to say which compiler Inductor would find.
+    """
     forbidden = {"os.environ", "os.getenv", "pickle", "eval", "exec", "torch.load", "trust_remote_code=True"}
     hits = []
     for path in sources("lamp_compile"):
+        allowed = {"os.environ"} if path.name == "environment.py" else set()
         for node in ast.walk(ast.parse(path.read_text())):
             text = ast.unparse(node) if isinstance(node, ast.Attribute | ast.keyword) else ""
             name = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
-            if {text, name} & forbidden:
+            if {text, name} & (forbidden - allowed):
                 hits.append(f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', '?')}: {text or name}")
     assert not hits, "\n".join(hits)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch.fx import Node
 
@@ -44,6 +45,8 @@ class Pattern:
         read: ``(root, call, emitter) -> AttentionSite``; raises ``NoMatch`` or ``Refuse``. It may add pure nodes
             through the emitter (a transpose, a sum of two biases), which are taken back unless it returns a site. The
             caller fills in the site's name.
+        operators: Targets that ``_dialect`` does not know, with the names of their parameters. They are read as an
+            operator called like the pattern, so that a spelling with an operator of its own is one file.
         expand: For operators that hold more than attention: replaces the root by smaller operators that another pattern
             then reads; raises ``NoMatch`` or ``Refuse``.
     """
@@ -52,3 +55,4 @@ class Pattern:
     roots: tuple[str, ...]
     read: Read | None = None
     expand: Expand | None = None
+    operators: Mapping[Any, tuple[str, ...]] = field(default_factory=dict)
