@@ -23,7 +23,7 @@ class LampBackend:
 
     Attributes:
         options: What was asked for, checked.
-        reports: One per compiled graph, in the order of compilation.
+        reports: One per call of the backend, in order; torch may call it twice for one compile.
     """
 
     __name__ = "lamp"
@@ -32,6 +32,10 @@ class LampBackend:
         self.options = options
         self.reports: list[Report] = []
         self._hot = HotTensors(controls)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LampBackend:
+        """Itself: transformers copies the configuration that a backend sits in, and the settings are to be shared."""
+        return self
 
     @property
     def controls(self) -> Controls:

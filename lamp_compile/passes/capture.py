@@ -74,6 +74,8 @@ def _copied(module: GraphModule) -> GraphModule:
     for old, new in zip(module.graph.nodes, graph.nodes, strict=True):
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source
+        if isinstance(new.target, torch._ops.OpOverloadPacket) and new.target._qualified_op_name.startswith("lamp::"):
+            new.target = new.target.default
     return made
 
 

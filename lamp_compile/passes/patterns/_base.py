@@ -47,7 +47,7 @@ class Pattern:
             caller fills in the site's name.
         operators: Targets that ``_dialect`` does not know, with the names of their parameters. They are read as an
             operator called like the pattern, so that a spelling with an operator of its own is one file.
-        expand: For operators that hold more than attention: replaces the root by smaller operators that another pattern
+        expand: For operators that hold more than attention: replaces the root by smaller ones that another pattern
             then reads; raises ``NoMatch`` or ``Refuse``.
     """
 

@@ -202,11 +202,16 @@ def _read_module(node: Node) -> Call | None:
     return None
 
 
+def schema_of(node: Node) -> torch.FunctionSchema:
+    """The schema of an operator's node."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    return node.target._schema
+
+
 def bind(node: Node) -> dict[str, Any]:
     """All arguments of a ``lamp::`` node by name, defaults filled in."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    positional = [argument.name for argument in schema if not argument.kwarg_only]
-    bound = {argument.name: argument.default_value for argument in schema}
-    bound.update(zip(positional, node.args, strict=False))
+    arguments = schema_of(node).arguments
+    bound = {argument.name: argument.default_value for argument in arguments}
+    bound.update(zip((a.name for a in arguments if not a.kwarg_only), node.args, strict=False))
     bound.update(node.kwargs)
     return bound

@@ -154,10 +154,34 @@ def _swaps_last(call: Call, rank: int) -> bool:
     return False
 
 
-def with_heads(node: Node, emit: Emitter) -> Node:
-    """``[B, S, D]`` -> ``[B, 1, S, D]``; four axes stay."""
-    found = tensor(node)
-    return emit.call(aten.unsqueeze.default, node, -3) if found is not None and found.dim() == 3 else node
+def heads_of(q: Node, k: Node, v: Node, passed: list[Node], emit: Emitter) -> tuple[Node, Node, Node, dict[str, Any]]:
+    """Queries, keys and values with four axes and the true kv heads, and the size fields of their site.
+
+    Raises:
+        Refuse: They have other axes than [batch, heads, tokens, channels], or [batch, tokens, channels] all three.
+    """
+    inner: list[Node] = []
+    single, repeated = [true_kv(node, inner) for node in (k, v)], [k, v]
+    counts = [x.shape[1] if (x := tensor(node)) is not None and x.dim() == 4 else None for node in single]
+    if counts[0] == counts[1]:
+        passed.extend(inner)
+        repeated = single
+    nodes = [q, *repeated]
+    ranks = {None if (x := tensor(node)) is None else x.dim() for node in nodes}
+    if None in ranks:
+        raise Refuse("shapes are not known here")
+    if ranks == {3}:
+        nodes = [emit.call(aten.unsqueeze.default, node, 1) for node in nodes]
+    elif ranks != {4}:
+        axes = ", ".join(map(str, sorted(r for r in ranks if r is not None)))
+        raise Refuse(f"it has {axes} axes, not [batch, heads, tokens, channels]", "reshape to four axes")
+    values = [tensor(node) for node in nodes]
+    assert values[0] is not None
+    assert values[1] is not None
+    assert values[2] is not None
+    if not same(values[1].shape[1], values[2].shape[1]):
+        raise Refuse("keys and values have different numbers of heads")
+    return nodes[0], nodes[1], nodes[2], sizes(values[0], values[1], values[2])
 
 
 def checked(site: AttentionSite) -> AttentionSite:
@@ -171,8 +195,6 @@ def checked(site: AttentionSite) -> AttentionSite:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x is None:
             continue
-        if x.dim() != 4:
-            raise Refuse(f"{name} has {x.dim()} axes, not [batch, heads, tokens, channels]", "reshape it to four axes")
         if x.dtype not in FLOATS:
             raise Refuse(f"{name} is {x.dtype}", "use float16, bfloat16 or float32")
         if any(isinstance(size, int) and size == 0 for size in x.shape):

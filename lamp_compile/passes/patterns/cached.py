@@ -6,7 +6,7 @@ from torch.fx import Node
 
 from lamp_compile.ir import AttentionSite, CacheRef
 from lamp_compile.passes.patterns._base import NoMatch, Pattern
-from lamp_compile.passes.patterns._dialect import Call, bind
+from lamp_compile.passes.patterns._dialect import Call, bind, schema_of
 from lamp_compile.passes.patterns._values import Emitter, tensor
 from lamp_compile.passes.patterns._walk import checked
 from lamp_compile.runtime import formats
@@ -18,8 +18,8 @@ def read_cached(root: Node, call: Call, emit: Emitter) -> AttentionSite:
     q, k_high, v_high = (tensor(bound[name]) for name in ("q", "k_high", "v_high"))
     if q is None or k_high is None or v_high is None:
         raise NoMatch("shapes are not known here")
-    names = [argument.name for argument in root.target._schema.arguments]  # type: ignore[union-attr]
-    tensors = [argument.name for argument in root.target._schema.arguments if not argument.kwarg_only]  # type: ignore[union-attr]
+    names = [argument.name for argument in schema_of(root).arguments]
+    tensors = [argument.name for argument in schema_of(root).arguments if not argument.kwarg_only]
     nodes = {name: bound[name] for name in tensors if name not in ("q", "mask", "bias", "sinks")}
     settings = {name: bound[name] for name in names if name not in tensors}
     site = AttentionSite(

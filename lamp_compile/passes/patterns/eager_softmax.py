@@ -17,7 +17,7 @@ from lamp_compile.passes.patterns._base import NoMatch, Pattern, Refuse
 from lamp_compile.passes.patterns._dialect import Call, aten, read
 from lamp_compile.passes.patterns._scores import NOT_ATTENTION, Scores, walk_up
 from lamp_compile.passes.patterns._values import Emitter, same, tensor
-from lamp_compile.passes.patterns._walk import checked, checks, sizes, through, transposed, true_kv, users, with_heads
+from lamp_compile.passes.patterns._walk import checked, checks, heads_of, through, transposed, users
 
 
 def read_eager_softmax(root: Node, call: Call, emit: Emitter) -> AttentionSite:
@@ -39,18 +39,8 @@ def read_eager_softmax(root: Node, call: Call, emit: Emitter) -> AttentionSite:
             )
     emit.before(product)
     absorbed = list(inside)
-    k = with_heads(true_kv(transposed(k_t, emit, absorbed), absorbed), emit)
-    v = with_heads(true_kv(_argument(product, 1), absorbed), emit)
-    q = with_heads(q, emit)
-    values = [tensor(node) for node in (q, k, v)]
-    for x in values:
-        if x is None or x.dim() != 4:
-            raise Refuse(
-                "queries, keys or values are not [batch, heads, tokens, channels]", "reshape them to four axes"
-            )
-    if values[1].shape[1] != values[2].shape[1]:  # type: ignore[union-attr]
-        raise Refuse("keys and values have different numbers of heads")
-    found = sizes(*values)  # type: ignore[arg-type]
+    k = transposed(k_t, emit, absorbed)
+    q, k, v, found = heads_of(q, k, _argument(product, 1), absorbed, emit)
     return checked(
         AttentionSite(
             name="",
