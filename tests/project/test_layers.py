@@ -49,6 +49,19 @@ def test_plugins_stand_alone(folder: str) -> None:
         assert not others, f"{path.name} imports {others}"
 
 
+@pytest.mark.parametrize(("folder", "above"), [("runtime/formats", "runtime"), ("passes/patterns", "passes")])
+def test_inner_folders_know_nothing_of_their_users(folder: str, above: str) -> None:
+    """Formats import no other part of the runtime, patterns none of the passes."""
+    package = "lamp_compile." + folder.replace("/", ".")
+    for path in sorted((PACKAGE / folder).glob("*.py")):
+        outside = {
+            name
+            for name in imports(path.read_text(), package)
+            if name.startswith(f"lamp_compile.{above}.") and not f"{name}.".startswith(f"{package}.")
+        }
+        assert not outside, f"{path.name} imports {outside}"
+
+
 def test_runtime_never_imports_passes() -> None:
     """A compiled model runs without the compiler: in a fresh interpreter the operators load no pass."""
     code = (
