@@ -22,6 +22,7 @@ from lamp_compile.runtime.controls import Controls
 NOTE = (
     "this module was compiled as a graph: there is no cache of planes, so keys and values are quantised at every call"
 )
+ENCODER_NOTE = "generate runs the encoder by itself, outside the compiled forward"
 ATTENTION = (nn.MultiheadAttention, nn.Transformer, nn.TransformerDecoderLayer, nn.TransformerEncoderLayer)
 
 
@@ -58,7 +59,8 @@ class GraphLamp:
         Raises:
             ModelError: Nothing was compiled yet.
         """
-        return merged(self.backend.reports, NOTE)
+        separate = getattr(getattr(self.original, "config", None), "is_encoder_decoder", False)
+        return merged(self.backend.reports, NOTE, *([ENCODER_NOTE] if separate else []))
 
 
 def merged(reports: Sequence[Report], *notes: str) -> Report:

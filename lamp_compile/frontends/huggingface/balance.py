@@ -69,5 +69,4 @@ def _rotated_channels(head_dim: int, config: Any) -> int:
 
 
 def _floored(rms: Tensor) -> Tensor:
-    loudest = rms.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    return rms.clamp_min(loudest * SMALLEST)
+    return rms.maximum((rms.amax(-1, keepdim=True) * SMALLEST).clamp_min(1e-12))
