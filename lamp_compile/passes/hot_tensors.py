@@ -11,7 +11,7 @@ from lamp_compile.ir import AttentionSite
 from lamp_compile.passes.patterns._values import tensor
 from lamp_compile.passes.state_host import Host
 from lamp_compile.plan import SitePlan
-from lamp_compile.runtime import guard
+from lamp_compile.runtime import guard, rotation
 from lamp_compile.runtime.controls import Controls
 
 
@@ -76,9 +76,20 @@ class Wires:
         A site over a cache has them in the cache; any other gets them from the host.
         """
         names = ("tau", "floor", "budget", "state", "stats", "balance")
+        _make_rotations(site, row)
         if site.cache is not None:
             return {name: site.cache.nodes[name] for name in names}
         q = tensor(site.q)
         assert q is not None
         tensors = self._hot.of(row, site.kv_heads, q.device)
         return {name: self._host.node(site.name, name, tensors[name]) if name in tensors else None for name in names}
+
+
+def _make_rotations(site: AttentionSite, row: SitePlan) -> None:
+    """Make the site's rotation matrices now: made at the first call, they would lie in a CUDA graph's private memory."""
+    q = tensor(site.q)
+    assert q is not None
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    like = torch.empty((), dtype=dtype, device=q.device)
+    for size in (site.head_dim, site.value_dim):
+        rotation.matrix(size, row.rotation, like)

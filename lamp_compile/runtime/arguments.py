@@ -63,7 +63,7 @@ class Visibility:
     def live(self, rows: slice, queries: int, capacity: int, device: torch.device) -> Tensor:
         """Boolean, broadcastable to ``[B, H, rows, capacity]``: the liveness rule of ``runtime/ops.py``."""
         j = torch.arange(capacity, device=device)
-        end = torch.as_tensor(self.keys, device=device).reshape(1, 1, 1, 1)
+        end = torch.full((1, 1, 1, 1), self.keys, device=device)  # no copy from the host: CUDA graphs refuse it
         if self.lengths is not None:
             end = torch.minimum(end, self.lengths.reshape(-1, 1, 1, 1))
         live = j < end
