@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lamp_compile import plan
+from lamp_compile import cli, plan
 from lamp_compile.plan import GuardPlan, Plan, SitePlan
 from tests.project import operator_page
 
@@ -103,6 +104,29 @@ def test_formats_and_rules_are_documented() -> None:
 def test_presets_are_documented() -> None:
     table = {row[0].strip("`"): row[1] for row in rows(ROOT / "docs" / "plan.md", "Presets")}
     assert table == {name: f"`tau` {preset['tau']}" for name, preset in plan.PRESETS.items()}
+
+
+def options(parser: argparse.ArgumentParser) -> dict[str, set[str]]:
+    """Long options of each subcommand."""
+    (choices,) = (a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    return {
+        name: {o for action in command._actions for o in action.option_strings if o.startswith("--")}
+        for name, command in choices.items()
+    }
+
+
+def test_every_command_and_option_is_documented() -> None:
+    page = ROOT / "docs" / "cli.md"
+    known = {name: found - {"--help"} for name, found in options(cli.parser()).items()}
+    table = {re.findall(r"--[\w-]+", row[0])[0]: row[1] for row in rows(page, "Options")}
+    for name, found in known.items():
+        assert f"| `lamp-compile {name}" in page.read_text(encoding="utf-8")
+        for option, where in table.items():
+            everywhere = where == "all" or (where == "all but `doctor`" and name != "doctor")
+            named = f"`{name}`" in where and not where.startswith("all")
+            documented = everywhere or named
+            assert documented == (option in found), (name, option)
+    assert set(table) == set().union(*known.values())
 
 
 def test_operator_page_is_current() -> None:
