@@ -64,7 +64,7 @@ HIGH_OVER_BOTH = 5.0
 comparison that would pass with the original attention in place."""
 
 TIPPED = {
-    torch.float32: Tolerance(3e-4, "a last-bit difference tips the rounding of a few of the next layer's keys by a step"),
+    torch.float32: Tolerance(3e-4, "a last-bit difference tips the rounding of a few keys of the next layer by a step"),
     torch.bfloat16: Tolerance(3e-2, "the same, and every activation is rounded to 8 bits of mantissa on its way"),
     torch.float16: Tolerance(4e-3, "the same, and every activation is rounded to 11 bits of mantissa on its way"),
 }

@@ -7,6 +7,7 @@ Paley, 1933).
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import torch
@@ -52,7 +53,7 @@ def _matrix(head_dim: int) -> Tensor:
     two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
     while doubled > 1:
         matrix, doubled = torch.kron(two, matrix), doubled // 2
-    return matrix / head_dim**0.5
+    return matrix / math.sqrt(head_dim)
 
 
 @cache
