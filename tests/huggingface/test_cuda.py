@@ -1,0 +1,52 @@
+"""On a CUDA device: the decode step is captured as a CUDA graph. Skipped elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+import lamp_compile
+from tests.huggingface import reference
+from tests.tolerances import TIPPED
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture
+def on_device() -> Any:
+    """The tiny Llama on the GPU."""
+    return reference.build("Llama", "sdpa").cuda()
+
+
+def test_eager_equals_the_cpu(on_device: Any, model: Any, ids: Tensor) -> None:
+    fast = lamp_compile.compile(on_device, mode="eager", balance="never", floor=1)
+    wanted = reference.logits(lamp_compile.compile(model, mode="eager", balance="never", floor=1), ids)
+    assert reference.relative(reference.logits(fast, ids.cuda()).cpu(), wanted) < 10 * TIPPED[torch.float32].relative
+
+
+def test_decoding_is_one_captured_graph(on_device: Any, ids: Tensor, greedy: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    fast = lamp_compile.compile(on_device)
+    assert fast.lamp.mode == "reduce-overhead"
+    wanted = lamp_compile.compile(on_device, mode="eager").generate(ids.cuda(), **greedy)
+    agreement = [float((fast.generate(ids.cuda(), **greedy) == wanted).float().mean()) for _ in range(3)]
+    assert min(agreement) > 0.95
+    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["inductor"]["cudagraph_skips"] == 0
+
+
+def test_settings_act_on_the_captured_graph(on_device: Any, ids: Tensor, greedy: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    fast = lamp_compile.compile(on_device)
+    shares = []
+    for settings in ({"tau": 1e9}, {"tau": 0.0}, {"tau": 1e9, "floor": 1}):
+        fast.lamp.controls.set(**settings)
+        cache = fast.lamp.cache()
+        fast.generate(ids.cuda(), past_key_values=cache, **greedy)
+        shares.append(cache.guard_report()[0]["refined_share"])
+    assert shares == [0.0, 1.0, 1.0]
