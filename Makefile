@@ -20,7 +20,7 @@ STAMP := $(VENV)/.installed-$(notdir $(CONSTRAINTS))
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -9
+	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else \
