@@ -13,9 +13,10 @@ from lamp_compile.ir import AttentionSite, Found, Refusal
 from lamp_compile.passes.capture import Program
 from lamp_compile.passes.patterns import all_patterns
 from lamp_compile.passes.patterns._base import NoMatch, Pattern, Refuse
-from lamp_compile.passes.patterns._dialect import Call, read
+from lamp_compile.passes.patterns._dialect import Call, aten, read
 from lamp_compile.passes.patterns._values import Emitter
 
+_DECOMPOSED = "if this was an attention: rewrite it before run_decompositions"
 _UNREAD = {
     "flex_attention": ("flex_attention carries its mask and score change as code", "use the SDPA spelling"),
     "lowered_sdpa": (
@@ -104,7 +105,8 @@ def _first_outcome(node: Node, call: Call, readers: list[Pattern]) -> AttentionS
             return _refusal(node, refuse, pattern)
     if not readers:
         return None
-    return Refusal(site_name(node), "; ".join(missing), node=node.name)
+    fix = _DECOMPOSED if node.target is aten._softmax.default else ""
+    return Refusal(site_name(node), "; ".join(missing), fix, node=node.name)
 
 
 def _expand(node: Node, call: Call, pattern: Pattern) -> list[Refusal]:

@@ -96,7 +96,11 @@ _ROWS: tuple[tuple[str, tuple[str, ...], tuple[Any, ...]], ...] = (
     ("tensor", ("data",), (torch.tensor, aten.scalar_tensor.default)),
     ("dropout", ("input", "p", "training", "inplace"), (F.dropout,)),
     ("dropout", ("input", "p", "training"), (torch.dropout, aten.dropout.default)),
-    ("cast", ("input", "dtype"), ("to", "type", "type_as", aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout)),
+    (
+        "cast",
+        ("input", "dtype"),
+        ("to", "type", "type_as", aten.to.dtype, aten.to.dtype_layout, aten.type_as.default, aten._to_copy.default),
+    ),
     ("cast", ("input",), ("float", "half", "bfloat16", "double")),
     (
         "same",

@@ -19,13 +19,18 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def users(node: Node) -> list[Node]:
-    """Users of a node, without the metadata checks that torch.export sprinkles in."""
-    return [user for user in node.users if (call := read(user)) is None or call.op != "check"]
+    """Users of a node, without what torch.export sprinkles in."""
+    return [user for user in node.users if not _is_leftover(user)]
 
 
-def checks(nodes: Iterable[Node]) -> list[Node]:
-    """The metadata checks on these nodes."""
-    return [user for node in nodes for user in node.users if (call := read(user)) is not None and call.op == "check"]
+def leftovers(nodes: Iterable[Node]) -> list[Node]:
+    """Metadata checks on these nodes, and results taken of them that nobody uses."""
+    return [user for node in nodes for user in node.users if _is_leftover(user)]
+
+
+def _is_leftover(node: Node) -> bool:
+    call = read(node)
+    return call is not None and not node.users and call.op in ("check", "getitem")
 
 
 def is_noop(node: Node, call: Call | None) -> bool:

@@ -17,7 +17,7 @@ from lamp_compile.passes.patterns._base import NoMatch, Pattern, Refuse
 from lamp_compile.passes.patterns._dialect import Call, aten, read
 from lamp_compile.passes.patterns._scores import NOT_ATTENTION, Scores, walk_up
 from lamp_compile.passes.patterns._values import Emitter, same, tensor
-from lamp_compile.passes.patterns._walk import checked, checks, heads_of, through, transposed, users
+from lamp_compile.passes.patterns._walk import checked, heads_of, leftovers, through, transposed, users
 
 
 def read_eager_softmax(root: Node, call: Call, emit: Emitter) -> AttentionSite:
@@ -54,7 +54,7 @@ def read_eager_softmax(root: Node, call: Call, emit: Emitter) -> AttentionSite:
             sinks=_sinks(scores.sink, found["heads"]),
             mask=_mask(scores, emit),
             bias=_bias(scores, weights.dim(), emit),
-            absorbed=(*absorbed, *checks(absorbed)),
+            absorbed=(*absorbed, *leftovers(absorbed)),
             **found,
         )
     )

@@ -11,7 +11,7 @@ from lamp_compile.ir import AttentionSite
 from lamp_compile.passes.patterns._base import Pattern, Refuse
 from lamp_compile.passes.patterns._dialect import Call, aten
 from lamp_compile.passes.patterns._values import Emitter, tensor
-from lamp_compile.passes.patterns._walk import checked, checks, heads_of, training
+from lamp_compile.passes.patterns._walk import checked, heads_of, leftovers, training
 
 
 def read_sdpa(root: Node, call: Call, emit: Emitter) -> AttentionSite:
@@ -25,7 +25,7 @@ def read_sdpa(root: Node, call: Call, emit: Emitter) -> AttentionSite:
     q, k, v, found = heads_of(call["query"], call["key"], call["value"], passed, emit)
     site = AttentionSite(
         name="", pattern="sdpa", root=root, q=q, k=k, v=v,
-        causal="top_left" if causal else "", scale=call.get("scale"), absorbed=(*passed, *checks(passed)),
+        causal="top_left" if causal else "", scale=call.get("scale"), absorbed=(*passed, *leftovers(passed)),
         **_mask(call.get("attn_mask"), emit, with_heads=q is not call["query"]), **found,
     )  # fmt: skip
     return checked(site)
