@@ -170,7 +170,7 @@ def complaints(report: Report, measured: list[Row], context: int, faults: dict[s
         found.append("no attention site was rewritten")
     lamp = next(row for row in measured if row.name == "lamp")
     if not lamp.agreement >= MIN_AGREEMENT:
-        found.append(f"agreement is {lamp.agreement:.2%}, below {MIN_AGREEMENT:.0%}")
+        found.append(f"agreement is {lamp.agreement:.2%}, below {100 * MIN_AGREEMENT:g} %")
     values = sum(2 * site.kv_heads * site.head_dim for site in report.sites if site.name in report.rewritten) * context
     bits = 8 * lamp.kv_bytes / max(1, values)
     claim = 8 + 16 / min((site.head_dim for site in report.sites), default=64)

@@ -67,9 +67,18 @@ class Evaluation:
         make_engine: ``(model, balance)`` -> engine: compiles a model (this one, or a twin of it) for the real runtime
             with balance ``"auto"``, ``"always"`` or ``"never"``.
         pairs_count: RoPE pairs per kv head that a twin scales.
+        on_window: Called with the row's name after each window.
     """
 
-    def __init__(self, model: nn.Module, windows: Tensor, make_engine: MakeEngine, *, pairs_count: int = 3) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        windows: Tensor,
+        make_engine: MakeEngine,
+        *,
+        pairs_count: int = 3,
+        on_window: Callable[[str], None] | None = None,
+    ) -> None:
         if any(p.dtype != torch.float32 for p in model.parameters()):
             raise InputError(
                 "quality is measured in float32", where="model", fix="load the model with dtype=torch.float32"
@@ -82,6 +91,7 @@ class Evaluation:
         self.rows: dict[tuple[str, float, str], Row] = {}
         self._engines: dict[tuple[float, str, str], Engine] = {}
         self._reference: list[Tensor] = []
+        self._on_window = on_window
 
     def engine(self, twin: float = 0.0, pairs: str = "any", balance: str = "auto") -> Engine:
         """The engine of the model or of one of its twins; compiled on first use."""
@@ -99,11 +109,15 @@ class Evaluation:
         """
         engine = self.engine(spec.twin, spec.pairs, spec.balance)
         if not spec.control:
-            row = self._measure(spec, engine, specs.changed(engine.plan, spec.changes))
+            row = self.measure_with(engine, spec)
         else:
             row = self._measure_control(spec, engine)
         self.rows[spec.key] = row
         return row
+
+    def measure_with(self, engine: Engine, spec: RowSpec) -> Row:
+        """Measure one row that is no control on an engine of the caller's; it is not kept in ``rows``."""
+        return self._measure(spec, engine, specs.changed(engine.plan, spec.changes))
 
     def measure_all(self, wanted: Iterable[RowSpec], on_row: Callable[[Row], None] | None = None) -> list[Row]:
         """Measure rows in order, handing each to ``on_row`` as it is done."""
@@ -155,6 +169,8 @@ class Evaluation:
                 run = engine.run(ids, plan)
                 comparison.add(self.reference(index), run.logits, ids)
             counted.add(run)
+            if self._on_window is not None:
+                self._on_window(spec.name)
         return _row(spec, comparison.result(), counted, plan, time.perf_counter() - began)
 
 

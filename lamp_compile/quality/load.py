@@ -40,8 +40,10 @@ def model_folder(path: str | Path) -> Path:
     return folder
 
 
-def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Any:
-    """The causal language model of a local folder, in evaluation mode.
+def load_model(
+    path: str | Path, *, dtype: torch.dtype | str = torch.float32, device: str | torch.device = "cpu"
+) -> Any:
+    """The causal language model of a local folder, in evaluation mode. ``dtype="auto"`` takes the one it is stored in.
 
     Raises:
         InputError: See ``model_folder``.

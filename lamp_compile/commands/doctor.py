@@ -1,0 +1,67 @@
+"""``lamp-compile doctor``: versions, devices, what is available here, what is not and why."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from lamp_compile.commands import _output
+
+NAME, HELP = "doctor", "versions, devices, what is available here, what is not and why"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """No options of its own."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Look around and say so."""
+    found = examine()
+    if args.json:
+        _output.print_json(found)
+        return 0
+    for name, version in found["versions"].items():
+        print(f"{name:14s} {version or 'not installed'}")
+    for device in found["devices"]:
+        print(f"device         {device}")
+    for item in found["features"]:
+        print(f"{'yes' if item['available'] else 'no ':3s} {item['name']}: {item['detail']}")
+    return 0
+
+
+def examine() -> dict[str, Any]:
+    """Versions, devices and features as data."""
+    import torch
+
+    from lamp_compile.quality.environment import cpp_compiler, device_name, versions
+    from lamp_compile.runtime import formats, lookahead
+
+    installed = versions()
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    rules = [rule.name for rule in lookahead.all_rules().values() if not rule.control]
+
+    def package(name: str, gives: str, fix: str) -> dict[str, Any]:
+        have = installed.get(name) is not None
+        return {
+            "name": gives,
+            "available": have,
+            "detail": f"{name} {installed[name]}" if have else f"{name} is missing: {fix}",
+        }
+
+    compiler = cpp_compiler()
+    built = torch.version.cuda or torch.version.hip
+    no_gpu = "this torch is a CPU build" if built is None else "torch sees no device"
+    features = [
+        package("transformers", "Hugging Face models", "pip install 'lamp_compile[hf]'"),
+        package("onnxruntime", "ONNX Runtime", "pip install 'lamp_compile[onnx-cpu]'"),
+        {
+            "name": "compiled decoding on the CPU",
+            "available": compiler is not None,
+            "detail": compiler or "no C++ compiler for Inductor: install g++ or clang++, or use mode='eager'",
+        },
+        {"name": "GPU", "available": count > 0, "detail": f"{count} found" if count else no_gpu},
+        {"name": "storage formats", "available": True, "detail": ", ".join(formats.all_formats())},
+        {"name": "selection rules", "available": True, "detail": ", ".join(rules)},
+    ]
+    devices = [device_name("cpu"), *(device_name(f"cuda:{index}") for index in range(count))]
+    return {"versions": installed, "devices": devices, "features": features}

@@ -1,0 +1,76 @@
+"""``lamp-compile eval``: what the plan costs on the user's text, against controls and, if asked, an outlier twin."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from lamp_compile.commands import _options, _output
+
+if TYPE_CHECKING:
+    from lamp_compile.quality.evaluate import Row
+
+NAME, HELP = "eval", "measure what the plan costs on a text, against controls"
+BUDGET_EXCEEDED = 3
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """State the options."""
+    _options.model(parser)
+    _options.text(parser)
+    _options.plan(parser)
+    parser.add_argument(
+        "--twin", type=float, metavar="S", help="also on the outlier twin: some key channels S times as large"
+    )
+    parser.add_argument(
+        "--pairs", choices=("any", "slow"), default="any", help="RoPE pairs that the twin scales (default: any)"
+    )
+    parser.add_argument(
+        "--max-kl", type=_options.limit, metavar="X", help="exit 3 when the mean KL of a `lamp` row is above X"
+    )
+    parser.add_argument(
+        "--min-agreement",
+        type=_options.limit,
+        metavar="Y",
+        help="exit 3 when the agreement of a `lamp` row is below Y (0 to 1)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print, and compare with the limits."""
+    from lamp_compile.commands import _measure
+    from lamp_compile.quality import evaluate, rows
+    from lamp_compile.quality.environment import environment
+
+    measured = _measure.prepare(args)
+    wanted = list(rows.STANDARD)
+    if args.twin:
+        wanted += [spec.on_twin(args.twin, args.pairs) for spec in rows.TWIN]
+    step = _output.progress(len(wanted) * measured.windows.shape[0], "eval")
+    evaluation = measured.evaluation(args, step)
+    done = evaluation.measure_all(wanted)
+    exceeded = over_limits(done, args.max_kl, args.min_agreement)
+    if args.json:
+        head = {**environment(args.device), **measured.describe(args)}
+        _output.print_json({**head, "rows": [row.to_dict() for row in done], "exceeded": exceeded})
+    else:
+        about = measured.describe(args)
+        print(f"{about['model']} on {about['text']}: {about['windows']} windows of {about['context']} tokens")
+        print(evaluate.table(done))
+        for line in exceeded:
+            print(f"over the limit: {line}")
+    return BUDGET_EXCEEDED if exceeded else 0
+
+
+def over_limits(done: list[Row], max_kl: float | None, min_agreement: float | None) -> list[str]:
+    """What the rows called ``lamp`` exceed, in words. A value that is no number is over every limit."""
+    found = []
+    for row in done:
+        if row.name != "lamp":
+            continue
+        on = f" on the twin {row.twin:g}" if row.twin else ""
+        if max_kl is not None and not row.kl <= max_kl:
+            found.append(f"KL {row.kl:.2e}{on}, --max-kl {max_kl:.2e}")
+        if min_agreement is not None and not row.agreement >= min_agreement:
+            found.append(f"agreement {row.agreement:.4f}{on}, --min-agreement {min_agreement:.4f}")
+    return found
