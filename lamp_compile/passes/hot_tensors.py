@@ -86,7 +86,7 @@ class Wires:
 
 
 def _make_rotations(site: AttentionSite, row: SitePlan) -> None:
-    """Make the site's rotation matrices now: made at the first call, they would lie in a CUDA graph's private memory."""
+    """Make the rotation matrices now: made at the first call, they would lie in a CUDA graph's private memory."""
     q = tensor(site.q)
     assert q is not None
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32

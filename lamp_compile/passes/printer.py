@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
+import textwrap
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,15 +27,20 @@ def print_site(graph: Graph, site: str) -> str:
 
 
 def print_nodes(graph: Graph, chosen: Iterable[Node]) -> str:
-    """These nodes in graph order: ``name: dtype[shape] = operator(inputs)``, attributes on a line of their own."""
+    """These nodes in graph order: ``name: dtype[shape] = operator(inputs)``, attributes on a line of their own.
+
+    A ``lamp::`` node is called after what it computes.
+    """
     wanted = set(chosen)
     return "\n".join(_line(node) for node in graph.nodes if node in wanted)
 
 
 def _line(node: Node) -> str:
     inputs, attributes = _arguments(node)
-    text = f"{_name(node)}: {_shape(value(node))} = {_operator(node)}({', '.join(inputs)})"
-    return text + (f"\n    {' '.join(attributes)}" if attributes else "")
+    call = textwrap.fill(f"{_operator(node)}({', '.join(inputs)})", WIDTH, subsequent_indent="        ", **_WRAP)
+    shape = textwrap.fill(f"{_name(node)}: {_shape(value(node))}", WIDTH, subsequent_indent="    ", **_WRAP)
+    lines = [f"{shape} =", f"    {call}", *([f"    {' '.join(attributes)}"] if attributes else [])]
+    return "\n".join(lines) if len(lines) > 2 or len(lines[0] + call) > WIDTH else f"{shape} = {call}"
 
 
 def _operator(node: Node) -> str:
@@ -67,7 +73,7 @@ def _text(argument: Any) -> str:
 
 def _name(node: Node) -> str:
     if node.target in _SHORT:
-        return _SHORT[node.target]
+        return _VALUES.get(_SHORT[node.target], "attention")
     if node.target is operator.getitem and isinstance(node.args[0], Node) and isinstance(node.args[1], int):
         return f"{_name(node.args[0])}.{node.args[1]}"
     return _READABLE.sub("", node.name).rstrip("_") if node.op == "placeholder" else node.name
@@ -81,4 +87,13 @@ def _shape(found: Any) -> str:
     return type(found).__name__
 
 
+WIDTH = 108
+_WRAP: dict[str, bool] = {"break_long_words": False, "break_on_hyphens": False}
+_VALUES = {
+    "quantize": "planes",
+    "look_ahead": "importance",
+    "select": "levels",
+    "attend": "attended",
+    "guard": "guarded",
+}
 _SHORT: dict[Any, str] = {target: name for name, target in OPS.items()}

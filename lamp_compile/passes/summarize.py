@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from lamp_compile.ir import AttentionSite, Found
 from lamp_compile.passes.capture import Program
+from lamp_compile.passes.patterns._values import tensor
 from lamp_compile.passes.printer import print_nodes, print_site
 from lamp_compile.plan import Plan
 from lamp_compile.report import Report, SiteSummary
@@ -14,6 +15,10 @@ NO_CACHE = (
     "sites without a KV cache of ours store K and V anew at every call: prefill and encoders are served, "
     "token-by-token decoding gains nothing (lamp_compile.compile(model) gives it a packed cache)"
 )
+ONE_TILE = (
+    "after run_decompositions, torch holds this program to lengths on its example's side of one storage tile (it "
+    "specialises sizes of 1): export with an example longer than a tile"
+)
 
 
 def summarize(
@@ -21,6 +26,8 @@ def summarize(
 ) -> Report:
     """What was seen, decided and done. Call it after the passes; ``before`` is taken ahead of them."""
     notes = [NO_CACHE] if any(site.cache is None for site in chosen) else []
+    if program.kind == "exported" and any(_dynamic(site) for site in chosen):
+        notes.append(ONE_TILE)
     if not found.sites:
         notes.append("no attention was found in this graph: it runs as it was")
     return Report(
@@ -39,6 +46,11 @@ def summarize(
 def text_before(program: Program, sites: Sequence[AttentionSite]) -> str:
     """The first site's nodes as they were."""
     return print_nodes(program.graph, (sites[0].root, *sites[0].absorbed)) if sites else ""
+
+
+def _dynamic(site: AttentionSite) -> bool:
+    k = tensor(site.k)
+    return k is not None and not isinstance(k.shape[2], int)
 
 
 def summary(site: AttentionSite) -> SiteSummary:

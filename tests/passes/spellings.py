@@ -1,4 +1,4 @@
-"""Attention in many spellings, each with the fields that its site must have. q is [2, 4, 9, 16]; k and v have 4 or 2 heads."""
+"""Attention in many spellings, each with the fields that its site must have. q is [2, 4, 9, 16]."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ SPELLINGS = {
     "sdpa interleaved kv": Spelling(interleaved, kv_heads=2),
     "sdpa one head": Spelling(lambda q, k, v: F.scaled_dot_product_attention(q[:, 0], k[:, 0], v[:, 0], BOOL[:, 0]),
                               nodes=("mask",), wanted={"heads": 1, "kv_heads": 1}),
-    "eager": Spelling(lambda q, k, v: softmax_v(torch.matmul(q, k.transpose(2, 3)) * 0.25, v), EAGER, wanted={"scale": 0.25}),
+    "eager": Spelling(lambda q, k, v: softmax_v(q.matmul(k.transpose(2, 3)) * 0.25, v), EAGER, wanted={"scale": 0.25}),
     "eager repeated kv": Spelling(repeated_eager, EAGER, 2, {"scale": 0.25}, ("bias",)),
     "soft-cap": Spelling(softcapped, EAGER, wanted={"softcap": 5.0, "scale": 0.25}, nodes=("bias",)),
     "sinks": Spelling(with_sinks, EAGER, wanted={"scale": 0.25}, nodes=("bias", "sinks")),

@@ -24,26 +24,32 @@ def scores_used(q, k, v):
     return (scores.softmax(-1) @ v).sum() + scores.mean()
 
 
+def sdpa(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def five_axes(q, k, v):
+    return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])
+
+
 REFUSED = {
-    "head_dim 20": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v), 20, torch.float32, "head_dim 20"),
-    "weights used": (weights_returned, 16, torch.float32, "used elsewhere"),
-    "scores used": (scores_used, 16, torch.float32, "used elsewhere"),
-    "bias before scale": (lambda q, k, v: (((q @ k.mT) + BIAS) * 0.5).softmax(-1) @ v, 16, torch.float32, "before scaling"),
-    "tensor scale": (lambda q, k, v: ((q @ k.mT) * BIAS).softmax(-1) @ v, 16, torch.float32, "scaled by a tensor"),
-    "caps differ": (lambda q, k, v: (torch.tanh(q @ k.mT / 5.0) * 4.0).softmax(-1) @ v, 16, torch.float32, "different numbers"),
-    "fill hides nothing": (
-        lambda q, k, v: (q @ k.mT).masked_fill(BIAS > 0, -1.0).softmax(-1) @ v, 16, torch.float32, "does not hide",
-    ),
-    "batch broadcasts": (lambda q, k, v: F.scaled_dot_product_attention(q, k[:1], v[:1]), 16, torch.float32, "broadcasts over"),
-    "axes": (lambda q, k, v: F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None]), 16, torch.float32, "5 axes"),
-}  # fmt: skip
+    "head_dim 20": (sdpa, 20, "head_dim 20"),
+    "weights used": (weights_returned, 16, "used elsewhere"),
+    "scores used": (scores_used, 16, "used elsewhere"),
+    "bias before scale": (lambda q, k, v: ((q @ k.mT + BIAS) * 0.5).softmax(-1) @ v, 16, "before scaling"),
+    "tensor scale": (lambda q, k, v: (q @ k.mT * BIAS).softmax(-1) @ v, 16, "scaled by a tensor"),
+    "caps differ": (lambda q, k, v: (torch.tanh(q @ k.mT / 5.0) * 4.0).softmax(-1) @ v, 16, "different numbers"),
+    "weak fill": (lambda q, k, v: (q @ k.mT).masked_fill(BIAS > 0, -1.0).softmax(-1) @ v, 16, "does not hide"),
+    "batch broadcasts": (lambda q, k, v: sdpa(q, k[:1], v[:1]), 16, "broadcasts over"),
+    "axes": (five_axes, 16, "5 axes"),
+}
 
 
 @pytest.mark.parametrize("kind", captured.KINDS)
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_with_its_reason(name, kind):
-    run, dim, dtype, reason = REFUSED[name]
-    seen = captured.found(kind, Model(run), *inputs(4, dtype, dim))
+    run, dim, reason = REFUSED[name]
+    seen = captured.found(kind, Model(run), *inputs(4, dim=dim))
     assert not seen.sites
     (refusal,) = seen.refusals
     assert reason in refusal.reason
@@ -75,9 +81,7 @@ def test_refused_site_runs_as_it_was():
 
 def test_empty_sequence_is_refused():
     q, k, v = inputs(4)
-    seen = captured.found(
-        "export", Model(lambda q, k, v: F.scaled_dot_product_attention(q, k, v)), q, k[:, :, :0], v[:, :, :0]
-    )
+    seen = captured.found("export", Model(sdpa), q, k[:, :, :0], v[:, :, :0])
     assert "empty" in seen.refusals[0].reason
 
 
@@ -112,7 +116,7 @@ def test_flex_attention_is_reported():
 
 
 def test_decomposed_program_says_when_to_rewrite():
-    model = Model(lambda q, k, v: F.scaled_dot_product_attention(q, k, v))
+    model = Model(sdpa)
     program = torch.export.export(model, inputs(4), strict=True).run_decompositions()
     report = rewrite(program).graph_module.meta["lamp_report"]
     assert not report.rewritten
@@ -123,7 +127,7 @@ def test_decomposed_program_says_when_to_rewrite():
 def test_wrong_programs():
     with pytest.raises(InputError, match="cannot rewrite a Linear"):
         rewrite(nn.Linear(2, 2))
-    graph = torch.fx.symbolic_trace(Model(lambda q, k, v: F.scaled_dot_product_attention(q, k, v)))
+    graph = torch.fx.symbolic_trace(Model(sdpa))
     with pytest.raises(InputError, match="does not know"):
         rewrite(graph)
     with pytest.raises(InputError, match="1 example inputs for 3"):
