@@ -224,6 +224,8 @@ class NestedLayer(_GrowableLayer):
     def __init__(self, spec: LayerSpec, capacity: int) -> None:
         super().__init__(capacity, spec.plan.name)
         self.spec = spec
+        # Looked up here, outside any graph.
+        self._formats = formats.get(spec.plan.k_format), formats.get(spec.plan.v_format)
 
     @property
     def plan(self) -> SitePlan:
@@ -258,7 +260,7 @@ class NestedLayer(_GrowableLayer):
     def _allocate(self, batch: int, kv_heads: int, capacity: int) -> dict[str, Tensor]:
         tile = self.plan.tile
         lead = (batch, kv_heads, layout.tiles_for(capacity, tile))
-        k_format, v_format = formats.get(self.plan.k_format), formats.get(self.plan.v_format)
+        k_format, v_format = self._formats
         (k_high, k_residual), (v_high, v_residual) = (
             k_format.plane_widths(self.k_head_dim),
             v_format.plane_widths(self.v_head_dim),

@@ -156,3 +156,13 @@ def test_disabled_generate_compiles_nothing(model: Any, ids: Tensor, greedy: dic
     with lamp_compile.disable():
         assert torch.equal(fast.generate(ids, **greedy), model.generate(ids, **greedy))
     assert graphs() == (0, 0)
+
+
+def test_own_compiled_call_without_a_cache_is_never_silent(fast: Any, ids: Tensor) -> None:
+    wanted = reference.logits(fast, ids)
+    with pytest.raises(Exception, match="a compiled call without a cache"), torch.no_grad():
+        torch.compile(fast.forward, backend="eager", fullgraph=True)(ids)
+    with torch.no_grad():
+        out = torch.compile(fast, backend="eager")(ids)
+    assert isinstance(out.past_key_values, lamp_compile.NestedCache), "with a graph break the cache is made outside"
+    assert torch.equal(out.logits, wanted)

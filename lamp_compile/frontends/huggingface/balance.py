@@ -19,8 +19,8 @@ from lamp_compile.frontends.huggingface.sites import ProbedSite
 
 MODES = ("auto", "always", "never")
 THRESHOLD = 1.25
-"""Gain from which on ``auto`` balances a site. Two trained models measured 1.03 to 1.12, and balancing them cost a tenth
-of KL; with three RoPE pairs per kv head scaled by 3 one measured 1.14 to 1.8 and gained a sixth, by 30 it measured 4.3
+"""Gain from which on ``auto`` balances a site. Two trained models measured 1.03 to 1.12, balancing them cost a tenth
+of KL. With three RoPE pairs per kv head scaled by 3 one measured 1.14 to 1.8 and gained a sixth; by 30 it measured 4.3
 and more and gained a factor of forty."""
 SMALLEST = 1e-3
 """Channels quieter than this share of the loudest count as that loud: the factors stay finite and modest."""

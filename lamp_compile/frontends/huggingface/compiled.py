@@ -92,12 +92,15 @@ def attach(model: nn.Module, lamp: Lamp) -> None:
 
     @functools.wraps(type(model).forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return call(*(args if bound else (self, *args)), **kwargs)
-        if switch.disabled():
+        compiling = torch.compiler.is_compiling()
+        if not compiling and switch.disabled():
             return self.lamp.original.forward(*args, **kwargs)
         given = args[position] if len(args) > position else kwargs.get("past_key_values")
-        made = _cache_for_forward(self, given, args, kwargs)
+        made = None
+        if not compiling:
+            made = _cache_for_forward(self, given, args, kwargs)
+        elif given is None and _uses_cache(self, kwargs):
+            made = _cache_outside_the_graph(self, given, args, kwargs)
         if made is not None and len(args) > position:
             args = (*args[:position], made, *args[position + 1 :])
         elif made is not None:
@@ -124,6 +127,11 @@ def _refuse_training(model: nn.Module) -> None:
         )
 
 
+def _uses_cache(model: Any, kwargs: dict[str, Any]) -> bool:
+    asked = kwargs.get("use_cache")
+    return bool(model.config.get_text_config(decoder=True).use_cache if asked is None else asked)
+
+
 def _cache_for_forward(model: Any, given: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NestedCache | None:
     """Check the cache of an eager call, or make the one it lacks."""
     _refuse_training(model)
@@ -136,10 +144,13 @@ def _cache_for_forward(model: Any, given: Any, args: tuple[Any, ...], kwargs: di
     if given is not None:
         lamp.warn_once(f"past_key_values is a {type(given).__name__}")
         return None
-    use_cache = kwargs.get("use_cache")
-    if use_cache is None:
-        use_cache = model.config.get_text_config(decoder=True).use_cache
-    return lamp.cache(int(ids.shape[1])) if use_cache and ids is not None else None
+    return lamp.cache(int(ids.shape[1])) if ids is not None and _uses_cache(model, kwargs) else None
+
+
+# In a user's own torch.compile a graph break makes the cache; with fullgraph=True Dynamo raises and gives the reason.
+_cache_outside_the_graph: Any = torch.compiler.disable(  # type: ignore[no-untyped-call]
+    _cache_for_forward, reason="a compiled call without a cache: pass past_key_values=fast.lamp.cache(tokens)"
+)
 
 
 def _prepare_cache_for_generation(
