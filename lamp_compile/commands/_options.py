@@ -38,7 +38,7 @@ def text(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=65536,
         metavar="N",
-        help="tokens to measure on, spread over the text (default: 65536)",
+        help="tokens to measure on, spread over the text (default: %(default)s)",
     )
 
 

@@ -58,9 +58,20 @@ def test_the_guard_falls_back_and_recovers_before_the_readers_eyes(done):
 @pytest.fixture
 def healthy():
     row = Row(
-        name="lamp", kl=1e-4, agreement=0.99, agreement_low=0.98, agreement_high=1.0, perplexity_ratio=1.0,
-        max_dlogp=0.1, positions=1000, bits_per_value=5.0, refined_share=0.2, kv_bytes=2 * 64 * 100, tau=0.01, seconds=1.0,
-    )  # fmt: skip
+        name="lamp",
+        kl=1e-4,
+        agreement=0.99,
+        agreement_low=0.98,
+        agreement_high=1.0,
+        perplexity_ratio=1.0,
+        max_dlogp=0.1,
+        positions=1000,
+        bits_per_value=5.0,
+        refined_share=0.2,
+        kv_bytes=12800,
+        tau=0.01,
+        seconds=1.0,
+    )
     site = SiteSummary("a", "huggingface", 1, 1, 64, 64, "float32")
     report = Report((site,), (), (), Plan(()), ("a",))
     faults = {"fell_back": True, "recovered": True, "bad_steps": 2, "flags": ["a NaN"]}
