@@ -37,16 +37,21 @@ class NestedCache(Cache):  # type: ignore[misc]
     Args:
         spec: What the compiled model's layers need (``fast.lamp.spec``).
         capacity: Keys to allocate at first, rounded up; the cache grows when it must.
+        layers: Layers of an earlier cache of the same spec, to use their memory; made anew when left out.
     """
 
-    def __init__(self, spec: CacheSpec, capacity: int = layout.TILE) -> None:
+    def __init__(
+        self,
+        spec: CacheSpec,
+        capacity: int = layout.TILE,
+        layers: list[FloatLayer | NestedLayer] | None = None,
+    ) -> None:
         room = rounded_capacity(capacity)
-        super().__init__(
-            layers=[
-                FloatLayer(room, f"layer {index}") if layer is None else NestedLayer(layer, room)
-                for index, layer in enumerate(spec.layers)
-            ]
-        )
+        made = [
+            FloatLayer(room, f"layer {index}") if layer is None else NestedLayer(layer, room)
+            for index, layer in enumerate(spec.layers)
+        ]
+        super().__init__(layers=made if layers is None else layers)
         self.spec = spec
         self._longest = 0
 

@@ -50,3 +50,14 @@ def test_settings_act_on_the_captured_graph(on_device: Any, ids: Tensor, greedy:
         fast.generate(ids.cuda(), past_key_values=cache, **greedy)
         shares.append(cache.guard_report()[0]["refined_share"])
     assert shares == [0.0, 1.0, 1.0]
+
+
+def test_many_generations_stay_captured(on_device: Any, ids: Tensor, greedy: dict[str, Any]) -> None:
+    """torch stops capturing a function after 128 recordings at new addresses."""
+    torch._dynamo.reset()
+    counters.clear()
+    fast = lamp_compile.compile(on_device)
+    for _ in range(140):
+        fast.generate(ids.cuda(), **{**greedy, "max_new_tokens": 4})
+    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["inductor"]["cudagraph_skips"] == 0

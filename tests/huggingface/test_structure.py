@@ -148,3 +148,33 @@ def test_encoder_decoder_generates_through_the_graph() -> None:
         "decoder self and cross attention; generate runs the encoder by itself"
     )
     assert any("encoder by itself" in note for note in fast.lamp.report().notes)
+
+
+def test_planes_are_lent_again_once_nobody_holds_them(fast: Any, ids: Tensor, greedy: dict[str, Any]) -> None:
+    """A captured CUDA graph is bound to addresses."""
+    fast.lamp.mode = "reduce-overhead"
+    wanted = fast.generate(ids, **greedy)
+    first = fast.generate(ids, return_dict_in_generate=True, **greedy)
+    layer = first.past_key_values.layers[0]
+    held, stats = fast.generate(ids, return_dict_in_generate=True, **greedy), layer.stats.clone()
+    assert held.past_key_values.layers[0] is not layer, "somebody still holds it"
+    assert torch.equal(layer.stats, stats)
+    del first, held
+    again = fast.generate(ids, return_dict_in_generate=True, **greedy)
+    assert torch.equal(again.sequences, wanted)
+    assert again.past_key_values.guard_report()[0]["steps"] == 12, "its state starts anew"
+    where = [layer.k_high.data_ptr() for layer in again.past_key_values.layers]
+    del again, layer
+    same = fast.generate(ids, return_dict_in_generate=True, **greedy)
+    assert [layer.k_high.data_ptr() for layer in same.past_key_values.layers] == where
+    del same
+    other = fast.generate(ids[:1], return_dict_in_generate=True, **greedy)
+    assert other.past_key_values.batch_size == 1
+    del other
+    fast.lamp.release()
+    assert fast.lamp.borrow(40, 1).layers[0].batch_size == -1
+
+
+def test_without_cuda_graphs_nothing_is_kept(fast: Any, ids: Tensor, greedy: dict[str, Any]) -> None:
+    fast.generate(ids, **greedy)
+    assert not fast.lamp._idle

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
+import weakref
 from types import MethodType
 from typing import Any
 
@@ -21,6 +22,7 @@ from lamp_compile.ir import Refusal
 from lamp_compile.plan import Plan
 from lamp_compile.report import Report, SiteSummary
 from lamp_compile.runtime import layout
+from lamp_compile.runtime.cache_layers import rounded_capacity
 from lamp_compile.runtime.controls import Controls
 from lamp_compile.runtime.kv_cache import CacheSpec, NestedCache
 
@@ -46,6 +48,7 @@ class Lamp:
         self.compile_config: Any = None
         self._sites, self._refusals = sites, refusals
         self._warned = False
+        self._idle: list[list[Any]] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Lamp:
         """Copies of a compiled model share plan and settings, as they could share a cache."""
@@ -58,6 +61,31 @@ class Lamp:
             capacity: Tokens to make room for at once.
         """
         return NestedCache(self.spec, capacity)
+
+    def borrow(self, capacity: int, batch: int) -> NestedCache:
+        """A cache for one ``generate``. Under CUDA graphs its planes are those of the last one that nobody holds any
+        more: a captured graph is bound to addresses, and torch gives up capturing after too many new ones.
+
+        Args:
+            capacity: Tokens to make room for.
+            batch: Sequences.
+        """
+        if self.mode != "reduce-overhead":
+            return self.cache(capacity)
+        layers = self._idle.pop() if self._idle else []
+        room = rounded_capacity(capacity)
+        if layers and all((layer.batch_size, layer.max_cache_len) == (batch, room) for layer in layers):
+            for layer in layers:
+                layer.reset()
+            cache = NestedCache(self.spec, capacity, layers)
+        else:
+            cache = self.cache(capacity)
+        weakref.finalize(cache, _take_back, self._idle, cache.layers).atexit = False
+        return cache
+
+    def release(self) -> None:
+        """Free the planes kept for the next ``generate``."""
+        self._idle.clear()
 
     def report(self) -> Report:
         """What was found in the model and what was done with it."""
@@ -80,6 +108,10 @@ class Lamp:
         if not self._warned:
             self._warned = True
             warnings.warn(f"{what}: LAMP is off for this call (said once)", UserWarning, stacklevel=4)
+
+
+def _take_back(idle: list[list[Any]], layers: list[Any]) -> None:
+    idle[:] = [layers]
 
 
 def attach(model: nn.Module, lamp: Lamp) -> None:
@@ -174,7 +206,7 @@ def _prepare_cache_for_generation(
     elif generation_config.cache_implementation is not None:
         lamp.warn_once(f"cache_implementation is {generation_config.cache_implementation!r}")
     elif generation_config.use_cache is not False:
-        model_kwargs["past_key_values"] = lamp.cache(max_cache_length)
+        model_kwargs["past_key_values"] = lamp.borrow(max_cache_length, rows)
         ours = True
     if ours and generation_config.compile_config is None:
         generation_config.compile_config = lamp.compile_config
