@@ -50,6 +50,7 @@ golden: $(STAMP)
 	EXPECTTEST_ACCEPT=1 $(BIN)/python -m pytest tests/passes tests/backends $(ARGS)
 	$(BIN)/python -m tests.models.table --write
 	$(BIN)/python -m tests.project.operator_page --write
+	$(BIN)/python -m tests.project.results_page --write
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/compile_time.py $(MODEL)
