@@ -64,7 +64,7 @@ class Lamp:
 
     def borrow(self, capacity: int, batch: int) -> NestedCache:
         """A cache for one ``generate``. Under CUDA graphs its planes are those of the last one that nobody holds any
-        more: a captured graph is bound to addresses, and torch gives up capturing after too many new ones.
+        more: a captured graph is bound to addresses, and at new ones it is recorded anew.
 
         Args:
             capacity: Tokens to make room for.
