@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from lamp_compile.errors import InputError, ModelError
@@ -52,14 +53,26 @@ def load_model(
     folder = model_folder(path)
     transformers = _transformers()
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(
             f"cannot load the model: {reason[0]}", where=str(folder), fix="a causal language model of transformers"
         ) from error
+    # transformers makes up what it does not find and only warns; numbers measured on that would mean nothing.
+    if missing := sorted(found["missing_keys"]):
+        raise ModelError(
+            f"{len(missing)} weights are not in the folder, the first is {missing[0]}",
+            where=str(folder),
+            fix="a folder whose weights belong to its config.json",
+        )
     assert isinstance(model, nn.Module)
     return model.to(checked_device(device)).eval()
 
