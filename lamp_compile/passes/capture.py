@@ -57,6 +57,7 @@ def capture(program: ExportedProgram | GraphModule, example_inputs: Sequence[Any
         )
     module = _copied(program)
     if any(hasattr(node, "_dynamo_source") for node in program.graph.nodes if node.op == "placeholder"):
+        _drop_grad_modes(module.graph)
         return Program(module, "dynamo", program)
     if not _knows_shapes(module.graph):
         _propagate(module, example_inputs)
@@ -77,6 +78,13 @@ def _copied(module: GraphModule) -> GraphModule:
         if isinstance(new.target, torch._ops.OpOverloadPacket) and new.target._qualified_op_name.startswith("lamp::"):
             new.target = new.target.default
     return made
+
+
+def _drop_grad_modes(graph: Graph) -> None:
+    """The whole graph runs without gradients; a ``with torch.no_grad()`` in the model would turn them on at its end."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target is torch._C._set_grad_enabled and not node.users:
+            graph.erase_node(node)
 
 
 def _knows_shapes(graph: Graph) -> bool:

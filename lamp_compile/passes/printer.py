@@ -37,8 +37,12 @@ def print_nodes(graph: Graph, chosen: Iterable[Node]) -> str:
 
 def _line(node: Node) -> str:
     inputs, attributes = _arguments(node)
-    call = textwrap.fill(f"{_operator(node)}({', '.join(inputs)})", WIDTH, subsequent_indent="        ", **_WRAP)
-    shape = textwrap.fill(f"{_name(node)}: {_shape(value(node))}", WIDTH, subsequent_indent="    ", **_WRAP)
+    call = textwrap.fill(
+        f"{_operator(node)}({', '.join(inputs)})", WIDTH, subsequent_indent="        ", break_long_words=False
+    )
+    shape = textwrap.fill(
+        f"{_name(node)}: {_shape(value(node))}", WIDTH, subsequent_indent="    ", break_long_words=False
+    )
     lines = [f"{shape} =", f"    {call}", *([f"    {' '.join(attributes)}"] if attributes else [])]
     return "\n".join(lines) if len(lines) > 2 or len(lines[0] + call) > WIDTH else f"{shape} = {call}"
 
@@ -88,7 +92,6 @@ def _shape(found: Any) -> str:
 
 
 WIDTH = 108
-_WRAP: dict[str, bool] = {"break_long_words": False, "break_on_hyphens": False}
 _VALUES = {
     "quantize": "planes",
     "look_ahead": "importance",

@@ -162,3 +162,22 @@ def test_no_process_wide_setting_changes():
     before = config.save_config_portable()
     torch.compile(stack(layers=1), backend="lamp", options={"inductor.max_autotune": True})(tokens(8))
     assert config.save_config_portable() == before
+
+
+@pytest.mark.parametrize("lower", ["eager", "inductor"])
+def test_gradients_stay_off_where_the_model_switches_them(lower):
+    class Switching(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = stack(layers=1)
+
+        def forward(self, x):
+            with torch.no_grad():
+                x = x * 1.0
+            return self.inner(x)
+
+    model, x = Switching(), tokens(40)
+    out = torch.compile(model, backend=lamp_compile.backend(lower=lower, **EXACT), fullgraph=True)(x)
+    assert torch.is_grad_enabled()
+    assert not out.requires_grad
+    close(out, model(x))

@@ -7,6 +7,8 @@ import torch
 
 import lamp_compile
 from lamp_compile.driver import rewrite
+from lamp_compile.passes.capture import capture
+from lamp_compile.passes.find_sites import find_sites
 from tests.passes import captured
 from tests.passes.spellings import SPELLINGS, Model, kv_inputs
 from tests.tolerances import ARITHMETIC
@@ -64,3 +66,24 @@ def close(out: torch.Tensor, wanted: torch.Tensor, relative: float = ARITHMETIC[
     assert out.dtype == wanted.dtype
     assert out.shape == wanted.shape
     assert (out - wanted).norm() <= relative * wanted.norm()
+
+
+@pytest.mark.parametrize("divided", [False, True])
+def test_symbolic_scale_and_symbolic_heads(divided: bool) -> None:
+    class Scaled(torch.nn.Module):
+        factor = 4.0 if divided else 0.25
+
+        def forward(self, q):
+            scores = q @ q.mT
+            return (scores / self.factor if divided else scores * self.factor).softmax(-1) @ q
+
+    q = torch.randn(2, 4, 140, 16)
+    graph = captured.dynamo_graph(Scaled(), q, dynamic=True)
+    torch._dynamo.reset()
+    backend = lamp_compile.backend(lower="eager", **EXACT)
+    out = torch.compile(Scaled(), backend=backend, fullgraph=True, dynamic=True)(q)
+    assert len(backend.reports[0].rewritten) == 1
+    close(out, Scaled()(q))
+    (site,) = find_sites(capture(graph)).sites
+    assert (site.heads, site.head_dim) == (4, 16)
+    assert isinstance(site.scale, torch.fx.Node)

@@ -21,6 +21,8 @@ class Scores:
     """What the walk from the softmax up to q k^T has met."""
 
     scale: float | Node = 1.0
+    divides: bool = False
+    """The scale is a node that scores are divided by."""
     softcap: float = 0.0
     biases: list[Node] = field(default_factory=list)
     masks: list[Node] = field(default_factory=list)
@@ -172,9 +174,9 @@ def _scale(scores: Scores, factor: Any, divide: bool) -> None:
             raise Refuse("scores are scaled by a number and by a computed value")
         scores.scale *= 1 / number if divide else number
         return
-    if not isinstance(factor, Node) or tensor(factor) is not None or divide or scores.scale != 1.0:
+    if not isinstance(factor, Node) or tensor(factor) is not None or scores.scale != 1.0:
         raise Refuse("scores are scaled by a tensor")
-    scores.scale = factor
+    scores.scale, scores.divides = factor, divide
 
 
 def _masked_fill(node: Node, call: Call, scores: Scores) -> Node:

@@ -99,6 +99,11 @@ class Emitter:
             ) from error
         return node
 
+    @property
+    def specialises(self) -> bool:
+        """Whether asking a symbolic size for its number adds a guard (Dynamo), or breaks a promise (export)."""
+        return self._key == "example_value"
+
     def before(self, anchor: Node) -> None:
         """Put the following nodes before another anchor."""
         self.anchor = self._place = anchor

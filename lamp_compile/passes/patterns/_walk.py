@@ -186,7 +186,7 @@ def heads_of(q: Node, k: Node, v: Node, passed: list[Node], emit: Emitter) -> tu
     assert values[2] is not None
     if not same(values[1].shape[1], values[2].shape[1]):
         raise Refuse("keys and values have different numbers of heads")
-    return nodes[0], nodes[1], nodes[2], sizes(values[0], values[1], values[2])
+    return nodes[0], nodes[1], nodes[2], sizes(values[0], values[1], values[2], emit.specialises)
 
 
 def checked(site: AttentionSite) -> AttentionSite:
@@ -220,13 +220,15 @@ def checked(site: AttentionSite) -> AttentionSite:
     return site
 
 
-def sizes(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
-    """The size fields of a site.
+def sizes(q: Tensor, k: Tensor, v: Tensor, specialise: bool) -> dict[str, Any]:
+    """The size fields of a site; symbolic ones become numbers where the program can be guarded.
 
     Raises:
         Refuse: Heads or channels are symbolic.
     """
     found = {"heads": q.shape[1], "kv_heads": k.shape[1], "head_dim": q.shape[3], "value_dim": v.shape[3]}
+    if specialise:
+        found = {name: int(size) for name, size in found.items()}
     for name, size in found.items():
         if not isinstance(size, int):
             raise Refuse(f"{name} is dynamic", "mark that axis static")

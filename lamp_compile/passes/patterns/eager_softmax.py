@@ -7,6 +7,7 @@ maximum.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def read_eager_softmax(root: Node, call: Call, emit: Emitter) -> AttentionSite:
             q=q,
             k=k,
             v=v,
-            scale=scores.scale,
+            scale=emit.call(operator.truediv, 1.0, scores.scale) if scores.divides else scores.scale,
             softcap=scores.softcap,
             sinks=_sinks(scores.sink, found["heads"]),
             mask=_mask(scores, emit),
