@@ -65,6 +65,19 @@ def on_decoder(family: Family) -> Outcome:
     return Outcome(fast.lamp.report(), both=both, high=high)
 
 
+def on_module(family: Family) -> Outcome:
+    """``lamp_compile.compile`` of what is no decoder: its forward becomes a graph."""
+    model, arguments = build(family, "sdpa"), _arguments(family)
+    wanted = output(model, arguments, family)
+    torch._dynamo.reset()
+    fast = lamp_compile.compile(model, mode="eager", tau=0.0, floor=int(Floor.BOTH))
+    both = relative(output(fast, arguments, family), wanted)
+    fast.lamp.controls.set(floor=0, tau=LOWEST)
+    high = relative(output(fast, arguments, family), wanted)
+    assert len(fast.lamp.backend.reports) == 1
+    return Outcome(fast.lamp.report(), both=both, high=high)
+
+
 def decoded(fast: Any, arguments: dict[str, Any], steps: int = 3) -> Tensor:
     """Logits of the rows that are no padding: all tokens but ``steps`` at once, those one by one."""
     ids, mask = arguments["input_ids"], arguments["attention_mask"]

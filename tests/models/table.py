@@ -21,10 +21,10 @@ The models are tiny, with random weights: this says that an attention is recogni
 a trained model stays. Where that was measured, the [README](../README.md#what-is-measured) says so.
 
 *Graph* is `torch.compile(model, backend="lamp")` on a forward without a cache, by the spelling of attention
-(`attn_implementation`). *Decoder* is `lamp_compile.compile(model)`: prefill and decode over a cache of planes. A
-number is how many attentions were found and rewritten: all of the model's, in each case.
+(`attn_implementation`). *Compile* is `lamp_compile.compile(model)`: for a decoder, prefill and decode over a cache of
+planes. A number is how many attentions were found and rewritten: all of the model's, in each case.
 
-| family | what is special | graph, sdpa | graph, eager | decoder |
+| family | what is special | graph, sdpa | graph, eager | compile |
 |---|---|---|---|---|
 """
 
@@ -36,10 +36,9 @@ def page() -> str:
 
 def _row(family: Family) -> str:
     cells = [_cell(family, family.graph.get(spelling), spelling) for spelling in ("sdpa", "eager")]
-    decoder = (
-        "graph route" if family.decoder is None and not family.refusal else _cell(family, family.decoder, "decoder")
-    )
-    return f"| {family.name} | {family.feature} | {cells[0]} | {cells[1]} | {decoder} |\n"
+    routed = family.decoder is None and not family.refusal
+    compiled = f"{family.graph['sdpa'].rewritten}, as a graph" if routed else _cell(family, family.decoder, "decoder")
+    return f"| {family.name} | {family.feature} | {cells[0]} | {cells[1]} | {compiled} |\n"
 
 
 def _cell(family: Family, expected: Expected | None, column: str) -> str:

@@ -9,12 +9,13 @@ import lamp_compile
 from lamp_compile.errors import ModelError
 from lamp_compile.report import Report
 from tests.models import table
-from tests.models.measure import Outcome, on_decoder, on_graph
+from tests.models.measure import Outcome, on_decoder, on_graph, on_module
 from tests.models.zoo import FAMILIES, Expected, Family, build
 from tests.tolerances import HIGH_OVER_BOTH, ZOO
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GRAPHS = [(family, spelling) for family in FAMILIES for spelling in family.graph]
+MODULES = [family for family in FAMILIES if not family.decoder and not family.refusal]
 DECODERS = [family for family in FAMILIES if family.decoder]
 
 
@@ -51,11 +52,24 @@ def test_decoder_route(family: Family) -> None:
     check_errors(outcome)
 
 
+@pytest.mark.parametrize("family", MODULES, ids=lambda family: family.name)
+def test_compile_takes_the_graph_route(family: Family) -> None:
+    outcome = on_module(family)
+    check(outcome.report, family.graph["sdpa"])
+    check_errors(outcome)
+
+
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f.refusal], ids=lambda family: family.name)
 def test_refused_decoders_say_why(family: Family) -> None:
+    """``compile`` refuses and names another way; ``explain`` lists every site with its reason."""
+    model = build(family, "eager")
     with pytest.raises(ModelError, match=family.refusal) as caught:
-        lamp_compile.compile(build(family, "eager"), mode="eager")
+        lamp_compile.compile(model, mode="eager")
     assert "backend=" in caught.value.fix
+    report = lamp_compile.explain(model)
+    assert not report.rewritten
+    assert len(report.refusals) == family.graph["eager"].rewritten
+    assert all(family.refusal in refusal.reason for refusal in report.refusals)
 
 
 def test_every_family_and_spelling_is_accounted_for() -> None:
