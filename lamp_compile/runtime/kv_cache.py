@@ -11,7 +11,8 @@ from transformers.cache_utils import Cache
 
 from lamp_compile.errors import CacheError
 from lamp_compile.runtime import guard, layout
-from lamp_compile.runtime.cache_layers import FloatLayer, LayerSpec, NestedLayer, rounded_capacity
+from lamp_compile.runtime.cache_layers import FloatLayer, LayerSpec, NestedLayer
+from lamp_compile.runtime.growable_layer import rounded_capacity
 
 __all__ = ["CacheSpec", "FloatLayer", "LayerSpec", "NestedCache", "NestedLayer", "rounded_capacity"]
 

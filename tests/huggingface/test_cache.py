@@ -13,8 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 import lamp_compile
 from lamp_compile.plan import SitePlan
-from lamp_compile.runtime.cache_layers import LayerSpec, rounded_capacity
+from lamp_compile.runtime.cache_layers import LayerSpec
 from lamp_compile.runtime.controls import SiteControls
+from lamp_compile.runtime.growable_layer import rounded_capacity
 from lamp_compile.runtime.kv_cache import CacheSpec, NestedCache, NestedLayer
 from tests.huggingface import reference
 

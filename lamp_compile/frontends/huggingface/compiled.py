@@ -22,8 +22,8 @@ from lamp_compile.ir import Refusal
 from lamp_compile.plan import Plan
 from lamp_compile.report import Report, SiteSummary
 from lamp_compile.runtime import layout
-from lamp_compile.runtime.cache_layers import rounded_capacity
 from lamp_compile.runtime.controls import Controls
+from lamp_compile.runtime.growable_layer import rounded_capacity
 from lamp_compile.runtime.kv_cache import CacheSpec, NestedCache
 
 
@@ -72,7 +72,10 @@ class Lamp:
         """
         if self.mode != "reduce-overhead":
             return self.cache(capacity)
-        layers = self._idle.pop() if self._idle else []
+        try:
+            layers = self._idle.pop()
+        except IndexError:  # none, or another thread took it
+            layers = []
         room = rounded_capacity(capacity)
         if layers and all((layer.batch_size, layer.max_cache_len) == (batch, room) for layer in layers):
             for layer in layers:

@@ -1,0 +1,163 @@
+"""What every layer of our cache has in common: tensors that belong to sequences, follow every operation, and grow.
+
+All have static addresses, so that a decode step that writes into them can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import StaticLayer
+
+from lamp_compile.errors import CacheError
+from lamp_compile.runtime import layout
+
+LENGTH_STEPS = 4
+"""Capacities are rounded up to an eighth to a quarter of their size, so that nearby lengths share one compiled
+graph."""
+
+
+def rounded_capacity(keys: int, tile: int = layout.TILE) -> int:
+    """Keys to allocate for ``keys`` keys: whole tiles, few different sizes."""
+    tiles = max(1, layout.tiles_for(keys, tile))
+    step = max(1, 1 << max(0, (tiles - 1).bit_length() - LENGTH_STEPS + 1))
+    return -(-tiles // step) * step * tile
+
+
+class GrowableLayer(StaticLayer):  # type: ignore[misc]
+    """Per-sequence tensors that follow every cache operation, and grow. Subclasses name them and say how to widen
+    them."""
+
+    is_compileable = True
+    is_sliding = False
+    is_croppable = True
+    per_sequence: tuple[str, ...] = ()
+    max_cache_len: int
+    cumulative_length: Tensor
+
+    def __init__(self, capacity: int, name: str) -> None:
+        super().__init__(max_cache_len=capacity)
+        self.name = name
+        self.batch_size = -1
+        # Upper bound of the length, kept on the host: growth can be decided without asking the device at each step.
+        self._longest = 0
+
+    def _allocate(self, batch: int, kv_heads: int, capacity: int) -> dict[str, Tensor]:
+        """Fresh per-sequence tensors."""
+        raise NotImplementedError
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate for the batch, heads and sizes of these keys ``[B, G, n, D]`` and values ``[B, G, n, Dv]``."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.batch_size, self.num_heads = key_states.shape[:2]
+        self.k_head_dim, self.v_head_dim = key_states.shape[-1], value_states.shape[-1]
+        self._check_device()
+        self.cumulative_length = self.cumulative_length.to(self.device)
+        self._install(self._allocate(self.batch_size, self.num_heads, self.max_cache_len))
+        if not torch.compiler.is_compiling():
+            torch._dynamo.mark_static_address(self.cumulative_length)
+        self.is_initialized = True
+
+    def _check_device(self) -> None:
+        """Raise where something the layer needs is elsewhere."""
+
+    def _install(self, tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            setattr(self, name, tensor)
+            if not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(tensor)
+
+    def admit(self, key_states: Tensor, value_states: Tensor) -> int:
+        """Make ready for new rows; gives back how many. Nothing is overwritten before everything is checked.
+
+        Raises:
+            CacheError: Another batch size than the rows held, or more rows than a captured graph has room for.
+        """
+        rows = int(key_states.shape[-2])
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if key_states.shape[0] != self.batch_size:
+            self._change_batch(key_states, value_states)
+        if torch.compiler.is_compiling():
+            if rows > self.max_cache_len:
+                raise CacheError(
+                    f"{rows} new tokens do not fit into a cache of {self.max_cache_len}",
+                    where=self.name,
+                    fix="call cache.ensure_capacity(tokens) before the compiled call",
+                )
+            return rows
+        self._longest += rows
+        if self._longest > self.max_cache_len:
+            self._longest = int(self.cumulative_length) + rows
+            if self._longest > self.max_cache_len:
+                self.ensure_capacity(rounded_capacity(self._longest))
+        return rows
+
+    def _change_batch(self, key_states: Tensor, value_states: Tensor) -> None:
+        if torch.compiler.is_compiling() or int(self.cumulative_length):
+            raise CacheError(
+                f"the cache holds {self.batch_size} sequences and {key_states.shape[0]} came",
+                where=self.name,
+                fix="one cache per batch, or cache.reset(), batch_select_indices(...), batch_repeat_interleave(...)",
+            )
+        self.lazy_initialization(key_states, value_states)
+
+    def ensure_capacity(self, keys: int) -> None:
+        """Grow to hold ``keys`` keys; contents are kept. The tensors move, so a compiled graph is made anew for the
+        new size."""
+        if keys <= self.max_cache_len:
+            return
+        self.max_cache_len = rounded_capacity(keys)
+        if not self.is_initialized:
+            return
+        wider = self._allocate(self.batch_size, self.num_heads, self.max_cache_len)
+        for name, tensor in wider.items():
+            old = getattr(self, name)
+            if old.shape == tensor.shape:
+                tensor.copy_(old)
+            else:
+                tensor[:, :, : old.shape[2]] = old
+        self._install(wider)
+
+    def reset(self) -> None:
+        """Forget all sequences; the memory and its addresses stay."""
+        if self.is_initialized:
+            for name in self.per_sequence:
+                getattr(self, name).zero_()
+        self.cumulative_length.zero_()
+        self._longest = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens: a negative number counts those to remove, a positive one is the length to keep."""
+        count = int(tokens_to_remove)
+        if count > 0:
+            self.cumulative_length.clamp_(max=count)
+        elif count < 0:
+            self.cumulative_length.sub_(-count).clamp_(min=0)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Sequence i becomes what sequence ``beam_idx[i]`` was, in place."""
+        if self.is_initialized:
+            for name in self.per_sequence:
+                tensor = getattr(self, name)
+                tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each sequence ``repeats`` times in a row."""
+        if self.is_initialized:
+            self._install({name: getattr(self, name).repeat_interleave(repeats, dim=0) for name in self.per_sequence})
+            self.batch_size *= repeats
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences ``indices`` only."""
+        if self.is_initialized:
+            self._install({name: getattr(self, name)[indices].contiguous() for name in self.per_sequence})
+            self.batch_size = int(getattr(self, self.per_sequence[0]).shape[0])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values, scales included."""
+        if not self.is_initialized:
+            return 0
+        tensors = [getattr(self, name) for name in self.per_sequence if name not in ("state", "stats")]
+        return sum(t.numel() * t.element_size() for t in tensors)
