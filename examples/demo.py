@@ -96,6 +96,7 @@ def show_table(measured: list[Row], speed: dict[str, float]) -> list[dict[str, A
             f"{refined:>15}{speed[row.name]:>10.1f}"
         )
         table.append({**row.to_dict(), "tokens_per_second": speed[row.name]})
+    print("Quality is against the same model in float32; tokens/s are of generate(), prefill included, in float32.")
     lamp, plain = measured[-1], measured[0]
     ratio = speed["lamp"] / speed["bf16"]
     smaller = plain.kv_bytes / lamp.kv_bytes
