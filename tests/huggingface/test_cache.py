@@ -16,10 +16,10 @@ from lamp_compile.plan import SitePlan
 from lamp_compile.runtime.cache_layers import LayerSpec
 from lamp_compile.runtime.controls import SiteControls
 from lamp_compile.runtime.growable_layer import rounded_capacity
-from lamp_compile.runtime.kv_cache import CacheSpec, NestedCache, NestedLayer
+from lamp_compile.runtime.kv_cache import CacheSpec, NestedCache
 from tests.huggingface import reference
 
-STATE = NestedLayer.per_sequence
+STATE = ("k_high", "k_residual", "k_scale", "v_high", "v_residual", "v_scale", "state", "stats")
 
 
 def spec(kv_heads: int = 2, **fields: Any) -> CacheSpec:

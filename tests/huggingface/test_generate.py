@@ -133,16 +133,24 @@ def test_manual_loop(fast: Any, ids: Tensor, greedy: dict[str, Any]) -> None:
     assert torch.equal(torch.stack(tokens, 1), fast.generate(ids, **greedy)[:, 40:])
 
 
-def test_growth_in_the_middle(fast: Any, ids: Tensor, greedy: dict[str, Any]) -> None:
+def test_growth_in_the_middle(fast: Any, ids: Tensor) -> None:
     """A cache that must grow while decoding gives what one of the right size gives."""
-    cache, prompt = fast.lamp.cache(1), torch.cat((ids, ids, ids), dim=1)
-    with torch.no_grad():
-        tokens = [fast(prompt, past_key_values=cache).logits[:, -1].argmax(-1)]
-        assert cache.capacity == 128
-        for _ in range(11):
-            tokens.append(fast(tokens[-1][:, None], past_key_values=cache).logits[:, -1].argmax(-1))
-    assert cache.capacity == 256
-    assert torch.equal(torch.stack(tokens, 1), fast.generate(prompt, **greedy)[:, 120:])
+    prompt, steps = torch.cat((ids, ids, ids), dim=1), torch.cat((ids[:, :4], ids[:, :8]), dim=1)
+    logits = []
+    for cache in (fast.lamp.cache(1), fast.lamp.cache(256)):
+        reference.logits(fast, prompt, past_key_values=cache)
+        each = [reference.logits(fast, steps[:, i : i + 1], past_key_values=cache) for i in range(12)]
+        logits.append(torch.cat(each, dim=1))
+        assert cache.capacity == 256
+    assert reference.relative(*logits) < ARITHMETIC[torch.float32].relative
+
+
+def test_scaling_is_the_models(model: Any, ids: Tensor) -> None:
+    for layer in model.model.layers:
+        layer.self_attn.scaling *= 2.5
+    fast = lamp_compile.compile(model, mode="eager", **EXACT)
+    wanted = reference.logits(model, ids, past_key_values=reference.dequantised_cache(fast.lamp.spec))
+    assert reference.relative(reference.logits(fast, ids), wanted) < TIPPED[torch.float32].relative
 
 
 def test_foreign_cache_switches_off_and_says_so_once(model: Any, fast: Any, ids: Tensor) -> None:
