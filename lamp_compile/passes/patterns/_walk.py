@@ -220,7 +220,7 @@ def checked(site: AttentionSite) -> AttentionSite:
     return site
 
 
-def sizes(q: Tensor, k: Tensor, v: Tensor, specialise: bool) -> dict[str, Any]:
+def sizes(q: Tensor, k: Tensor, v: Tensor, specialise: bool = False) -> dict[str, Any]:
     """The size fields of a site; symbolic ones become numbers where the program can be guarded.
 
     Raises:
