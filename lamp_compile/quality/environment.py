@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("lamp_compile", "torch", "transformers", "triton", "safetensors", "numpy", "onnxruntime")
+from lamp_compile import __version__
+
+PACKAGES = ("torch", "transformers", "triton", "safetensors", "numpy", "onnxruntime")
 
 
 def versions() -> dict[str, str | None]:
     """Python and the packages that matter; None where one is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    found: dict[str, str | None] = {"python": platform.python_version(), "lamp_compile": __version__}
     for name in PACKAGES:
         try:
             found[name] = metadata.version(name)
