@@ -85,6 +85,10 @@ def test_rewriting_twice_changes_nothing_more():
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.11") and torch.version.cuda is not None,
+    reason="this build of torch crashes when it loads any AOTInductor package, that of a plain linear layer too",
+)
 def test_aot_inductor_package(tmp_path):
     made = rewrite(exported(dynamic=True), **EXACT)
     package = torch._inductor.aoti_compile_and_package(made, package_path=str(tmp_path / "model.pt2"))
