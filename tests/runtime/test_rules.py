@@ -117,6 +117,21 @@ def test_nothing_live_at_all_is_dead_and_not_nan() -> None:
         assert (importance_of(case, rule) == reference.DEAD).all()
 
 
+@pytest.mark.parametrize("rule", REAL_RULES)
+def test_keys_hidden_by_an_additive_mask_count_as_little_as_masked_ones(rule: str) -> None:
+    hidden = torch.zeros(1, 1, 1, 256, dtype=torch.bool)
+    hidden[..., 64:128] = True
+    additive = torch.zeros(1, 1, 1, 256).masked_fill(hidden, torch.finfo(torch.float32).min)
+    masked = brute_force.make(keys=256, queries=1, mask=~hidden)
+    added = brute_force.make(keys=256, queries=1, bias=additive)
+    for case in (masked, added):
+        case.k[:, :, 64:128].mul_(20)  # the hidden keys would win
+    wanted, got = importance_of(masked, rule), importance_of(added, rule)
+    seen = wanted != reference.DEAD
+    assert torch.allclose(got[seen], wanted[seen])
+    assert (got[~seen] == 0).all()
+
+
 def test_static_control_keeps_the_sink_and_the_newest() -> None:
     case = brute_force.make(keys=256, queries=1, causal="bottom_right", start=torch.tensor([40]))
     importance = importance_of(case, "static_tiles")
