@@ -64,6 +64,13 @@ def batched_matmul(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (torch.bmm(q3, k3.transpose(1, 2)) * 0.25).softmax(dim=-1).bmm(v3).view(B, H, S, D)
 
 
+def masked_batched_matmul(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q3, k3, v3 = (x.reshape(B * H, -1, D) for x in (q, k, v))
+    hidden = ~BOOL.expand(B, H, S, N).reshape(B * H, S, N)
+    scores = (torch.bmm(q3, k3.transpose(1, 2)) * 0.25).masked_fill(hidden, float("-inf"))
+    return scores.softmax(dim=-1).bmm(v3).view(B, H, S, D)
+
+
 def added_matmul(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q3, k3, v3 = (x.reshape(B * H, -1, D) for x in (q, k, v))
     alibi = BIAS.expand(B, H, S, N).reshape(B * H, S, N)
@@ -123,6 +130,7 @@ SPELLINGS = {
     "masked_fill": Spelling(filled, EAGER, wanted={"scale": 1.0}, nodes=("mask",)),
     "where": Spelling(chosen, EAGER, wanted={"scale": 0.25}, nodes=("mask",)),
     "bmm": Spelling(batched_matmul, EAGER, 1, {"heads": 1}),
+    "bmm masked_fill": Spelling(masked_batched_matmul, EAGER, 1, {"heads": 1}, ("mask",)),
     "baddbmm": Spelling(added_matmul, EAGER, 1, {"heads": 1, "scale": 0.25}, ("bias",)),
     "no transpose": Spelling(no_transpose, EAGER),
 }  # fmt: skip

@@ -40,6 +40,16 @@ REFUSED = {
     "tensor scale": (lambda q, k, v: (q @ k.mT * BIAS).softmax(-1) @ v, 16, "scaled by a tensor"),
     "caps differ": (lambda q, k, v: (torch.tanh(q @ k.mT / 5.0) * 4.0).softmax(-1) @ v, 16, "different numbers"),
     "weak fill": (lambda q, k, v: (q @ k.mT).masked_fill(BIAS > 0, -1.0).softmax(-1) @ v, 16, "does not hide"),
+    "fill before cap": (
+        lambda q, k, v: (torch.tanh((q @ k.mT).masked_fill(BIAS > 0, -1e9) / 5.0) * 5.0).softmax(-1) @ v,
+        16,
+        "before soft-capping",
+    ),
+    "where before cap": (
+        lambda q, k, v: (torch.tanh(torch.where(BIAS > 0, q @ k.mT, -1e9) / 5.0) * 5.0).softmax(-1) @ v,
+        16,
+        "before soft-capping",
+    ),
     "batch broadcasts": (lambda q, k, v: sdpa(q, k[:1], v[:1]), 16, "broadcasts over"),
     "axes": (five_axes, 16, "5 axes"),
 }

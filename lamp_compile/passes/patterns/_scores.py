@@ -182,12 +182,20 @@ def _scale(scores: Scores, factor: Any, divide: bool) -> None:
 def _masked_fill(node: Node, call: Call, scores: Scores) -> Node:
     if not is_lowest(call["value"], tensor(node)):
         raise Refuse(f"scores are filled with {call['value']}, which does not hide a key")
+    _no_softcap(scores)
     scores.hidden.append(call["mask"])
     return call["input"]  # type: ignore[no-any-return]
 
 
+def _no_softcap(scores: Scores) -> None:
+    if scores.softcap:
+        raise Refuse("keys are hidden before soft-capping, which lets them back in", "hide them after it")
+
+
 def _where(node: Node, call: Call, scores: Scores) -> Node:
     kept, other = call["input"], call["other"]
+    if is_lowest(other, tensor(node)) or is_lowest(kept, tensor(node)):
+        _no_softcap(scores)
     if is_lowest(other, tensor(node)):
         scores.masks.append(call["condition"])
         return kept  # type: ignore[no-any-return]

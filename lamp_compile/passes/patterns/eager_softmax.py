@@ -53,7 +53,7 @@ def read_eager_softmax(root: Node, call: Call, emit: Emitter) -> AttentionSite:
             scale=emit.call(operator.truediv, 1.0, scores.scale) if scores.divides else scores.scale,
             softcap=scores.softcap,
             sinks=_sinks(scores.sink, found["heads"]),
-            mask=_mask(scores, emit),
+            mask=_mask(scores, weights.dim(), emit),
             bias=_bias(scores, weights.dim(), emit),
             absorbed=(*absorbed, *leftovers(absorbed)),
             **found,
@@ -130,23 +130,27 @@ def _sinks(column: Node | None, heads: int) -> Node | None:
     raise Refuse("the sink column is not one number per head")
 
 
-def _mask(scores: Scores, emit: Emitter) -> Node | None:
+def _mask(scores: Scores, rank: int, emit: Emitter) -> Node | None:
     masks = [*scores.masks, *(emit.call(aten.logical_not.default, node) for node in scores.hidden)]
     for node in masks:
         found = tensor(node)
         if found is None or found.dtype != torch.bool:
             raise Refuse("scores are masked by something that is not boolean")
-    return _joined(masks, aten.logical_and.default, emit)
+    return _joined(_with_heads(masks, rank, emit), aten.logical_and.default, emit)
 
 
 def _bias(scores: Scores, rank: int, emit: Emitter) -> Node | None:
-    biases = scores.biases
-    if rank == 3:
-        biases = [
-            emit.call(aten.unsqueeze.default, b, -3) if (t := tensor(b)) is not None and t.dim() == 3 else b
-            for b in biases
-        ]
-    return _joined(biases, aten.add.Tensor, emit)
+    return _joined(_with_heads(scores.biases, rank, emit), aten.add.Tensor, emit)
+
+
+def _with_heads(nodes: list[Node], rank: int, emit: Emitter) -> list[Node]:
+    """``[B, S, N]`` of a product of three axes -> ``[B, 1, S, N]``."""
+    if rank != 3:
+        return nodes
+    return [
+        emit.call(aten.unsqueeze.default, node, -3) if (t := tensor(node)) is not None and t.dim() == 3 else node
+        for node in nodes
+    ]
 
 
 def _joined(nodes: list[Node], target: Any, emit: Emitter) -> Node | None:
