@@ -18,9 +18,8 @@ class PlaneHandle:
     """Keys or values ``[B, G, capacity, D]`` of one cache layer, as planes.
 
     The registered attention function reads the planes. Model code that touches keys or values itself gets them
-    dequantised (and
-    then pays for a float copy); that is why there is no ``__getattr__``, which would hide such a use and which Dynamo
-    cannot trace.
+    dequantised (and then pays for a float copy); that is why there is no ``__getattr__``, which would hide such a use
+    and which Dynamo cannot trace.
     """
 
     __slots__ = ("dtype", "layer", "values")

@@ -2,9 +2,8 @@
 error.
 
 Keys are divided by b and queries multiplied by it, after their position is rotated in: exact in real numbers. The
-rounding error
-of a score grows with |q b| |k / b|; over channels that is least for b = sqrt(rms k / rms q), and then the error is
-smaller by the gain R = sqrt(sum rms_q^2) sqrt(sum rms_k^2) / sum(rms_q rms_k) >= 1.
+rounding error of a score grows with |q b| |k / b|; over channels that is least for b = sqrt(rms k / rms q), and then
+the error is smaller by the gain R = sqrt(sum rms_q^2) sqrt(sum rms_k^2) / sum(rms_q rms_k) >= 1.
 """
 
 from __future__ import annotations
@@ -41,8 +40,8 @@ def factors(query_rms: Tensor, key_rms: Tensor) -> Tensor:
 
 def pooled(site: ProbedSite, config: Any) -> tuple[Tensor, Tensor]:
     """The site's rms of q and k ``[G, D]``, each RoPE pair given one value: later positions turn a pair's channels
-    into each
-    other, so that 128 positions say little about the two apart. Channels without a known partner stay alone."""
+    into each other, so that 128 positions say little about the two apart. Channels without a known partner stay
+    alone."""
     partner = _partners(site.module, site.head_dim, config)
     return tuple(((x.square() + x[:, partner].square()) / 2).sqrt() for x in (site.query_rms, site.key_rms))  # type: ignore[return-value]
 
