@@ -85,6 +85,7 @@ class GrowableLayer(StaticLayer):  # type: ignore[misc]
                     where=self.name,
                     fix="call cache.ensure_capacity(tokens) before the compiled call",
                 )
+            self._longest = self.max_cache_len  # the graph does not count: the next eager call reads the length
             return rows
         self._longest += rows
         if self._longest > self.max_cache_len:

@@ -90,7 +90,9 @@ class NestedCache(Cache):  # type: ignore[misc]
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Keys and offset of the mask for new queries. Grows first if they need it, because the mask is as wide as
         the cache."""
-        if not torch.compiler.is_compiling() and isinstance(query_length, int):
+        if torch.compiler.is_compiling():
+            self._longest = self.capacity  # the graph does not count: the next eager call reads the length
+        elif isinstance(query_length, int):
             self._longest += query_length
             if self._longest > self.capacity:
                 self._longest = int(self.get_seq_length()) + query_length

@@ -151,6 +151,20 @@ def test_own_compiled_call_beyond_capacity_is_an_error_and_overwrites_nothing(fa
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
 
+def test_eager_call_after_own_compiled_steps_grows_in_time(fast: Any, ids: Tensor) -> None:
+    cache = fast.lamp.cache(128)
+    step = torch.compile(fast.forward, backend="eager", fullgraph=True)
+    tokens = ids[:, torch.arange(130) % ids.shape[1]]
+    reference.logits(fast, tokens[:, :9], past_key_values=cache)
+    for position in range(9, 110):
+        with torch.no_grad():
+            step(tokens[:, position : position + 1], past_key_values=cache)
+    assert graphs() == (1, 0)
+    got = reference.logits(fast, tokens[:, 110:], past_key_values=cache)
+    assert (cache.capacity, int(cache.get_seq_length())) == (256, 130)
+    assert torch.equal(got[:, -1].argmax(-1), reference.logits(fast, tokens)[:, -1].argmax(-1))
+
+
 def test_disabled_generate_compiles_nothing(model: Any, ids: Tensor, greedy: dict[str, Any]) -> None:
     fast = lowered_to_eager(model)
     with lamp_compile.disable():
