@@ -22,6 +22,8 @@ CONTROLS = ("random_tiles", "static_tiles")
 RULES = tuple(name for name in _plugins.names("runtime/lookahead") if name not in CONTROLS)
 ROTATIONS = ("hadamard", "none")
 QUERY_BITS = (0, 8, 16)
+LARGEST = 2**53
+"""Whole numbers beyond this are no settings, and no operator takes them."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class SitePlan:
         _number(self.guard.hysteresis, "guard.hysteresis", where, least=0.0, most=1.0)
         for name in ("window", "hold"):
             value = getattr(self.guard, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST:
                 raise PlanError(
                     f"guard.{name} must be a whole number of steps, got {value!r}", where=where, fix="1 or more"
                 )
@@ -170,10 +172,15 @@ class Plan:
             raise PlanError(
                 f"not JSON: {error}", where=where, fix="write plans with Plan.save() or `lamp-compile compile`"
             ) from None
-        if not isinstance(data, dict) or data.get("version") != PLAN_VERSION:
-            got = data.get("version") if isinstance(data, dict) else type(data).__name__
+        if not isinstance(data, dict):
             raise PlanError(
-                f"plan version {got!r}, this release reads {PLAN_VERSION}", where=where, fix="make a new plan"
+                f"a plan is a JSON object, this is a {type(data).__name__}",
+                where=where,
+                fix="write plans with Plan.save() or `lamp-compile compile`",
+            )
+        if data.get("version") != PLAN_VERSION:
+            raise PlanError(
+                f"plan version {data.get('version')!r}, this release reads {PLAN_VERSION}", where=where, fix="make a new plan"
             )
         rows = data.get("sites")
         if not isinstance(rows, list):
@@ -194,7 +201,8 @@ class Plan:
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise PlanError(f"cannot read the plan: {error}", where=str(path), fix="check the path") from None
+            reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 text: {error.reason}"
+            raise PlanError(f"cannot read the plan: {reason}", where=str(path), fix="check the path") from None
         return Plan.from_json(text, where=str(path))
 
 
@@ -225,6 +233,7 @@ def template(preset: str = "balanced", **overrides: Any) -> SitePlan:
             raise OptionError(f"unknown option {name!r}", where="options", fix=f"one of {', '.join(known)}")
     guard = {name.removeprefix("guard_"): value for name, value in overrides.items() if name.startswith("guard_")}
     site = {name: value for name, value in overrides.items() if not name.startswith("guard_")}
+    site = {name: tuple(v) if name in HOT and isinstance(v, list) else v for name, v in site.items()}
     made = replace(SitePlan(name="*"), **{**PRESETS[preset], **site})
     made = replace(made, guard=replace(made.guard, **guard))
     made.validate(where="options")
@@ -270,6 +279,7 @@ def _row(kind: type[Any], row: object, where: str) -> Any:
 def _balance(value: object, where: str) -> tuple[tuple[float, ...], ...]:
     if (
         not isinstance(value, list)
+        or not value
         or not all(isinstance(row, list) for row in value)
         or len({len(r) for r in value}) > 1
     ):
@@ -292,7 +302,7 @@ def _each(value: Any) -> tuple[Any, ...]:
 
 
 def _choice(value: Any, allowed: tuple[Any, ...], name: str, where: str) -> None:
-    if isinstance(value, bool) or value not in allowed:
+    if isinstance(value, bool | float) or value not in allowed:
         raise PlanError(f"{name} is {value!r}", where=where, fix=f"one of {', '.join(map(str, allowed))}")
 
 
@@ -300,7 +310,8 @@ def _number(
     value: Any, name: str, where: str, *, least: float | None = None, above: float | None = None,
     most: float | None = None, infinite: bool = False,
 ) -> None:  # fmt: skip
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    ok = isinstance(value, int | float) and not isinstance(value, bool)
+    ok = ok and (isinstance(value, float) or abs(value) <= LARGEST) and not math.isnan(value)
     ok = ok and (infinite or math.isfinite(value))
     ok = (
         ok

@@ -61,6 +61,12 @@ def test_fields_left_out_take_their_defaults() -> None:
         ({"subtile": 128, "tile": 64}, "subtile 128 does not divide tile 64"),
         ({"balance": [[1.0, 0.0]]}, "balance is 0.0"),
         ({"balance": [[1.0], [1.0, 2.0]]}, "one list of numbers per kv head"),
+        ({"balance": []}, "one list of numbers per kv head"),
+        ({"tile": 128.0}, "tile is 128.0"),
+        ({"subtile": 32.0}, "subtile is 32.0"),
+        ({"query_bits": 8.0}, "query_bits is 8.0"),
+        ({"tau": 10**400}, "tau is 1000"),
+        ({"guard": {"window": 10**30}}, "guard.window"),
         ({"balance": 2.0}, "one list of numbers per kv head"),
         ({"guard": {"budget": 0}}, "guard.budget is 0"),
         ({"guard": {"window": 0}}, "guard.window"),
@@ -88,7 +94,7 @@ def test_nonsense_is_refused_by_name(changes: dict[str, object], says: str) -> N
         ("", "not JSON"),
         ("{", "not JSON"),
         ("[" * 100_000, "not JSON"),
-        ("[]", "plan version 'list'"),
+        ("[]", "a plan is a JSON object, this is a list"),
         ('{"version": 2, "sites": []}', "plan version 2"),
         ('{"version": 1, "sites": {}}', "`sites` must be a list"),
         ('{"version": 1, "sites": [3]}', "expected an object"),
@@ -129,3 +135,4 @@ def test_unknown_site_and_preset_and_option() -> None:
     with pytest.raises(PlanError, match="tau is -2"):
         template(tau=-2)
     assert template(guard_budget=0.5).guard.budget == 0.5
+    assert template(tau=[0.1, 0.2], floor=[0, 1]) == template(tau=(0.1, 0.2), floor=(0, 1))
