@@ -31,6 +31,23 @@ def test_cache_of_another_model(model: Any, fast: Any, ids: Tensor, greedy: dict
         fast(ids, past_key_values=foreign)
 
 
+def test_attention_weights_are_refused_not_left_out(ids: Tensor, greedy: dict[str, Any]) -> None:
+    model = reference.build("Llama")  # eager: without LAMP it gives them
+    fast = lamp_compile.compile(model, mode="eager")
+    with says(InputError, "output_attentions=True"):
+        fast(ids, output_attentions=True)
+    with says(InputError, "output_attentions=True"):
+        fast.generate(ids, output_attentions=True, return_dict_in_generate=True, **greedy)
+    with lamp_compile.disable(), torch.no_grad():
+        assert len(fast(ids, output_attentions=True).attentions) == 2
+
+
+def test_plan_with_an_empty_balance(model: Any, fast: Any) -> None:
+    rows = (replace(fast.lamp.plan.sites[0], balance=()), *fast.lamp.plan.sites[1:])
+    with says(PlanError, "balance is 0 x 0"):
+        lamp_compile.compile(model, plan=replace(fast.lamp.plan, sites=rows), mode="eager")
+
+
 def test_batch_changed_midway(fast: Any, ids: Tensor, greedy: dict[str, Any]) -> None:
     cache = fast.lamp.cache()
     out = fast.generate(ids, past_key_values=cache, **greedy)

@@ -163,7 +163,11 @@ def test_foreign_cache_switches_off_and_says_so_once(model: Any, fast: Any, ids:
 
 
 def test_without_cache_is_the_original(model: Any, fast: Any, ids: Tensor) -> None:
-    got, wanted = reference.logits(fast, ids, use_cache=False), reference.logits(model, ids, use_cache=False)
+    with pytest.warns(UserWarning, match="use_cache is False: LAMP is off"):
+        got = reference.logits(fast, ids, use_cache=False)
+    wanted = reference.logits(model, ids, use_cache=False)
+    with pytest.warns(UserWarning, match="DynamicCache: LAMP is off"):  # another reason is said too
+        reference.logits(fast, ids, past_key_values=DynamicCache())
     assert reference.relative(got, wanted) < ARITHMETIC[torch.float32].relative
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lamp_compile.errors import ModelError
+from lamp_compile.errors import InputError, ModelError
 from lamp_compile.frontends import switch
 from lamp_compile.frontends.huggingface.sites import ProbedSite
 from lamp_compile.ir import Refusal
@@ -47,7 +47,7 @@ class Lamp:
         self.backend: Any = None
         self.compile_config: Any = None
         self._sites, self._refusals = sites, refusals
-        self._warned = False
+        self._warned: set[str] = set()
         self._idle: list[list[Any]] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Lamp:
@@ -107,9 +107,9 @@ class Lamp:
         )
 
     def warn_once(self, what: str) -> None:
-        """Say, once per model, that LAMP is off for a call."""
-        if not self._warned:
-            self._warned = True
+        """Say, once per model and reason, that LAMP is off for a call."""
+        if what not in self._warned:
+            self._warned.add(what)
             warnings.warn(f"{what}: LAMP is off for this call (said once)", UserWarning, stacklevel=4)
 
 
@@ -162,6 +162,16 @@ def _refuse_training(model: nn.Module) -> None:
         )
 
 
+def _refuse_weights(model: Any, kwargs: dict[str, Any]) -> None:
+    asked = kwargs.get("output_attentions")
+    if model.config.output_attentions if asked is None else asked:
+        raise InputError(
+            "attention weights were asked for (output_attentions=True), and none are formed",
+            where=type(model).__name__,
+            fix="lamp_compile.disable() around the call, with a model of eager attention",
+        )
+
+
 def _uses_cache(model: Any, kwargs: dict[str, Any]) -> bool:
     asked = kwargs.get("use_cache")
     return bool(model.config.get_text_config(decoder=True).use_cache if asked is None else asked)
@@ -170,6 +180,7 @@ def _uses_cache(model: Any, kwargs: dict[str, Any]) -> bool:
 def _cache_for_forward(model: Any, given: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NestedCache | None:
     """Check the cache of an eager call, or make the one it lacks."""
     _refuse_training(model)
+    _refuse_weights(model, kwargs)
     lamp: Lamp = model.lamp
     ids = args[0] if args else kwargs.get("input_ids")
     ids = kwargs.get("inputs_embeds") if ids is None else ids
@@ -179,7 +190,10 @@ def _cache_for_forward(model: Any, given: Any, args: tuple[Any, ...], kwargs: di
     if given is not None:
         lamp.warn_once(f"past_key_values is a {type(given).__name__}")
         return None
-    return lamp.cache(int(ids.shape[1])) if ids is not None and _uses_cache(model, kwargs) else None
+    if not _uses_cache(model, kwargs):
+        lamp.warn_once("use_cache is False")
+        return None
+    return lamp.cache(int(ids.shape[1])) if ids is not None else None
 
 
 # In a user's own torch.compile a graph break makes the cache; with fullgraph=True Dynamo raises and gives the reason.

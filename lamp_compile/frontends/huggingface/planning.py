@@ -78,9 +78,9 @@ def check_plan(plan: Plan, model: nn.Module, sites: Sites) -> Plan:
         site = known[row.name]
         if row.apply and site.reason:
             raise PlanError(f"this site cannot be applied: {site.reason}", where=where, fix="apply: false")
-        if row.balance is not None and (len(row.balance), len(row.balance[0])) != (site.kv_heads, site.head_dim):
+        if row.balance is not None and [len(r) for r in row.balance] != [site.head_dim] * site.kv_heads:
             raise PlanError(
-                f"balance is {len(row.balance)} x {len(row.balance[0])}",
+                f"balance is {len(row.balance)} x {len(row.balance[0]) if row.balance else 0}",
                 where=where,
                 fix=f"{site.kv_heads} lists of {site.head_dim}, or null",
             )
