@@ -13,6 +13,9 @@ CONSTRAINTS ?= constraints.txt
 MODEL ?= examples/models/nano
 TEXT ?= examples/data/walden.txt
 
+# Threads that spin while they wait make everything several times slower where other programs use the same cores.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(notdir $(CONSTRAINTS))
 
@@ -25,6 +28,7 @@ help:
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else \
 	    f"python {v.major}.{v.minor} found; lamp_compile needs 3.11 to 3.13: make PYTHON=python3.12 ...")'
+	@echo "Setting up $(VENV), once; the download of torch takes most of the time."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c $(CONSTRAINTS) -e ".[dev,hf]"
 	@touch $@
