@@ -33,9 +33,10 @@ class SiteControls:
             OptionError: The plan lists another number of kv heads.
         """
         values = {"tau": site.tau, "floor": site.floor, "budget": site.guard.budget}
-        return SiteControls(
-            **{name: _per_head(v, kv_heads, f"{name} of {site.name}").to(device) for name, v in values.items()}
-        )
+        with torch.inference_mode(False):  # they are changed in place later, anywhere
+            return SiteControls(
+                **{name: _per_head(v, kv_heads, f"{name} of {site.name}").to(device) for name, v in values.items()}
+            )
 
 
 class Controls:

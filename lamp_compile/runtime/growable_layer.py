@@ -5,6 +5,8 @@ All have static addresses, so that a decode step that writes into them can be ca
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import StaticLayer
@@ -24,6 +26,13 @@ def rounded_capacity(keys: int, tile: int = layout.TILE) -> int:
     return -(-tiles // step) * step * tile
 
 
+def ordinary_tensors() -> AbstractContextManager[None]:
+    """Tensors made within can be changed in place anywhere, also when ``torch.inference_mode`` is on around it."""
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return nullcontext()
+    return torch.inference_mode(False)
+
+
 class GrowableLayer(StaticLayer):  # type: ignore[misc]
     """Per-sequence tensors that follow every cache operation, and grow. Subclasses name them and say how to widen
     them."""
@@ -36,7 +45,8 @@ class GrowableLayer(StaticLayer):  # type: ignore[misc]
     cumulative_length: Tensor
 
     def __init__(self, capacity: int, name: str) -> None:
-        super().__init__(max_cache_len=capacity)
+        with ordinary_tensors():
+            super().__init__(max_cache_len=capacity)
         self.name = name
         self.batch_size = -1
         # Upper bound of the length, kept on the host: growth can be decided without asking the device at each step.
@@ -52,8 +62,9 @@ class GrowableLayer(StaticLayer):  # type: ignore[misc]
         self.batch_size, self.num_heads = key_states.shape[:2]
         self.k_head_dim, self.v_head_dim = key_states.shape[-1], value_states.shape[-1]
         self._check_device()
-        self.cumulative_length = self.cumulative_length.to(self.device)
-        self._install(self._allocate(self.batch_size, self.num_heads, self.max_cache_len))
+        with ordinary_tensors():
+            self.cumulative_length = self.cumulative_length.to(self.device)
+            self._install(self._allocate(self.batch_size, self.num_heads, self.max_cache_len))
         if not torch.compiler.is_compiling():
             torch._dynamo.mark_static_address(self.cumulative_length)
         self.is_initialized = True
@@ -111,7 +122,8 @@ class GrowableLayer(StaticLayer):  # type: ignore[misc]
         self.max_cache_len = rounded_capacity(keys)
         if not self.is_initialized:
             return
-        wider = self._allocate(self.batch_size, self.num_heads, self.max_cache_len)
+        with ordinary_tensors():
+            wider = self._allocate(self.batch_size, self.num_heads, self.max_cache_len)
         for name, tensor in wider.items():
             old = getattr(self, name)
             if old.shape == tensor.shape:
@@ -146,13 +158,17 @@ class GrowableLayer(StaticLayer):  # type: ignore[misc]
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each sequence ``repeats`` times in a row."""
         if self.is_initialized:
-            self._install({name: getattr(self, name).repeat_interleave(repeats, dim=0) for name in self.per_sequence})
+            with ordinary_tensors():
+                repeated = {name: getattr(self, name).repeat_interleave(repeats, dim=0) for name in self.per_sequence}
+            self._install(repeated)
             self.batch_size *= repeats
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences ``indices`` only."""
         if self.is_initialized:
-            self._install({name: getattr(self, name)[indices].contiguous() for name in self.per_sequence})
+            with ordinary_tensors():
+                kept = {name: getattr(self, name)[indices].contiguous() for name in self.per_sequence}
+            self._install(kept)
             self.batch_size = int(getattr(self, self.per_sequence[0]).shape[0])
 
     @property

@@ -221,5 +221,20 @@ def test_model_that_touches_keys_gets_floats(fast: Any) -> None:
         handle.mean()
 
 
+def test_made_in_inference_mode_used_outside(model: Any, ids: Tensor) -> None:
+    with torch.inference_mode():
+        fast = lamp_compile.compile(model, mode="eager")
+        cache = fast(ids).past_key_values
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(torch.tensor([0, 2]))
+        cache.ensure_capacity(200)
+    fast.lamp.controls.set(tau=0.0)
+    got = reference.logits(fast, ids[:, :3], past_key_values=cache)
+    cache.crop(-3)
+    cache.reset()
+    wanted = reference.logits(fast, torch.cat((ids, ids[:, :3]), dim=1))[:, -3:]
+    assert reference.relative(got, wanted) < 0.05
+
+
 def test_package_exports_the_cache() -> None:
     assert lamp_compile.NestedCache is NestedCache
