@@ -56,7 +56,8 @@ class Report:
         ]
         for site in self.sites:
             row = self.plan.site(site.name)
-            done = "rewritten" if site.name in self.rewritten else f"kept: {row.reason or 'beyond fuel'}"
+            kept = row.reason or ("beyond fuel" if row.apply else "the plan says apply: false")
+            done = "rewritten" if site.name in self.rewritten else f"kept: {kept}"
             shape = f"{site.heads} heads, {site.kv_heads} kv, D {site.head_dim}" + (
                 f"/{site.value_dim}" if site.value_dim != site.head_dim else ""
             )

@@ -73,6 +73,8 @@ def _copied(module: GraphModule) -> GraphModule:
     if hasattr(module, "_param_name_to_source"):
         made._param_name_to_source = dict(cast(Any, module._param_name_to_source))  # type: ignore[assignment]
     for old, new in zip(module.graph.nodes, graph.nodes, strict=True):
+        # fx renames what is called like a builtin (`input`); an ExportedProgram's signature knows the old names.
+        new.name = old.name
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source
         if isinstance(new.target, torch._ops.OpOverloadPacket) and new.target._qualified_op_name.startswith("lamp::"):

@@ -74,7 +74,7 @@ def site_name(node: Node) -> str:
     for entry in stack.values():
         path = entry[0] if isinstance(entry, tuple) else str(entry)
     path = re.sub(r"^[LG]\[(['\"])[^'\"]*\1\]", "", path)
-    path = re.sub(r"\._modules\b", "", path)
+    path = re.sub(r"\.(_modules|__self__)\b", "", path)
     path = re.sub(r"\[(['\"]?)([^'\"\]]*)\1\]", r".\2", path)
     return re.sub(r"@\d+", "", path).strip(".") or "attention"
 

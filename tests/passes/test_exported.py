@@ -29,6 +29,28 @@ def exported(dynamic: bool = False):
     return torch.export.export(stack(), (X,), dynamic_shapes=shapes, strict=True)
 
 
+class CalledInput(torch.nn.Module):
+    """`input` is a builtin of Python: torch.fx gives copies of such nodes another name."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = stack()
+
+    def forward(self, input):
+        return self.inner(input)
+
+
+def test_inputs_named_like_builtins_keep_their_names():
+    program = torch.export.export(CalledInput().eval(), (X,))
+    made = rewrite(program, **EXACT)
+    assert made.graph_signature.user_inputs == program.graph_signature.user_inputs == ("input",)
+    close(made.module()(X), program.module()(X))
+    file = io.BytesIO()
+    torch.export.save(made, file)
+    file.seek(0)
+    close(torch.export.load(file).module()(X), program.module()(X))
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_runs_saves_loads_and_decomposes(dynamic):
     program = exported(dynamic)

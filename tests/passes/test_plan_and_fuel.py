@@ -45,6 +45,8 @@ def test_a_plan_goes_round_through_json_and_is_obeyed(program, tmp_path):
     assert report(made).rewritten == ("layers.0", "layers.2")
     assert "kept: as a test" in report(made).text()
     assert str(made.graph).count("k_format: int8") == 3
+    silent = replace(plan, sites=(replace(plan.sites[0], apply=False), *plan.sites[1:]))
+    assert "kept: the plan says apply: false" in report(rewrite(program, plan=silent)).text()
     assert made.state_dict["lamp_layers_0_tau"].tolist() == [0.5] * 4
 
 
