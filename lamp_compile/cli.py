@@ -37,12 +37,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: On ``--help``, ``--version`` (0) and usage errors (2), as argparse does.
     """
     args = parser().parse_args(argv)
+    _output.print_anything()
     if args.command != "doctor":
         _output.quiet_loading()
     try:
         code: int = args.run(args)
     except LampError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        # Only what is not ours: a missing module of lamp_compile itself is a bug, to be shown as one.
+        if not error.name or error.name.split(".")[0] == "lamp_compile":
+            raise
+        missing = LampError(
+            f"the package {error.name.split('.')[0]} is not installed",
+            where=f"python {sys.executable}",
+            fix="pip install 'lamp_compile[hf]'",
+        )
+        print(f"error: {missing}", file=sys.stderr)
         return 1
     except BrokenPipeError:
         # The reader has gone (`| head`). Python would complain once more when it flushes standard output at exit.

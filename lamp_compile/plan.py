@@ -180,7 +180,9 @@ class Plan:
             )
         if data.get("version") != PLAN_VERSION:
             raise PlanError(
-                f"plan version {data.get('version')!r}, this release reads {PLAN_VERSION}", where=where, fix="make a new plan"
+                f"plan version {data.get('version')!r}, this release reads {PLAN_VERSION}",
+                where=where,
+                fix="make a new plan",
             )
         rows = data.get("sites")
         if not isinstance(rows, list):

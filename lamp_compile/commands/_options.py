@@ -64,6 +64,22 @@ def limit(value: str) -> float:
     return number
 
 
+def factor(value: str) -> float:
+    """A finite number above 0."""
+    number = float(value)
+    if not (math.isfinite(number) and number > 0):
+        raise argparse.ArgumentTypeError(f"{value} is no factor: a number above 0, such as 30")
+    return number
+
+
+def share(value: str) -> float:
+    """A number from 0 to 1."""
+    number = float(value)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{value} is no share: a number from 0 to 1, such as 0.98")
+    return number
+
+
 def _setting(value: str) -> tuple[str, Any]:
     name, equals, raw = value.partition("=")
     if not equals or not name:

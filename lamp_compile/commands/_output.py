@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import sys
@@ -27,6 +28,12 @@ def progress(total: int, title: str) -> Callable[[str], None]:
             bar.close()
 
     return step
+
+
+def print_anything() -> None:
+    """Write what the terminal's encoding lacks as escapes; a model may write any character."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def quiet_loading() -> None:

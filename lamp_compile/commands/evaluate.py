@@ -20,7 +20,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     _options.text(parser)
     _options.plan(parser)
     parser.add_argument(
-        "--twin", type=float, metavar="S", help="also on the outlier twin: some key channels S times as large"
+        "--twin", type=_options.factor, metavar="S", help="also on the outlier twin: some key channels S times as large"
     )
     parser.add_argument(
         "--pairs", choices=("any", "slow"), default="any", help="RoPE pairs that the twin scales (default: any)"
@@ -30,7 +30,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--min-agreement",
-        type=_options.limit,
+        type=_options.share,
         metavar="Y",
         help="exit 3 when the agreement of a `lamp` row is below Y (0 to 1)",
     )
@@ -55,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
         _output.print_json({**head, "rows": [row.to_dict() for row in done], "exceeded": exceeded})
     else:
         about = measured.describe(args)
-        print(f"{about['model']} on {about['text']}: {about['windows']} windows of {about['context']} tokens")
+        count = f"{about['windows']} window{'s' if about['windows'] > 1 else ''}"
+        print(f"{about['model']} on {about['text']}: {count} of {about['context']} tokens")
         print(evaluate.table(done))
         for line in exceeded:
             print(f"over the limit: {line}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -192,6 +193,8 @@ def test_pickled_weights_are_refused(call, nano, tmp_path):
         ["eval", "M", "--text", "T", "--context", "0"],
         ["explain", "M", "--set", "tau"],
         ["bisect", "M", "--text", "T"],
+        ["eval", "M", "--text", "T", "--min-agreement", "98"],
+        ["eval", "M", "--text", "T", "--twin", "0"],
     ],
 )
 def test_usage_errors_exit_2(arguments):
@@ -208,6 +211,19 @@ def test_every_command_takes_json_and_states_the_exit_codes(capsys):
         help_text = capsys.readouterr().out
         assert "--json" in help_text
         assert "exit codes" in help_text
+
+
+def test_any_character_can_be_printed(nano, tmp_path):
+    """A terminal without Unicode gets escapes. The packaged model answers these quotes with quotes of its own."""
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("na\u00efve caf\u00e9 \u2014 \u201cquoted\u201d", encoding="utf-8")
+    command = ["run", str(nano), "--prompt-file", str(prompt), "--max-new-tokens", "4", "--mode", "eager"]
+    done = subprocess.run(
+        [sys.executable, "-m", "lamp_compile.cli", *command],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "\\u201d" in done.stdout
 
 
 def test_a_closed_pipe_is_no_traceback():

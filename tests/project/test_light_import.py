@@ -16,7 +16,7 @@ import sys
 class Block:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {HEAVY!r}:
-            raise ImportError("blocked: " + name)
+            raise ModuleNotFoundError("blocked: " + name, name=name)
 
 sys.meta_path.insert(0, Block())
 """
@@ -53,6 +53,16 @@ def test_light_cli(arguments: list[str]) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+@pytest.mark.parametrize("arguments", [["doctor"], ["explain", "folder"]])
+def test_a_missing_package_is_named(arguments: list[str]) -> None:
+    """An interpreter without torch gets an error in words."""
+    done = fresh(f"from lamp_compile.cli import main\nsys.exit(main({arguments!r}))")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: the package torch is not installed")
+    assert "  try:   pip install" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_the_block_blocks() -> None:
