@@ -42,10 +42,13 @@ def section(title: str) -> None:
 
 def show_site(report: Report) -> None:
     """One site of the decode graph before and after the rewrite, with short names."""
-    for title, text in (("before", report.before), ("after", report.after)):
-        print(f"{title}:")
+    for title, text in (
+        ("before: one operator in the place of the model's attention", report.before),
+        ("after: the steps that it becomes (quantize, look_ahead, select, attend, guard)", report.after),
+    ):
+        print(f"{title}")
         for line in text.splitlines():
-            short = re.sub(r"l_\w*?layers_\d+_(spec_)?", "cache.", line)
+            short = re.sub(r"\b(l_|past_key_values_)\w*?layers_\d+_(spec_)?", "cache.", line)
             print(textwrap.fill(short, 116, initial_indent="  ", subsequent_indent="        "))
 
 
@@ -118,6 +121,7 @@ def planted_faults(model: Any, ids: torch.Tensor) -> dict[str, Any]:
     start, broken, mended, poisoned, end = 128, 5, 17, 36, 38
     cache = fast.lamp.cache(start + end)
     steps = []
+    print("Floor: a layer's least precision. 0: the rule decides; 1: both planes everywhere; 2: exact where possible.")
     print("step  error estimate  floor per layer   tiles refined   KL of the step")
     with torch.no_grad():
         reference = model(ids[:, : start + end]).logits.log_softmax(-1)
@@ -215,6 +219,7 @@ def main(argv: list[str] | None = None) -> int:
 
     section(f"Both continue the text ({'eager' if mode == 'eager' else 'decode step compiled with Inductor'})")
     fast = lamp_compile.compile(model, mode=mode)
+    args.out.mkdir(parents=True, exist_ok=True)
     fast.lamp.plan.save(args.out / "plan.json")
     prompt = ids[None, 1000 : 1000 + PROMPT_TOKENS] if ids.numel() > 2000 else ids[None, :PROMPT_TOKENS]
     plain, lamp = write(model, prompt, NEW_TOKENS), write(fast, prompt, NEW_TOKENS)
