@@ -28,6 +28,15 @@ def graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
+def test_sites_have_the_same_names_on_all_routes():
+    model, x = stack(), tokens(40)
+    backend = lamp_compile.backend(lower="eager")
+    torch.compile(model, backend=backend)(x)
+    named = [site.name for site in backend.reports[0].sites]
+    torch._dynamo.reset()
+    assert [site.name for site in lamp_compile.explain(model, (x,)).sites] == named == ["layers.0", "layers.1"]
+
+
 def test_found_by_name_and_lowered_to_inductor():
     assert "lamp" in torch.compiler.list_backends()
     model, x = stack(), tokens(40)
