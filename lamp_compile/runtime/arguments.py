@@ -29,6 +29,11 @@ class Planes:
         return int(self.k_high.shape[3])
 
     @property
+    def tiles(self) -> int:
+        """Storage tiles per sequence."""
+        return int(self.k_high.shape[2])
+
+    @property
     def bytes(self) -> int:
         """Bytes of all planes and scales."""
         return sum(t.numel() * t.element_size() for t in vars(self).values())

@@ -7,6 +7,7 @@ that no more than ``BLOCK_ELEMENTS`` scores exist at a time; the result does not
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -77,11 +78,15 @@ def look_ahead(
     batch, heads, queries, _ = q.shape
     kv_heads, capacity = k_high.shape[1], k_high.shape[2] * k_high.shape[3]
     prepared = prepare_query(q, balance, scores)
-    keys = _dequantize_keys(k_high, None, k_scale, k_format, prepared.dtype)
     importance_of = lookahead.get(rule).importance
     parts = []
-    for rows in _blocks(queries, batch * heads * capacity):
-        y = _product(prepared[:, :, rows], keys, scores)
+    for rows in _query_blocks(queries, batch * heads * capacity):
+        query = prepared[:, :, rows]
+        products = [
+            _product(query, _dequantize_keys(k_high[:, :, t], None, k_scale[:, :, j], k_format, query.dtype), scores)
+            for t, j in _key_blocks(k_high.shape[2], k_high.shape[3], query.shape[2])
+        ]
+        y = torch.cat(products, dim=-1)
         live = visible.live(rows, queries, capacity, q.device).expand(y.shape)
         z, _ = _softmax(y, live, visible, rows)
         tiled = [t.reshape(*t.shape[:-1], -1, subtile) for t in (z, y, live)]
@@ -133,35 +138,16 @@ def attend(
     batch, heads, queries, _ = q.shape
     kv_heads, capacity = levels.shape[1], planes.k_high.shape[2] * planes.tile
     prepared = prepare_query(q, balance, scores)
-    dtype = prepared.dtype
-    k_cold = _dequantize_keys(planes.k_high, None, planes.k_scale, k_format, dtype)
-    k_hot = _dequantize_keys(planes.k_high, planes.k_residual, planes.k_scale, k_format, dtype)
-    v_cold = _dequantize_values(planes.v_high, None, planes.v_scale, v_format, dtype)
-    v_hot = _dequantize_values(planes.v_high, planes.v_residual, planes.v_scale, v_format, dtype)
-    noise = certificate.row_noise(planes, q.shape[-1], v_hot.shape[-1], k_format, v_format)
+    stored = _Stored(planes, exact, scores, k_format, v_format)
+    noise = certificate.row_noise(planes, q.shape[-1], stored.value_dim, k_format, v_format)
     parts = []
-    for rows in _blocks(queries, 2 * batch * heads * capacity):
+    for rows in _query_blocks(queries, 2 * batch * heads * capacity):
         level = _expand_levels(levels[:, :, rows], heads // kv_heads, subtile)
-        y = torch.where(
-            level >= Precision.BOTH,
-            _product(prepared[:, :, rows], k_hot, scores),
-            _product(prepared[:, :, rows], k_cold, scores),
-        )
-        if exact is not None:
-            y = torch.where(
-                level == Precision.EXACT,
-                _product(q[:, :, rows].to(dtype), _pad_rows(exact[0], capacity, dtype), scores),
-                y,
-            )
+        y = stored.scores_of(prepared[:, :, rows], q[:, :, rows], level)
         live = visible.live(rows, queries, capacity, q.device) & (level > Precision.SKIP)
         p, lse = _softmax(y, live, visible, rows)
-        refined = level >= Precision.BOTH
-        out = _weighted(p * ~refined, v_cold) + _weighted(p * (level == Precision.BOTH), v_hot)
-        out = rotation.unrotate(out, scores.rotation)
-        if exact is not None:
-            out = out + _weighted(p * (level == Precision.EXACT), _pad_rows(exact[1], capacity, dtype))
         sums = certificate.sums(p, level, noise, prepared[:, :, rows], scores)
-        parts.append((out, lse, sums))
+        parts.append((stored.output_of(p, level), lse, sums))
     out, lse, sums = (torch.cat(tensors, dim=2) for tensors in zip(*parts, strict=True))
     return out.to(q.dtype), lse.float(), sums.float()
 
@@ -177,6 +163,56 @@ def exact_attention(
     live = visible.live(rows, q.shape[2], k.shape[2], q.device).expand(y.shape)
     p, lse = _softmax(y, live, visible, rows)
     return _weighted(p, v.double()), lse
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Stored keys and values, turned into floats a block of storage tiles at a time (see ``_key_blocks``)."""
+
+    planes: Planes
+    exact: tuple[Tensor, Tensor] | None
+    scores: Scores
+    k_format: str
+    v_format: str
+
+    @property
+    def value_dim(self) -> int:
+        return formats.get(self.v_format).channels(int(self.planes.v_high.shape[3]))
+
+    def scores_of(self, prepared: Tensor, query: Tensor, level: Tensor) -> Tensor:
+        """Scores ``[B, H, S, N]``, each at the precision ``level`` says."""
+        planes, parts = self.planes, []
+        for t, j in _key_blocks(planes.tiles, planes.tile, prepared.shape[2]):
+            high, residual, scale = planes.k_high[:, :, t], planes.k_residual[:, :, t], planes.k_scale[:, :, j]
+            y = _product(prepared, _dequantize_keys(high, residual, scale, self.k_format, prepared.dtype), self.scores)
+            if formats.get(self.k_format).residual_bits:
+                cold = _dequantize_keys(high, None, scale, self.k_format, prepared.dtype)
+                y = torch.where(level[..., j] >= Precision.BOTH, y, _product(prepared, cold, self.scores))
+            if self.exact is not None:
+                exact = _product(query.to(y.dtype), _rows(self.exact[0], j, y.dtype), self.scores)
+                y = torch.where(level[..., j] == Precision.EXACT, exact, y)
+            parts.append(y)
+        return torch.cat(parts, dim=-1)
+
+    def output_of(self, p: Tensor, level: Tensor) -> Tensor:
+        """Weighted values ``[B, H, S, Dv]``, each at the precision ``level`` says."""
+        planes = self.planes
+        rotated = exact = torch.zeros((), dtype=p.dtype, device=p.device)
+        for t, j in _key_blocks(planes.tiles, planes.tile, p.shape[2]):
+            high, residual, scale = planes.v_high[:, :, t], planes.v_residual[:, :, t], planes.v_scale[:, :, j]
+            weight, chosen = p[..., j], level[..., j]
+            cold = chosen < Precision.BOTH
+            if formats.get(self.v_format).residual_bits:
+                values = _dequantize_values(high, None, scale, self.v_format, p.dtype)
+                rotated = rotated + _weighted(weight * cold, values)
+                weight = weight * ~cold
+            values = _dequantize_values(high, residual, scale, self.v_format, p.dtype)
+            rotated = rotated + _weighted(weight * (chosen != Precision.EXACT), values)
+            if self.exact is not None:
+                taken = p[..., j] * (chosen == Precision.EXACT)
+                exact = exact + _weighted(taken, _rows(self.exact[1], j, p.dtype))
+        out = rotation.unrotate(rotated, self.scores.rotation)
+        return out + exact if self.exact is not None else out
 
 
 def _packed(x: Tensor) -> Tensor:
@@ -202,10 +238,19 @@ def _per_slot(x: Tensor, importance: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])[:, :, None, None].to(importance.device)
 
 
-def _blocks(queries: int, elements_per_row: int) -> Iterator[slice]:
+def _query_blocks(queries: int, elements_per_row: int) -> Iterator[slice]:
     step = max(1, BLOCK_ELEMENTS // max(1, elements_per_row))
     for first in range(0, max(1, queries), step):
         yield slice(first, min(queries, first + step))
+
+
+def _key_blocks(tiles: int, tile: int, queries: int) -> Iterator[tuple[slice, slice]]:
+    """(storage tiles, keys) of successive blocks. A block is a quarter of the context (or as many keys as there are
+    queries, if that is more): a decode step never holds keys or values as floats for the whole context."""
+    step = max(1, tiles // 4, queries // tile)
+    for first in range(0, tiles, step):
+        last = min(tiles, first + step)
+        yield slice(first, last), slice(first * tile, last * tile)
 
 
 def _dequantize_keys(high: Tensor, residual: Tensor | None, scale: Tensor, name: str, dtype: torch.dtype) -> Tensor:
@@ -218,8 +263,10 @@ def _dequantize_values(high: Tensor, residual: Tensor | None, scale: Tensor, nam
     return formats.get(name).dequantize(layout.value_rows(high), residual, scale).to(dtype)
 
 
-def _pad_rows(x: Tensor, capacity: int, dtype: torch.dtype) -> Tensor:
-    return torch.nn.functional.pad(x.to(dtype), (0, 0, 0, capacity - x.shape[2]))
+def _rows(x: Tensor, keys: slice, dtype: torch.dtype) -> Tensor:
+    """Some rows of the original keys or values, zeros behind their end."""
+    rows = x[:, :, keys].to(dtype)
+    return torch.nn.functional.pad(rows, (0, 0, 0, keys.stop - keys.start - rows.shape[2]))
 
 
 def _expand_levels(levels: Tensor, groups: int, subtile: int) -> Tensor:

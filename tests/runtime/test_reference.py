@@ -206,7 +206,7 @@ def test_result_does_not_depend_on_the_block_of_queries(monkeypatch: pytest.Monk
 
     importance = look()
     monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 5 * 2 * 4 * 64)
-    assert len(list(reference._blocks(37, 2 * 2 * 4 * 64))) > 3
+    assert len(list(reference._query_blocks(37, 2 * 2 * 4 * 64))) > 3
     for one, other in zip(whole, run(case, levels, planes), strict=True):
         torch.testing.assert_close(one, other)
     torch.testing.assert_close(importance, look())

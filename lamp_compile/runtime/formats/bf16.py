@@ -21,7 +21,8 @@ def dequantize(high: Tensor, residual: Tensor | None, scale: Tensor) -> Tensor:
 
 
 def mean_square(high: Tensor, scale: Tensor) -> Tensor:
-    return high.float().square().mean(-1)
+    norm: Tensor = torch.linalg.vector_norm(high, dim=-1, dtype=torch.float32)
+    return norm.square() / high.shape[-1]
 
 
 def noise(scale: Tensor, mean_square: Tensor, refined: bool) -> Tensor:
