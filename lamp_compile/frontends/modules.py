@@ -73,6 +73,7 @@ def merged(reports: Sequence[Report], *notes: str) -> Report:
         raise ModelError("nothing was compiled yet", where="report", fix="call the model once")
     sites = {site.name: site for report in reports for site in report.sites}
     rows = {row.name: row for report in reports for row in report.plan.sites}
+    marks = {report.plan.fingerprint for report in reports if report.sites}  # several: one module, several graphs
     first = next((report for report in reports if report.before), reports[0])
     return replace(
         first,
@@ -80,7 +81,7 @@ def merged(reports: Sequence[Report], *notes: str) -> Report:
         refusals=tuple(dict.fromkeys(refusal for report in reports for refusal in report.refusals)),
         unclaimed=tuple(dict.fromkeys(refusal for report in reports for refusal in report.unclaimed)),
         rewritten=tuple(dict.fromkeys(name for report in reports for name in report.rewritten)),
-        plan=replace(first.plan, sites=tuple(rows.values())),
+        plan=replace(first.plan, sites=tuple(rows.values()), fingerprint=marks.pop() if len(marks) == 1 else ""),
         notes=tuple(dict.fromkeys((*(note for report in reports for note in report.notes), *notes))),
     )
 
@@ -100,7 +101,8 @@ def compile_module(model: nn.Module, backend: Any, inplace: bool) -> Any:
     """
     copied = structural_copy(model)
     fast, original = (model, copied) if inplace else (copied, model)
-    compiled = torch.compile(fast.forward, backend=backend)
+    bound = "forward" in fast.__dict__
+    compiled: Any = torch.compile(fast.forward if bound else type(fast).forward, backend=backend)
 
     @functools.wraps(type(model).forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -108,7 +110,7 @@ def compile_module(model: nn.Module, backend: Any, inplace: bool) -> Any:
             return self.lamp.original.forward(*args, **kwargs)
         if self.training:
             raise ModelError("the module is in training mode", where=type(self).__name__, fix="call .eval() first")
-        result = compiled(*args, **kwargs)
+        result = compiled(*(args if bound else (self, *args)), **kwargs)  # self: a deep copy has its own weights
         _look(self)
         return result
 

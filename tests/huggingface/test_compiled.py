@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -163,6 +164,21 @@ def test_eager_call_after_own_compiled_steps_grows_in_time(fast: Any, ids: Tenso
     got = reference.logits(fast, tokens[:, 110:], past_key_values=cache)
     assert (cache.capacity, int(cache.get_seq_length())) == (256, 130)
     assert torch.equal(got[:, -1].argmax(-1), reference.logits(fast, tokens)[:, -1].argmax(-1))
+
+
+def test_deep_copy_decodes_with_its_own_weights(model: Any, ids: Tensor, greedy: dict[str, Any]) -> None:
+    fast = lowered_to_eager(model)
+    wanted = fast.generate(ids, **greedy)
+    copied = copy.deepcopy(fast)
+    with torch.no_grad():
+        copied.lm_head.weight.copy_(fast.lm_head.weight.flip(0))
+    got = copied.generate(ids, **greedy)
+    out = copied(ids)
+    for position in range(ids.shape[1], got.shape[1]):
+        token = out.logits[:, -1:].argmax(-1)
+        assert torch.equal(token, got[:, position : position + 1])
+        out = copied(token, past_key_values=out.past_key_values)
+    assert torch.equal(fast.generate(ids, **greedy), wanted)
 
 
 def test_disabled_generate_compiles_nothing(model: Any, ids: Tensor, greedy: dict[str, Any]) -> None:

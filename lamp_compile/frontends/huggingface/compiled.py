@@ -147,9 +147,13 @@ def attach(model: nn.Module, lamp: Lamp) -> None:
         if switch.disabled():
             return self.lamp.original.generate(*args, **kwargs)
         _refuse_training(self)
+        if self._lamp_identity != id(self):  # a deep copy: the compiled decode step it brings runs the other's weights
+            self.__dict__.pop("_compiled_call", None)
+            self._lamp_identity = id(self)
         return type(self).generate(self, *args, **kwargs)
 
     hooked.lamp = lamp
+    hooked._lamp_identity = id(model)
     hooked.forward = MethodType(forward, model)
     hooked.generate = MethodType(generate, model)
     hooked._prepare_cache_for_generation = MethodType(_prepare_cache_for_generation, model)
