@@ -1,4 +1,4 @@
-"""``lamp-compile eval``: what the plan costs on the user's text, against controls and, if asked, an outlier twin."""
+"""``lamp-compile eval``: what the plan costs on the user's text, against controls and on an outlier twin."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import argparse
 from typing import TYPE_CHECKING
 
 from lamp_compile.commands import _options, _output
+from lamp_compile.errors import ModelError
 
 if TYPE_CHECKING:
     from lamp_compile.quality.evaluate import Row
 
 NAME, HELP = "eval", "measure what the plan costs on a text, against controls"
 BUDGET_EXCEEDED = 3
+DEFAULT_TWIN = 30.0
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -19,9 +21,14 @@ def add(parser: argparse.ArgumentParser) -> None:
     _options.model(parser)
     _options.text(parser)
     _options.plan(parser)
-    parser.add_argument(
-        "--twin", type=_options.factor, metavar="S", help="also on the outlier twin: some key channels S times as large"
+    twin = parser.add_mutually_exclusive_group()
+    twin.add_argument(
+        "--twin",
+        type=_options.factor,
+        metavar="S",
+        help="key channels of the outlier twin are S times as large (default: 30, where the model can have a twin)",
     )
+    twin.add_argument("--no-twin", action="store_true", help="leave the rows of the outlier twin out")
     parser.add_argument(
         "--pairs", choices=("any", "slow"), default="any", help="RoPE pairs that the twin scales (default: any)"
     )
@@ -44,20 +51,27 @@ def run(args: argparse.Namespace) -> int:
 
     measured = _measure.prepare(args)
     wanted = list(rows.STANDARD)
-    if args.twin:
-        wanted += [spec.on_twin(args.twin, args.pairs) for spec in rows.TWIN]
-    step = _output.progress(len(wanted) * measured.windows.shape[0], "eval")
+    twins = [] if args.no_twin else [spec.on_twin(args.twin or DEFAULT_TWIN, args.pairs) for spec in rows.TWIN]
+    step = _output.progress((len(wanted) + len(twins)) * measured.windows.shape[0], "eval")
     evaluation = measured.evaluation(args, step)
-    done = evaluation.measure_all(wanted)
+    done, notes = evaluation.measure_all(wanted), []
+    try:
+        done += evaluation.measure_all(twins)
+    except ModelError as error:
+        if args.twin:
+            raise
+        notes.append(f"no rows of an outlier twin: {error.what}")
     exceeded = over_limits(done, args.max_kl, args.min_agreement)
     if args.json:
         head = {**environment(args.device), **measured.describe(args)}
-        _output.print_json({**head, "rows": [row.to_dict() for row in done], "exceeded": exceeded})
+        _output.print_json({**head, "rows": [row.to_dict() for row in done], "notes": notes, "exceeded": exceeded})
     else:
         about = measured.describe(args)
         count = f"{about['windows']} window{'s' if about['windows'] > 1 else ''}"
         print(f"{about['model']} on {about['text']}: {count} of {about['context']} tokens")
         print(evaluate.table(done))
+        for note in notes:
+            print(f"note: {note}")
         for line in exceeded:
             print(f"over the limit: {line}")
     return BUDGET_EXCEEDED if exceeded else 0

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import transformers
 
 from lamp_compile import cli
 from lamp_compile.plan import Plan
@@ -35,7 +38,7 @@ def call(capsys):
 
 
 def test_eval_prints_the_agreed_rows(call, nano, text):
-    code, out, err = call("eval", nano, "--text", text, *SHORT, "--twin", "30", "--json")
+    code, out, err = call("eval", nano, "--text", text, *SHORT, "--json")
     data = json.loads(out)
     assert code == 0
     assert err == "", "progress belongs on a terminal"
@@ -49,6 +52,26 @@ def test_eval_prints_the_agreed_rows(call, nano, text):
     by_name = {row["name"]: row for row in plain}
     assert by_name["all_high"]["kl"] < by_name["all_low"]["kl"] / 10
     assert data["context"] == 128
+
+
+def test_eval_of_a_model_that_can_have_no_twin(call, text, nano, tmp_path):
+    folder = tmp_path / "gpt2"
+    config = transformers.GPT2Config(
+        vocab_size=16384, n_embd=64, n_layer=1, n_head=4, n_positions=256, bos_token_id=0, eos_token_id=0
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(nano) / name, folder)
+    short = ("--context", "64", "--max-tokens", "64")
+    code, out, _ = call("eval", folder, "--text", text, *short, "--json")
+    assert code == 0
+    data = json.loads(out)
+    assert not [row for row in data["rows"] if "twin" in row]
+    assert "q_proj" in data["notes"][0]
+    code, _, err = call("eval", folder, "--text", text, *short, "--twin", "10")
+    assert code == 1
+    assert "q_proj" in err
+    assert call("eval", folder, "--text", text, *short, "--no-twin", "--json")[0] == 0
 
 
 def test_eval_compares_with_limits(call, nano, text):
