@@ -6,7 +6,7 @@ import torch
 from lamp_compile.ir import Floor, Precision
 from lamp_compile.runtime import certificate, guard, reference
 from tests.runtime import brute_force
-from tests.runtime.test_reference import run, store
+from tests.runtime.test_reference import run, some_levels, store
 
 G, B = 2, 2
 
@@ -49,6 +49,26 @@ def test_mean_over_the_window_decides() -> None:
     for _ in range(4):
         state, stats = step(state, stats, error=0.15)
     assert (state[..., guard.FLOOR] == 1).all()
+
+
+def test_running_mean_is_over_that_many_steps() -> None:
+    state, stats = fresh()
+    wanted = 0.0
+    for error in (0.04, 0.08, 0.02):
+        state, stats = step(state, stats, error=error, window=8)
+        wanted += (error**2 - wanted) / 8
+    assert float(state[0, 0, guard.ERROR]) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_sinks_one_level_at_a_time() -> None:
+    state, stats = fresh()
+    state[..., guard.FLOOR] = float(Floor.EXACT)
+    seen = []
+    for _ in range(3):
+        state, stats = step(state, stats, error=0.01)
+        seen.append(int(state[0, 0, guard.FLOOR]))
+    assert seen == [1, 0, 0]
+    assert stats[0, 0, guard.LOWERED] == 2
 
 
 def test_hold_then_hysteresis_then_down() -> None:
@@ -144,3 +164,13 @@ def test_certificate_is_not_zero_when_all_is_refined_and_zero_when_exact() -> No
     both = torch.full((2, 2, 3, 2), Precision.BOTH, dtype=torch.uint8)
     assert (run(case, both)[2] > 0).all()
     assert not run(case, torch.full_like(both, Precision.EXACT), exact=True)[2].any()
+
+
+def test_certificate_counts_the_rounding_of_the_query() -> None:
+    shares = []
+    for bits in (0, 16, 8):
+        case = brute_force.make(keys=64, queries=2, query_bits=bits)
+        levels = torch.full_like(some_levels(case), int(Precision.BOTH))
+        _, _, found = run(case, levels, names=("bf16", "bf16"))
+        shares.append(float(found[..., 0].mean()))
+    assert shares[0] < shares[1] < shares[2] / 10

@@ -212,6 +212,17 @@ def test_result_does_not_depend_on_the_block_of_queries(monkeypatch: pytest.Monk
     torch.testing.assert_close(importance, look())
 
 
+def test_row_without_a_live_key_is_minus_infinity_with_sinks_too() -> None:
+    mask = torch.ones(1, 1, 3, 70, dtype=torch.bool)
+    mask[:, :, 1] = False
+    case = brute_force.make(mask=mask, sinks=torch.randn(4, dtype=torch.float64))
+    out, lse, sums = run(case, some_levels(case))
+    assert (lse[:, :, 1] == -torch.inf).all()
+    assert lse[:, :, [0, 2]].isfinite().all()
+    assert not out[:, :, 1].any()
+    assert not sums[:, :, 1].any()
+
+
 def test_rows_that_belong_to_nobody_may_hold_anything() -> None:
     """After a crop, stale rows lie behind the length; NaN there must not reach the output."""
     case = brute_force.make(keys=40, lengths=torch.tensor([30]), causal="bottom_right")
