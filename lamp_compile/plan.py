@@ -91,7 +91,7 @@ class SitePlan:
             for value in row:
                 _number(value, "balance", where, above=0.0)
         _number(self.guard.budget, "guard.budget", where, above=0.0, infinite=True)
-        _number(self.guard.hysteresis, "guard.hysteresis", where, least=0.0, most=1.0)
+        _number(self.guard.hysteresis, "guard.hysteresis", where, above=0.0, most=1.0)
         for name in ("window", "hold"):
             value = getattr(self.guard, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST:

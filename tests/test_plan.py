@@ -72,6 +72,7 @@ def test_fields_left_out_take_their_defaults() -> None:
         ({"guard": {"window": 0}}, "guard.window"),
         ({"guard": {"hold": 1.5}}, "guard.hold"),
         ({"guard": {"hysteresis": 2}}, "guard.hysteresis is 2"),
+        ({"guard": {"hysteresis": 0}}, "guard.hysteresis is 0"),
         ({"guard": {"patience": 2}}, "'patience'"),
         ({"guard": 3}, "expected an object"),
         ({"apply": "yes"}, "apply must be bool"),

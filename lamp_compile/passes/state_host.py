@@ -59,9 +59,12 @@ class Host:
     def _name(self, site: str, field: str) -> str:
         base = name = f"{PREFIX}_{re.sub(r'[^0-9A-Za-z]+', '_', site)}_{field}"
         number = 2
-        while name in self.tensors or hasattr(self.program.module, name):
+        while name in self.tensors or self._taken(name):
             name, number = f"{base}_{number}", number + 1
         return name
+
+    def _taken(self, name: str) -> bool:
+        return hasattr(self.program.module, name)
 
     def _make(self, name: str, tensor: Tensor) -> Node:
         raise NotImplementedError
@@ -117,6 +120,11 @@ class ExportedHost(Host):
             node = graph.placeholder(f"b_{name}")
         self._specs.append(InputSpec(InputKind.BUFFER, TensorArgument(node.name), name, persistent=True))
         return node
+
+    def _taken(self, name: str) -> bool:
+        original: ExportedProgram = self.program.original
+        inputs = (node.name for node in self.program.graph.nodes if node.op == "placeholder")
+        return name in original.state_dict or name in original.constants or f"b_{name}" in inputs
 
     def finish(self) -> ExportedProgram:
         original: ExportedProgram = self.program.original

@@ -68,8 +68,13 @@ def query(site: str, q: Tensor, kv_heads: int, batch: int, head_dim: int) -> Non
         )
 
 
-def visibility(site: str, q: Tensor, mask: Tensor | None, bias: Tensor | None, causal: str, window: int) -> None:
-    """Raise InputError unless mask and bias broadcast to ``[B, H, S, N]`` and causality has a meaning."""
+def visibility(
+    site: str, q: Tensor, mask: Tensor | None, bias: Tensor | None, keys: tuple[int, int], causal: str, window: int
+) -> None:
+    """Raise InputError unless mask and bias broadcast to ``[B, H, S, N]`` and causality has a meaning.
+
+    ``keys`` are the two sizes N may have: the keys there are, and those there is room for.
+    """
     if mask is not None and mask.dtype != torch.bool:
         raise InputError(
             f"mask is {_word(mask.dtype)}",
@@ -88,6 +93,12 @@ def visibility(site: str, q: Tensor, mask: Tensor | None, bias: Tensor | None, c
                 f"{name} {tuple(x.shape)} does not broadcast to batch, heads and queries {tuple(wanted)}",
                 where=_where(site, name),
                 fix="[B, H, S, N] with ones where it is shared",
+            )
+        if got[3] not in (1, *keys):
+            raise InputError(
+                f"{name} {tuple(x.shape)} covers {got[3]} keys of {keys[0]}",
+                where=_where(site, name),
+                fix="one column per key, or a single one for all",
             )
     if causal not in CAUSAL:
         raise InputError(

@@ -125,7 +125,8 @@ def _look_ahead(
     batch = k_high.shape[0] if block_table is None else block_table.shape[0]
     checks.query(site, q, k_high.shape[1], batch, formats.get(k_format).channels(k_high.shape[4]))
     checks.one_device(site, q, k_planes=k_high, mask=mask, bias=bias, lengths=lengths, start=start, table=block_table)
-    checks.visibility(site, q, mask, bias, causal, window)
+    tiles = k_high.shape[2] if block_table is None else block_table.shape[1]
+    checks.visibility(site, q, mask, bias, (int(keys), tiles * k_high.shape[3]), causal, window)
     if block_table is not None:
         k_scale = layout.gather_scales(k_scale, block_table, k_high.shape[3])
         k_high = layout.gather_pages(k_high, block_table)
@@ -183,7 +184,8 @@ def _attend(
     batch = k_high.shape[0] if block_table is None else block_table.shape[0]
     checks.query(site, q, k_high.shape[1], batch, formats.get(k_format).channels(k_high.shape[4]))
     checks.one_device(site, q, k_planes=k_high, v_planes=v_high, levels=levels, mask=mask, bias=bias, lengths=lengths)
-    checks.visibility(site, q, mask, bias, causal, window)
+    tiles = k_high.shape[2] if block_table is None else block_table.shape[1]
+    checks.visibility(site, q, mask, bias, (int(keys), tiles * k_high.shape[3]), causal, window)
     planes = Planes(k_high, k_residual, k_scale, v_high, v_residual, v_scale).gathered(block_table)
     exact = None if k_exact is None or v_exact is None else (k_exact, v_exact)
     visible = _visible(keys, mask, bias, sinks, start, lengths, causal, window)

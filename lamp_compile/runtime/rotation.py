@@ -10,20 +10,23 @@ from __future__ import annotations
 import math
 from functools import cache
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lamp_compile.errors import OptionError
 
+Matrix = NDArray[np.float64]
 KINDS = ("hadamard", "none")
 HEAD_DIMS = (16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256)
 """Head dimensions the runtime accepts: even, with a Hadamard matrix from the constructions above."""
 
 
-def _paley(prime: int) -> Tensor:
+def _paley(prime: int) -> Matrix:
     """A Hadamard matrix of order prime + 1, for a prime that is 3 modulo 4."""
     residues = {(i * i) % prime for i in range(1, prime)}
-    matrix = torch.ones(prime + 1, prime + 1, dtype=torch.float64)
+    matrix = np.ones((prime + 1, prime + 1))
     for i in range(prime):
         matrix[i + 1, 0] = -1
         for j in range(prime):
@@ -45,20 +48,29 @@ def _order(head_dim: int) -> tuple[int, int]:
 
 
 @cache
-def _matrix(head_dim: int) -> Tensor:
+def _matrix(head_dim: int) -> Matrix:
+    # numpy, because torch's factories obey whatever mode or default device is set when this is first called.
     base, doubled = _order(head_dim)
-    matrix = {1: torch.ones(1, 1, dtype=torch.float64), 12: None, 20: None}[base]
-    if matrix is None:
-        matrix = _paley(base - 1)
-    two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    matrix = np.ones((1, 1)) if base == 1 else _paley(base - 1)
+    two = np.array([[1.0, 1.0], [1.0, -1.0]])
     while doubled > 1:
-        matrix, doubled = torch.kron(two, matrix), doubled // 2
+        matrix, doubled = np.kron(two, matrix), doubled // 2
     return matrix / math.sqrt(head_dim)
 
 
-@cache
+_ready: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+
+
 def _matrix_on(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return _matrix(head_dim).to(device=device, dtype=dtype)
+    key = (head_dim, dtype, device)
+    if key in _ready:
+        return _ready[key]
+    with torch.inference_mode(False):
+        made = torch.from_numpy(_matrix(head_dim)).to(device=device, dtype=dtype)
+    # Under a fake mode this is a fake tensor: fine for this call, but not to be kept for others.
+    if type(made) is Tensor and not made.is_meta:
+        _ready[key] = made
+    return made
 
 
 def matrix(head_dim: int, kind: str, like: Tensor) -> Tensor | None:

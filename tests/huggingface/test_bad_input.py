@@ -232,3 +232,24 @@ def test_explain_needs_inputs_for_a_plain_module() -> None:
         lamp_compile.explain(nn.MultiheadAttention(32, 2).eval())
     with says(OptionError, "'mode' has no meaning here"):
         lamp_compile.explain(nn.MultiheadAttention(32, 2).eval(), mode="eager")
+
+
+def test_own_mask_covers_the_tokens_held_or_is_refused(fast: Any, ids: Tensor) -> None:
+    step = torch.full((2, 1), 7)
+    seen: dict[int, Tensor] = {}
+    for width in (41, 128):
+        cache = fast.lamp.cache(64)
+        with torch.no_grad():
+            fast(ids, past_key_values=cache)
+            mask = torch.ones(2, 1, 1, width, dtype=torch.bool)
+            mask[..., 41:] = False
+            mask[..., 5] = False
+            seen[width] = fast(step, attention_mask=mask, past_key_values=cache).logits
+    assert torch.equal(seen[41], seen[128])
+    for width in (20, 200):
+        cache = fast.lamp.cache(64)
+        mask = torch.ones(2, 1, 1, width, dtype=torch.bool)
+        with torch.no_grad():
+            fast(ids, past_key_values=cache)
+            with pytest.raises(InputError, match=f"mask over {width} keys"):
+                fast(step, attention_mask=mask, past_key_values=cache)

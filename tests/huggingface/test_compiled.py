@@ -196,3 +196,12 @@ def test_own_compiled_call_without_a_cache_is_never_silent(fast: Any, ids: Tenso
         out = torch.compile(fast, backend="eager")(ids)
     assert isinstance(out.past_key_values, lamp_compile.NestedCache), "with a graph break the cache is made outside"
     assert torch.equal(out.logits, wanted)
+
+
+def test_a_long_generation_on_a_given_cache_grows_it_once_and_before_it_starts(model: Any, ids: Tensor) -> None:
+    fast = lowered_to_eager(model)
+    cache = fast.lamp.cache(40)
+    assert cache.capacity == 128
+    fast.generate(ids, past_key_values=cache, **{**reference.GREEDY, "max_new_tokens": 100})
+    assert cache.capacity > 128
+    assert graphs() == (1, 0)

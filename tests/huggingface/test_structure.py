@@ -178,3 +178,12 @@ def test_planes_are_lent_again_once_nobody_holds_them(fast: Any, ids: Tensor, gr
 def test_without_cuda_graphs_nothing_is_kept(fast: Any, ids: Tensor, greedy: dict[str, Any]) -> None:
     fast.generate(ids, **greedy)
     assert not fast.lamp._idle
+
+
+def test_disabled_copy_runs_its_own_weights(fast: Any, ids: Tensor) -> None:
+    copied = copy.deepcopy(fast)
+    with torch.no_grad():
+        copied.get_output_embeddings().weight.mul_(-1)
+        with lamp_compile.disable():
+            ours, theirs = copied(ids).logits, fast(ids).logits
+    torch.testing.assert_close(ours, -theirs)

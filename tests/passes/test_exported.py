@@ -106,6 +106,16 @@ def test_rewriting_twice_changes_nothing_more():
     assert lamp_counts(twice.graph) == lamp_counts(once.graph)
 
 
+def test_a_program_that_uses_our_buffer_names_keeps_its_own():
+    model = stack()
+    model.register_buffer("lamp_layers_0_tau", torch.ones(64))
+    plain = model.forward
+    model.forward = lambda x: plain(x) * model.lamp_layers_0_tau
+    program = rewrite(torch.export.export(model, (X,)), **EXACT)
+    assert {"lamp_layers_0_tau", "lamp_layers_0_tau_2"} <= set(program.state_dict)
+    close(program.module()(X), model(X))
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
 @pytest.mark.skipif(
     torch.__version__.startswith("2.11") and torch.version.cuda is not None,

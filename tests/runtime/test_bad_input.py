@@ -38,6 +38,9 @@ CASES = {
     "float mask": (dict(mask=torch.zeros(2, 1, 3, 40)), "mask is float32", "bias"),
     "boolean bias": (dict(bias=torch.ones(2, 1, 3, 40, dtype=torch.bool)), "bias is bool", "added"),
     "mask of another batch": (dict(mask=torch.ones(5, 1, 3, 40, dtype=torch.bool)), "does not broadcast", "ones"),
+    "mask over fewer keys": (dict(mask=torch.ones(2, 1, 3, 20, dtype=torch.bool)), "covers 20 keys of 40", "per key"),
+    "bias over fewer keys": (dict(bias=torch.zeros(2, 1, 3, 20)), "covers 20 keys of 40", "per key"),
+    "bias over more keys": (dict(bias=torch.zeros(2, 1, 3, 60)), "covers 60 keys of 40", "per key"),
     "unknown causality": (dict(causal="left"), "'left'", "bottom_right"),
     "window without causality": (dict(window=8), "window=8", "causal"),
 }

@@ -28,6 +28,19 @@ def test_unsupported_head_dim_says_what_to_try(dim: int) -> None:
     assert "rotation='none'" in str(caught.value)
 
 
+def test_a_mode_at_the_first_call_leaves_nothing_behind() -> None:
+    rotation._ready.clear()
+    rotation._matrix.cache_clear()
+    with torch._subclasses.FakeTensorMode() as mode:
+        assert rotation.rotate(mode.from_tensor(torch.zeros(1, 96)), "hadamard").shape == (1, 96)
+    rotation._matrix.cache_clear()
+    with torch.device("meta"):
+        rotation.rotate(torch.zeros(1, 80, device="cpu"), "hadamard")
+    for dim in (80, 96):
+        x = torch.randn(2, dim)
+        assert torch.allclose(rotation.unrotate(rotation.rotate(x, "hadamard"), "hadamard"), x, atol=1e-5)
+
+
 def test_unknown_rotation() -> None:
     with pytest.raises(OptionError, match="unknown rotation"):
         rotation.rotate(torch.zeros(1, 64), "givens")

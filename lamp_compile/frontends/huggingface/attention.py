@@ -68,6 +68,7 @@ def lamp_attention(
                 where=key.layer.name,
                 fix="[batch, 1 or heads, queries, keys], boolean or additive, or the model's usual 2-D mask",
             )
+        attention_mask = _over_capacity(attention_mask, key.layer)
         mask, bias = (attention_mask, None) if attention_mask.dtype == torch.bool else (None, attention_mask)
     causal = ""
     if attention_mask is None:
@@ -84,6 +85,21 @@ def lamp_attention(
         softcap=float(kwargs.get("softcap") or 0.0),
     )
     return out.transpose(1, 2).contiguous(), None
+
+
+def _over_capacity(mask: Tensor, layer: Any) -> Tensor:
+    """A caller's own 4-D mask may end with the tokens held; the planes go on, and what lies behind is nobody's."""
+    missing = layer.max_cache_len - mask.shape[-1]
+    if missing == 0 or mask.shape[-1] == 1:
+        return mask
+    held = None if torch.compiler.is_compiling() else int(layer.cumulative_length)
+    if missing < 0 or mask.shape[-1] != held:
+        raise InputError(
+            f"a mask over {mask.shape[-1]} keys",
+            where=layer.name,
+            fix=f"one column for each of the {held} tokens held" if held else "a mask as wide as the cache's capacity",
+        )
+    return nn.functional.pad(mask, (0, missing), value=False if mask.dtype == torch.bool else -torch.inf)
 
 
 def original_attention(

@@ -5,6 +5,7 @@ The hooks are bound to the one instance; no class is patched.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import warnings
@@ -51,8 +52,11 @@ class Lamp:
         self._idle: list[list[Any]] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Lamp:
-        """Copies of a compiled model share plan and settings, as they could share a cache."""
-        return self
+        """Copies of a compiled model share plan and settings, as they could share a cache; not the weights."""
+        made = copy.copy(self)
+        made.original = copy.deepcopy(self.original, memo)
+        made._idle = []
+        return made
 
     def cache(self, capacity: int = layout.TILE) -> NestedCache:
         """A fresh cache for this model; it grows when it must.
