@@ -6,6 +6,7 @@ import importlib.util
 import json
 
 import pytest
+import torch
 
 from lamp_compile.quality.evaluate import Row
 
@@ -91,3 +92,30 @@ def test_the_compile_time_benchmark_counts_rewrites(root, nano, tmp_path):
     assert data["runs"]["lamp"][0]["rewritten"] == 4
     assert data["ratio"] == data["median_seconds"]["lamp"] / data["median_seconds"]["inductor"]
     assert compile_time.main([str(nano), "--repeats", "1", "--context", "64", "--limit", "0.01"]) == 1
+
+
+def test_certificate_of_the_packaged_model(root, nano, tmp_path):
+    """The true error lies within the claimed factor, the estimate follows the precision, and it is not vacuous."""
+    out = tmp_path / "certificate.json"
+    text = root / "examples" / "data" / "walden.txt"
+    script = _load(root, "certificate")
+    assert script.main([str(nano), str(text), "--windows", "1", "--context", "256", "--out", str(out)]) == 0
+    rows = {row["name"]: row for row in json.loads(out.read_text())["rows"] if row["layer"] == "all"}
+    assert set(rows) == {"all_low", "default", "all_high"}
+    for row in rows.values():
+        assert row["rows"] == 4 * 4 * 256
+        assert row["coverage"] > 0.999
+        assert 0.5 < row["median_overestimate"] < 10
+
+
+def test_decode_speed_times_the_steps_and_compares_the_tokens(root, nano, monkeypatch):
+    script = _load(root, "decode_speed")
+    assert len(script.WAYS) == 4
+    monkeypatch.setattr(script, "settings", lambda model, way: (model, {}))  # without compiling anything
+    model = script.load.load_model(nano)
+    rows = script.measure(model, torch.arange(5, 25)[None], tokens=6, repeats=2)
+    assert [row["name"] for row in rows] == list(script.WAYS)
+    assert all(row["same_tokens"] == 1.0 and row["tokens_per_s"] > 0 for row in rows)
+    steps, ids = script.generate(model, torch.arange(5, 25)[None], 6, {})
+    assert len(ids) == 6
+    assert len(steps) == 4
