@@ -10,7 +10,6 @@ error of the output row is at most FACTOR times the certificate's estimate.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from lamp_compile.errors import LampError
-from lamp_compile.quality import load, windows
-from lamp_compile.quality.environment import environment
+from lamp_compile.quality import load
+from lamp_compile.quality.environment import environment, write_json
 from lamp_compile.runtime import certificate, layout, reference
 from lamp_compile.runtime.arguments import Scores, Visibility
 
@@ -88,17 +87,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     args = parser.parse_args(argv)
-    encode = None
-    if not args.text.endswith(".u16"):
-        tokenizer = load.load_tokenizer(args.model)
-        encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
     model = load.load_model(args.model, device=args.device)
-    ids = windows.token_ids(args.text, encode, vocabulary=model.config.vocab_size)
+    picked = load.load_windows(model, args.model, args.text, args.context, args.windows)
     meter = Meter()
     AttentionInterface.register("lamp_certificate", meter)
     model.config._attn_implementation = "lamp_certificate"
     with torch.no_grad():
-        for window in windows.spread(ids, args.context, args.windows, where=args.text):
+        for window in picked:
             model(input_ids=window[None].to(args.device), use_cache=False)
     rows = meter.rows()
     print(f"{'setting':10s} {'layer':>5s} {'rows':>8s} {'within x' + f'{FACTOR:g}':>10s} {'median':>8s} {'least':>8s}")
@@ -115,8 +110,7 @@ def main(argv: list[str] | None = None) -> int:
             "context": args.context,
             "rows": rows,
         }
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        write_json(args.out, data)
     return 0
 
 

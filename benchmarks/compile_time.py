@@ -25,7 +25,7 @@ import torch
 import lamp_compile
 from lamp_compile.errors import LampError
 from lamp_compile.quality import load
-from lamp_compile.quality.environment import environment
+from lamp_compile.quality.environment import environment, write_json
 
 BACKENDS = ("inductor", "lamp")
 
@@ -106,8 +106,7 @@ def main(argv: list[str] | None = None) -> int:
             "ratio": ratio,
             "runs": runs,
         }
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        write_json(args.out, data)
     return 1 if args.limit is not None and ratio > args.limit else 0
 
 

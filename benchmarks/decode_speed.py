@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -23,8 +22,8 @@ from transformers import CompileConfig
 
 import lamp_compile
 from lamp_compile.errors import LampError
-from lamp_compile.quality import load, windows
-from lamp_compile.quality.environment import environment
+from lamp_compile.quality import load
+from lamp_compile.quality.environment import environment, write_json
 
 WAYS = ("uncompiled eager", "uncompiled Inductor", "lamp eager", "lamp Inductor")
 """The second is transformers' static cache with torch.compile."""
@@ -99,13 +98,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.tokens < 4:
         parser.error("--tokens must be at least 4")
-    encode = None
-    if not args.text.endswith(".u16"):
-        tokenizer = load.load_tokenizer(args.model)
-        encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
     model = load.load_model(args.model, device=args.device)
-    ids = windows.token_ids(args.text, encode, vocabulary=model.config.vocab_size)
-    prompt = windows.spread(ids, args.context, 1, where=args.text).to(args.device)
+    prompt = load.load_windows(model, args.model, args.text, args.context, 1).to(args.device)
     rows = measure(model, prompt, args.tokens, args.repeats)
     head = environment(args.device)
     print(f"{Path(args.model).name}, {args.context} tokens of context on {head['device']}")
@@ -113,8 +107,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{row['name']:20s} {row['ms_per_token']:8.2f} ms a token {row['tokens_per_s']:8.1f} tokens/s")
     if args.out:
         data = {**head, "model": Path(args.model).name, "context": args.context, "rows": rows}
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        write_json(args.out, data)
     return 0
 
 

@@ -9,7 +9,6 @@ real cache and operators, compared with the uncompiled model in float32. With --
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +16,9 @@ from typing import Any
 
 import lamp_compile
 from lamp_compile.errors import LampError
-from lamp_compile.quality import evaluate, load, rows, windows
+from lamp_compile.quality import evaluate, load, rows
 from lamp_compile.quality.engine import CompiledEngine
-from lamp_compile.quality.environment import environment
+from lamp_compile.quality.environment import environment, write_json
 from lamp_compile.quality.evaluate import Row
 from lamp_compile.quality.rows import RowSpec
 
@@ -113,13 +112,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    encode = None
-    if not args.text.endswith(".u16"):
-        tokenizer = load.load_tokenizer(args.model)
-        encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
     model = load.load_model(args.model, device=args.device)
-    ids = windows.token_ids(args.text, encode, vocabulary=model.config.vocab_size)
-    picked = windows.spread(ids, args.context, args.windows, where=args.text)
+    picked = load.load_windows(model, args.model, args.text, args.context, args.windows)
     evaluation = evaluate.Evaluation(
         model, picked, lambda m, balance: CompiledEngine(lamp_compile.compile(m, mode="eager", balance=balance))
     )
@@ -143,8 +137,7 @@ def main(argv: list[str] | None = None) -> int:
             "rows": [row.to_dict() for row in done],
             "targets": checked,
         }
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        write_json(args.out, data)
     return 1 if args.targets and not all(item["met"] for item in checked) else 0
 
 

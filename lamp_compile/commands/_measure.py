@@ -54,7 +54,7 @@ def prepare(args: argparse.Namespace) -> Measured:
         ModelError: The model cannot be loaded.
     """
     folder = load.model_folder(args.model)
-    encode = None if args.text.endswith(".u16") else encoder(folder)
+    encode = None if args.text.endswith(".u16") else load.encoder(folder)
     windows.token_ids(args.text, encode or (lambda text: [0]))  # a bad file is found before the model is loaded
     model = load.load_model(folder, device=args.device)
     ids = windows.token_ids(args.text, encode, vocabulary=model.config.get_text_config(decoder=True).vocab_size)
@@ -66,17 +66,6 @@ def prepare(args: argparse.Namespace) -> Measured:
         )
     count = max(1, min(args.max_tokens, ids.numel()) // context)
     return Measured(model, windows.spread(ids, context, count, where=args.text))
-
-
-def encoder(folder: str | Path) -> windows.Encode:
-    """The folder's tokenizer, without special tokens and without its warning about long texts."""
-    tokenizer = load.load_tokenizer(folder)
-
-    def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
-
-    return encode
 
 
 def longest_context(model: Any) -> int:

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
 
     folder = load.model_folder(args.model)
     tokenizer = load.load_tokenizer(folder)
-    ids = windows.token_ids(args.prompt_file, _measure.encoder(folder))
+    ids = windows.token_ids(args.prompt_file, load.encoder(folder))
     model = load.load_model(folder, dtype="auto", device=args.device)
     longest = _measure.longest_context(model)
     if ids.numel() + args.max_new_tokens > longest:

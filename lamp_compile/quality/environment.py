@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +39,12 @@ def device_name(device: torch.device | str) -> str:
 def environment(device: torch.device | str) -> dict[str, Any]:
     """``{"device", "versions"}``, as every JSON report starts."""
     return {"device": device_name(device), "versions": versions()}
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Write a report; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 def cpp_compiler() -> str | None:

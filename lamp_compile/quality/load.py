@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from lamp_compile.errors import InputError, ModelError
+from lamp_compile.quality import windows
+from lamp_compile.quality.windows import Encode
 
 
 def model_folder(path: str | Path) -> Path:
@@ -92,6 +94,33 @@ def load_tokenizer(path: str | Path) -> Any:
         raise InputError(
             "the folder has no usable tokenizer", where=str(folder), fix="give text as *.u16 token ids"
         ) from error
+
+
+def encoder(path: str | Path) -> Encode:
+    """The folder's tokenizer, without special tokens and without its warning about long texts.
+
+    Raises:
+        InputError, ModelError: See ``load_tokenizer``.
+    """
+    tokenizer = load_tokenizer(path)
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    return encode
+
+
+def load_windows(model: Any, folder: str | Path, text: str | Path, context: int, count: int) -> Tensor:
+    """``count`` windows of ``context`` tokens of a file, int64 ``[count, context]``; text is read by the folder's
+    tokenizer.
+
+    Raises:
+        InputError: See ``windows.token_ids`` and ``windows.spread``.
+    """
+    encode = None if str(text).endswith(".u16") else encoder(folder)
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    return windows.spread(windows.token_ids(text, encode, vocabulary=vocabulary), context, count, where=str(text))
 
 
 def checked_device(device: str | torch.device) -> torch.device:
