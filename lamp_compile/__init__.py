@@ -16,6 +16,7 @@ _HOME = {
     "explain": "lamp_compile.api",
     "disable": "lamp_compile.api",
     "backend": "lamp_compile.torch_backend",
+    "DecodeStep": "lamp_compile.frontends.huggingface.decode_step",
     "NestedCache": "lamp_compile.runtime.kv_cache",
     "Plan": "lamp_compile.plan",
     "SitePlan": "lamp_compile.plan",
@@ -23,6 +24,7 @@ _HOME = {
     "LampError": "lamp_compile.errors",
 }
 __all__ = [
+    "DecodeStep",
     "GuardPlan",
     "LampError",
     "NestedCache",
@@ -39,6 +41,7 @@ __all__ = [
 if TYPE_CHECKING:
     from lamp_compile.api import compile, disable, explain, rewrite
     from lamp_compile.errors import LampError
+    from lamp_compile.frontends.huggingface.decode_step import DecodeStep
     from lamp_compile.plan import GuardPlan, Plan, SitePlan
     from lamp_compile.runtime.kv_cache import NestedCache
     from lamp_compile.torch_backend import backend

@@ -90,6 +90,11 @@ class Lamp:
         weakref.finalize(cache, _take_back, self._idle, cache.layers).atexit = False
         return cache
 
+    @property
+    def sites(self) -> tuple[ProbedSite, ...]:
+        """What the probe saw of each site."""
+        return self._sites
+
     def release(self) -> None:
         """Free the planes kept for the next ``generate``."""
         self._idle.clear()
