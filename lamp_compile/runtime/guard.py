@@ -74,15 +74,7 @@ def step(
     """
     kv_heads = state.shape[1]
     pooled = state.shape[0] == 1 and out.shape[0] > 1
-    seen = lse != -torch.inf
-    finite = out.isfinite().all(-1) & certificate.isfinite().all(-1) & ~lse.isnan() & (lse != torch.inf)
-    square = certificates.estimate(out.float(), certificate).square()
-    size = out.float().square().sum(-1)
-    relative = torch.where(seen & finite, square / size.clamp_min(torch.finfo(torch.float32).tiny), 0.0)
-    rows = _pool((seen & finite).float(), kv_heads, pooled).clamp_min(1.0)
-    error = _pool(relative, kv_heads, pooled) / rows
-    bad = _pool((seen & ~finite).float(), kv_heads, pooled) > 0
-    stepped = _pool(seen.float(), kv_heads, pooled) > 0
+    error, stepped, bad = _evidence(out, lse, certificate, kv_heads, pooled)
 
     mean = state[..., ERROR] + (error - state[..., ERROR]) / window
     held = (state[..., HOLD] - 1).clamp_min(0.0)
@@ -111,6 +103,22 @@ def step(
         dim=-1,
     )
     return new_state, stats + counts.to(torch.int64)
+
+
+def _evidence(
+    out: Tensor, lse: Tensor, certificate: Tensor, kv_heads: int, pooled: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of this step, per slot and kv head ``[B, G]``: mean squared relative error of its finite live rows, whether any
+    row was live, whether any was not finite."""
+    seen = lse != -torch.inf
+    finite = out.isfinite().all(-1) & certificate.isfinite().all(-1) & ~lse.isnan() & (lse != torch.inf)
+    square = certificates.estimate(out.float(), certificate).square()
+    size = out.float().square().sum(-1)
+    relative = torch.where(seen & finite, square / size.clamp_min(torch.finfo(torch.float32).tiny), 0.0)
+    rows = _pool((seen & finite).float(), kv_heads, pooled).clamp_min(1.0)
+    error = _pool(relative, kv_heads, pooled) / rows
+    bad = _pool((seen & ~finite).float(), kv_heads, pooled) > 0
+    return error, _pool(seen.float(), kv_heads, pooled) > 0, bad
 
 
 def flag_names(flags: int) -> list[str]:

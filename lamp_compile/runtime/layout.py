@@ -6,7 +6,6 @@ lists, per sequence, which storage tiles of a shared pool are its own.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -75,9 +74,3 @@ def write_values(planes: Tensor, rows: Tensor, positions: Tensor) -> None:
 def write_scales(scale: Tensor, rows: Tensor, positions: Tensor) -> None:
     """Write scales ``[B, G, n]`` at key positions ``[n]``, in place."""
     scale.index_copy_(2, positions, rows)
-
-
-def page_positions(block_table: Tensor, positions: Tensor, tile: int) -> Tensor:
-    """Logical key positions ``[B, n]`` -> positions in the pool, ``[B, n]``."""
-    page = torch.gather(block_table.long(), 1, positions // tile)
-    return page * tile + positions % tile
