@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 from collections.abc import Sequence
@@ -39,8 +40,10 @@ class GraphLamp:
         self.looked_at = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphLamp:
-        """Copies of a compiled module share the backend and its settings."""
-        return self
+        """Copies of a compiled module share the backend and its settings; not the weights."""
+        made = copy.copy(self)
+        made.original = copy.deepcopy(self.original, memo)
+        return made
 
     @property
     def controls(self) -> Controls:
