@@ -18,9 +18,9 @@ from lamp_compile.frontends.huggingface.sites import ProbedSite
 
 MODES = ("auto", "always", "never")
 THRESHOLD = 1.25
-"""Gain from which on ``auto`` balances a site. Two trained models measured 1.03 to 1.12, balancing them cost a tenth
-of KL. With three RoPE pairs per kv head scaled by 3 one measured 1.14 to 1.8 and gained a sixth; by 30 it measured 4.3
-and more and gained a factor of forty."""
+"""Gain from which on ``auto`` balances a site. ``benchmarks/balance.py`` on a trained model with D 128: plain 1.04
+to 1.10, where balancing costs 2 % of KL; with three RoPE pairs per kv head scaled by 3, 1.1 to 1.8 and a seventh
+less KL; by 10, 1.8 and more and a quarter of the KL; by 30, 4.3 and more and a twentieth."""
 SMALLEST = 1e-3
 """Channels quieter than this share of the loudest count as that loud: the factors stay finite and modest."""
 
