@@ -22,6 +22,7 @@ CONTROLS = ("random_tiles", "static_tiles")
 RULES = tuple(name for name in _plugins.names("runtime/lookahead") if name not in CONTROLS)
 ROTATIONS = ("hadamard", "none")
 QUERY_BITS = (0, 8, 16)
+TILES = (32, 64, 128)
 LARGEST = 2**53
 """Whole numbers beyond this are no settings, and no operator takes them."""
 
@@ -79,7 +80,7 @@ class SitePlan:
         _choice(self.v_format, FORMATS, "v_format", where)
         _choice(self.rotation, ROTATIONS, "rotation", where)
         _choice(self.query_bits, QUERY_BITS, "query_bits", where)
-        _choice(self.tile, (64, 128), "tile", where)
+        _choice(self.tile, TILES, "tile", where)
         _choice(self.subtile, (16, 32, 64, 128), "subtile", where)
         if self.tile % self.subtile:
             raise PlanError(f"subtile {self.subtile} does not divide tile {self.tile}", where=where, fix="subtile 32")

@@ -6,6 +6,9 @@ lists, per sequence, which storage tiles of a shared pool are its own.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -74,3 +77,47 @@ def write_values(planes: Tensor, rows: Tensor, positions: Tensor) -> None:
 def write_scales(scale: Tensor, rows: Tensor, positions: Tensor) -> None:
     """Write scales ``[B, G, n]`` at key positions ``[n]``, in place."""
     scale.index_copy_(2, positions, rows)
+
+
+class Places(NamedTuple):
+    """Where new rows ``[B, n]`` of a cache go: which of them are stored at all, and of those the plane's sequence,
+    storage tile and key within it."""
+
+    kept: Tensor
+    sequence: Tensor
+    page: Tensor
+    key: Tensor
+
+
+def places(positions: Tensor, batch: int, rows: int, tile: int, block_table: Tensor | None) -> Places:
+    """Places of ``rows`` new rows per sequence, the first at ``positions`` (``[1]`` or ``[B]``; below 0 = nowhere).
+
+    With a block table the planes are a pool; a row whose page is not there (an entry below 0, or past the table's end)
+    goes nowhere.
+    """
+    first = positions.reshape(-1, 1).expand(batch, 1).long()
+    index = first + torch.arange(rows, device=positions.device)
+    kept = (first >= 0).expand(batch, rows)
+    page, key = index.clamp(min=0) // tile, index.clamp(min=0) % tile
+    if block_table is None:
+        sequence = torch.arange(batch, device=positions.device)[:, None].expand(batch, rows)
+        return Places(kept, sequence[kept], page[kept], key[kept])
+    kept = kept & (page < block_table.shape[1])
+    page = block_table.long().gather(1, page.clamp(max=block_table.shape[1] - 1))
+    kept = kept & (page >= 0)
+    return Places(kept, torch.zeros_like(page)[kept], page[kept], key[kept])
+
+
+def put_keys(planes: Tensor, rows: Tensor, place: Places) -> None:
+    """Write rows ``[B, G, n, width]`` of keys at their places, in place."""
+    planes[place.sequence, :, place.page, place.key] = rows.transpose(1, 2)[place.kept]
+
+
+def put_values(planes: Tensor, rows: Tensor, place: Places) -> None:
+    """Write rows ``[B, G, n, width]`` of values at their places, in place."""
+    planes[place.sequence, :, place.page, :, place.key] = rows.transpose(1, 2)[place.kept]
+
+
+def put_scales(scale: Tensor, rows: Tensor, place: Places, tile: int) -> None:
+    """Write scales ``[B, G, n]`` at their places, in place."""
+    scale[place.sequence, :, place.page * tile + place.key] = rows.transpose(1, 2)[place.kept]

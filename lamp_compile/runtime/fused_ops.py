@@ -1,0 +1,84 @@
+"""``lamp::append`` and ``lamp::fused_attention``: a decode step in two operators that write in place.
+
+``append`` stores new rows in the planes; ``fused_attention`` is ``look_ahead``, ``select``, ``attend`` and ``guard`` in
+one, and writes the guard's state back itself. Where a kernel exists (``runtime/kernels``) it runs; the implementations
+here are the reference. Shape letters and liveness as in ``runtime/ops.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lamp_compile.runtime import checks, layout, ops, reference
+
+SCHEMAS = {
+    # positions: where each sequence's first new row goes, int64 [1] or [B]; below 0 = this sequence takes nothing.
+    "append": (
+        "(Tensor k, Tensor v, Tensor(a!) k_high, Tensor(b!) k_residual, Tensor(c!) k_scale, Tensor(d!) v_high, "
+        "Tensor(e!) v_residual, Tensor(f!) v_scale, Tensor? balance, Tensor positions, Tensor? block_table, *, "
+        "str k_format, str v_format, str rotation, str site) -> ()"
+    ),
+    "fused_attention": (
+        f"(Tensor q, {ops._PLANES}, Tensor tau, Tensor floor, Tensor budget, Tensor(a!) state, Tensor(b!) stats, "
+        f"Tensor? balance, {ops._LIVE}, *, {ops._SHAPE}, {ops._STORE}, str rule, int query_bits, int subtile, "
+        "int guard_window, int guard_hold, float hysteresis, str site) -> Tensor"
+    ),
+}
+
+
+def _append(
+    k: Tensor,
+    v: Tensor,
+    k_high: Tensor,
+    k_residual: Tensor,
+    k_scale: Tensor,
+    v_high: Tensor,
+    v_residual: Tensor,
+    v_scale: Tensor,
+    balance: Tensor | None,
+    positions: Tensor,
+    block_table: Tensor | None,
+    *,
+    k_format: str,
+    v_format: str,
+    rotation: str,
+    site: str,
+) -> None:
+    checks.keys_and_values(site, k, v)
+    checks.one_device(site, k, v=v, k_planes=k_high, v_planes=v_high, balance=balance, positions=positions)
+    rows = reference.quantize(k, v, balance, k_format, v_format, rotation, tile=0)
+    place = layout.places(positions, k.shape[0], k.shape[2], k_high.shape[3], block_table)
+    layout.put_keys(k_high, rows.k_high, place)
+    layout.put_keys(k_residual, rows.k_residual, place)
+    layout.put_scales(k_scale, rows.k_scale, place, k_high.shape[3])
+    layout.put_values(v_high, rows.v_high, place)
+    layout.put_values(v_residual, rows.v_residual, place)
+    layout.put_scales(v_scale, rows.v_scale, place, k_high.shape[3])
+
+
+def _fused_attention(q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    state, stats = args[9], args[10]
+    out, new_state, new_stats = torch.ops.lamp.attention.cached(q, *args, **kwargs)
+    state.copy_(new_state)
+    stats.copy_(new_stats)
+    result: Tensor = out
+    return result
+
+
+def _fake_fused(q: Tensor, *args: Any, v_format: str, **kwargs: Any) -> Tensor:
+    return ops._fake_attend(q, *args, v_format=v_format)[0]
+
+
+_IMPLEMENTATIONS: dict[str, tuple[Any, Any]] = {
+    "append": (_append, lambda *args, **kwargs: None),
+    "fused_attention": (_fused_attention, _fake_fused),
+}
+
+for _name, _schema in SCHEMAS.items():
+    _run, _fake = _IMPLEMENTATIONS[_name]
+    ops.LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    ops.LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lamp::{_name}", _fake, lib=ops.LIBRARY)
