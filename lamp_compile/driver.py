@@ -13,6 +13,7 @@ from lamp_compile import backends
 from lamp_compile.options import Options
 from lamp_compile.passes.capture import Program, capture
 from lamp_compile.passes.find_sites import find_sites
+from lamp_compile.passes.fuse import fuse
 from lamp_compile.passes.hot_tensors import HotTensors, Wires
 from lamp_compile.passes.insert_guard import insert_guard
 from lamp_compile.passes.insert_lookahead import insert_lookahead
@@ -40,6 +41,8 @@ def run_passes(program: Program, options: Options, hot: HotTensors) -> tuple[Hos
     for step in (insert_lookahead, insert_selector, insert_guard):
         step(program, sites, plan, wires)
         verify(program, step.__name__, expected)
+    apart = fuse(program, sites)
+    verify(program, "fuse", [item for item in expected if item.site.name in apart and apart[item.site.name] is None])
     program.module.recompile()
     return host, summarize(program, found, plan, sites, before, options.lower)
 

@@ -60,8 +60,8 @@ class SitePlan:
     v_format: str = "nested8"
     rotation: str = "hadamard"
     query_bits: int = 8
-    tile: int = 128
-    """Keys per storage tile."""
+    tile: int = 32
+    """Keys per storage tile, and per page of a pool."""
     subtile: int = 32
     """Keys per decision."""
     balance: tuple[tuple[float, ...], ...] | None = None

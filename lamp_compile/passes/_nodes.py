@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 from lamp_compile.errors import PassError
 from lamp_compile.passes.patterns._dialect import bind
 from lamp_compile.passes.patterns._values import Emitter
+from lamp_compile.runtime import fused_ops as _fused_ops  # noqa: F401  (registers the fused operators)
 
 lamp = torch.ops.lamp
 OPS = {
@@ -22,6 +23,7 @@ OPS = {
     "select": lamp.select.default,
     "attend": lamp.attend.default,
     "guard": lamp.guard.default,
+    "fused_attention": lamp.fused_attention.default,
 }
 """The operators of the rewritten graph, by short name."""
 

@@ -98,5 +98,6 @@ _VALUES = {
     "select": "levels",
     "attend": "attended",
     "guard": "guarded",
+    "fused_attention": "attended",
 }
 _SHORT: dict[Any, str] = {target: name for name, target in OPS.items()}

@@ -26,8 +26,13 @@ STAGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("quantize", "look_ahead", "select", "attend", "guard"),
         ("look_ahead", "select", "attend", "guard"),
     ),
+    "fuse": ((), ("fused_attention",)),
 }
-_HOT = {"select": ("tau", "floor", "state"), "guard": ("state", "stats", "floor", "budget")}
+_HOT = {
+    "select": ("tau", "floor", "state"),
+    "guard": ("state", "stats", "floor", "budget"),
+    "fused_attention": ("tau", "floor", "budget", "state", "stats"),
+}
 
 
 @dataclass(frozen=True)
@@ -85,12 +90,12 @@ def _check_formats(found: dict[str, Node], where: str) -> None:
 
 
 def _check_output(item: Expected, found: dict[str, Node], where: str) -> None:
-    last = found.get("attend") or found.get("attention") or found["cached"]
+    last = next(found[op] for op in ("fused_attention", "attend", "attention", "cached") if op in found)
     if item.value is None:
         return
     out = (
         tensor(last)
-        if last.target is torch.ops.lamp.attention.default
+        if last.target in (torch.ops.lamp.attention.default, torch.ops.lamp.fused_attention.default)
         else tensor(outcome(last, 0)[0])
         if outcome(last, 0)
         else None

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lamp_compile.errors import CacheError
 from lamp_compile.plan import SitePlan
-from lamp_compile.runtime import formats, guard, layout
-from lamp_compile.runtime import ops as _ops  # noqa: F401  (registers torch.ops.lamp)
+from lamp_compile.runtime import formats, guard, kernels, layout
+from lamp_compile.runtime import fused_ops as _fused_ops  # noqa: F401  (registers torch.ops.lamp)
 from lamp_compile.runtime.controls import SiteControls
 from lamp_compile.runtime.growable_layer import GrowableLayer
 from lamp_compile.runtime.plane_handle import PlaneHandle
@@ -91,6 +91,11 @@ class NestedLayer(GrowableLayer):
         """Divisor of the key channels ``[G, D]``."""
         return self.spec.balance
 
+    @property
+    def planes(self) -> tuple[Tensor, ...]:
+        """The six tensors of keys and values, in the operators' order."""
+        return (self.k_high, self.k_residual, self.k_scale, self.v_high, self.v_residual, self.v_scale)
+
     def _check_device(self) -> None:
         tau = self.controls.tau
         if tau.shape[0] != self.num_heads:
@@ -139,6 +144,13 @@ class NestedLayer(GrowableLayer):
         """
         rows = self.admit(key_states, value_states)
         plan = self.plan
+        if kernels.why_not_store(self.planes, plan.k_format, plan.v_format) is None:
+            torch.ops.lamp.append(
+                key_states, value_states, *self.planes, self.balance, self.cumulative_length.reshape(1), None,
+                k_format=plan.k_format, v_format=plan.v_format, rotation=plan.rotation, site=self.name,
+            )  # fmt: skip
+            self.cumulative_length.add_(rows)
+            return PlaneHandle(self, False, key_states.dtype), PlaneHandle(self, True, value_states.dtype)
         k_high, k_residual, k_scale, v_high, v_residual, v_scale = torch.ops.lamp.quantize(
             key_states, value_states, self.balance,
             k_format=plan.k_format, v_format=plan.v_format, rotation=plan.rotation, tile=0, site=self.name,

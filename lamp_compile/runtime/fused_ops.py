@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lamp_compile.runtime import checks, layout, ops, reference
+from lamp_compile.runtime import checks, kernels, layout, ops, reference
 
 SCHEMAS = {
     # positions: where each sequence's first new row goes, int64 [1] or [B]; below 0 = this sequence takes nothing.
@@ -49,6 +49,9 @@ def _append(
 ) -> None:
     checks.keys_and_values(site, k, v)
     checks.one_device(site, k, v=v, k_planes=k_high, v_planes=v_high, balance=balance, positions=positions)
+    planes = (k_high, k_residual, k_scale, v_high, v_residual, v_scale)
+    if kernels.why_not_store(planes, k_format, v_format) is None and k.dtype.itemsize < 8:
+        return kernels.append(k, v, planes, balance, positions, block_table, rotation)
     rows = reference.quantize(k, v, balance, k_format, v_format, rotation, tile=0)
     place = layout.places(positions, k.shape[0], k.shape[2], k_high.shape[3], block_table)
     layout.put_keys(k_high, rows.k_high, place)
@@ -57,11 +60,16 @@ def _append(
     layout.put_values(v_high, rows.v_high, place)
     layout.put_values(v_residual, rows.v_residual, place)
     layout.put_scales(v_scale, rows.v_scale, place, k_high.shape[3])
+    return None
 
 
-def _fused_attention(q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    state, stats = args[9], args[10]
-    out, new_state, new_stats = torch.ops.lamp.attention.cached(q, *args, **kwargs)
+def _fused_attention(q: Tensor, *args: Any, **options: Any) -> Tensor:
+    planes, hot, balance, seen = args[:6], args[6:11], args[11], args[12:]
+    state, stats = hot[3:]
+    if kernels.why_not_attend(q, planes, state, options) is None:
+        ops.check_attention(q, planes, seen, options)
+        return kernels.attend(q, planes, hot, balance, seen, options)
+    out, new_state, new_stats = torch.ops.lamp.attention.cached(q, *args, **options)
     state.copy_(new_state)
     stats.copy_(new_stats)
     result: Tensor = out

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lamp_compile.errors import ModelError
-from lamp_compile.runtime import checks, formats, guard, layout, reference
+from lamp_compile.runtime import checks, formats, guard, kernels, layout, reference
 from lamp_compile.runtime.arguments import Planes, Scores, Visibility
 
 DEFAULT_TAU = 0.01
@@ -280,6 +280,15 @@ def _cached(
     **common: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     seen: Any = (balance, mask, bias, sinks, start, lengths, block_table)
+    planes = (k_high, k_residual, k_scale, v_high, v_residual, v_scale)
+    options = dict(
+        common, rule=rule, guard_window=guard_window, guard_hold=guard_hold, hysteresis=hysteresis, site=site,
+        k_format=k_format, v_format=v_format,
+    )  # fmt: skip
+    if kernels.why_not_attend(q, planes, state, options) is None:
+        check_attention(q, planes, seen[1:], options)
+        state, stats = state.clone(), stats.clone()
+        return kernels.attend(q, planes, (tau, floor, budget, state, stats), balance, seen[1:], options), state, stats
     importance = torch.ops.lamp.look_ahead(q, k_high, k_scale, *seen, k_format=k_format, rule=rule, site=site, **common)
     levels = torch.ops.lamp.select(importance, tau, floor, state, None, exact=False, site=site)
     out, lse, certificate = torch.ops.lamp.attend(
@@ -291,6 +300,26 @@ def _cached(
         window=guard_window, hold=guard_hold, hysteresis=hysteresis, exact=False, site=site,
     )  # fmt: skip
     return out, state, stats
+
+
+def check_attention(
+    q: Tensor, planes: tuple[Tensor, ...], seen: tuple[Tensor | None, ...], options: dict[str, Any]
+) -> None:
+    """What the operators check one by one, for an attention that runs as one kernel.
+
+    Raises:
+        InputError: Shapes, dtypes or devices do not fit together.
+    """
+    mask, bias, sinks, start, lengths, table = seen
+    k_high, site = planes[0], options["site"]
+    batch = k_high.shape[0] if table is None else table.shape[0]
+    checks.query(site, q, k_high.shape[1], batch, formats.get(options["k_format"]).channels(k_high.shape[4]))
+    checks.one_device(
+        site, q, k_planes=k_high, v_planes=planes[3], mask=mask, bias=bias, sinks=sinks, start=start, lengths=lengths,
+        table=table,
+    )  # fmt: skip
+    room = (k_high.shape[2] if table is None else table.shape[1]) * k_high.shape[3]
+    checks.visibility(site, q, mask, bias, (int(options["keys"]), room), options["causal"], options["window"])
 
 
 def _fake_quantize(

@@ -58,6 +58,11 @@ def _matrix(head_dim: int) -> Matrix:
     return matrix / math.sqrt(head_dim)
 
 
+def sign_matrix(head_dim: int) -> NDArray[np.int8]:
+    """The rotation times sqrt(D): 1 and -1, for kernels that multiply exactly."""
+    return np.rint(_matrix(head_dim) * math.sqrt(head_dim)).astype(np.int8)
+
+
 _ready: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
 
 

@@ -1,0 +1,129 @@
+"""What the Triton kernels share: nibbles to int8, where a key's bytes are, which keys a row sees.
+
+Tiles are ``[keys, columns]``: the few query rows that share a kv head are the narrow side of every matrix product, and
+both planes are read in the order in which they are stored. Where the rows are fewer than the columns of the smallest
+matrix instruction, several sub-tiles share a pass: with 4 rows and 8 columns, columns 0-3 belong to one sub-tile and
+4-7 to the next (column = part * rows + row). Each sub-tile is multiplied by queries that are zero in the other's
+columns, and the integer products simply add up.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+DEAD = tl.constexpr(-1e37)
+"""Added to the score of a key that a row does not see."""
+EMPTY = tl.constexpr(-1e20)
+"""Running maximum before any live key; what lies below counts as dead."""
+HEADROOM = tl.constexpr(60.0)
+"""Powers of two that a maximum may lie above the one sums are relative to, before they are moved."""
+MAGIC = tl.constexpr(12582912.0)
+"""1.5 * 2^23: x + MAGIC is a float whose low bits are x rounded to a whole number, for |x| < 2^22."""
+MAGIC_BITS = tl.constexpr(0x4B400000)
+"""MAGIC as an integer: where a product starts from it, its bits are the float MAGIC + product."""
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def upper_nibbles(x, ASM: tl.constexpr):
+    """16 * (upper nibble) as int8."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "and.b32 $0, $1, 0xF0F0F0F0;", "=r,r", [x], dtype=tl.int8, is_pure=True, pack=4
+        )
+    return (x & 0xF0).to(tl.int8, bitcast=True)
+
+
+@triton.jit
+def lower_nibbles(x, ASM: tl.constexpr):
+    """(lower nibble) + 8 as int8: one operation, where moving it up would take two."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, 0x0F0F0F0F, 0x08080808, 0x6A;", "=r,r", [x], dtype=tl.int8, is_pure=True, pack=4
+        )
+    return ((x & 0x0F) ^ 0x08).to(tl.int8, bitcast=True)
+
+
+@triton.jit
+def upper_bytes(high, low, ASM: tl.constexpr):
+    """q + 8 of the upper nibbles of both planes: 16 hi, and lo + 8 in its low bits."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; shr.u32 t, $2, 4; lop3.b32 t, $1, t, 0xF0F0F0F0, 0xE4; xor.b32 $0, t, 0x08080808; }",
+            "=r,r,r", [high, low], dtype=tl.int8, is_pure=True, pack=4,
+        )  # fmt: skip
+    return ((high & 0xF0) | (((low >> 4) & 0x0F) ^ 0x08)).to(tl.int8, bitcast=True)
+
+
+@triton.jit
+def lower_bytes(high, low, ASM: tl.constexpr):
+    """q + 8 of the lower nibbles of both planes."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; shl.b32 t, $1, 4; lop3.b32 t, t, $2, 0xF0F0F0F0, 0xE4; xor.b32 $0, t, 0x08080808; }",
+            "=r,r,r", [high, low], dtype=tl.int8, is_pure=True, pack=4,
+        )  # fmt: skip
+    return (((high << 4) & 0xF0) | ((low & 0x0F) ^ 0x08)).to(tl.int8, bitcast=True)
+
+
+@triton.jit
+def round_even(x):
+    """To the nearest whole number, ties to even, for |x| < 2^22."""
+    return (x + MAGIC) - MAGIC
+
+
+@triton.jit
+def tanh(x):
+    """Hyperbolic tangent by the exponential; exact at both ends."""
+    return 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * 1.4426950408889634)))
+
+
+@triton.jit
+def finite_scale(scale):
+    """Stored scale as float32, NaN where it is infinite."""
+    scale = scale.to(tl.float32)
+    return scale + (scale - scale)
+
+
+@triton.jit
+def to_columns(x, PACK: tl.constexpr, GP: tl.constexpr):
+    """``[n, PACK]`` -> ``[n, PACK * GP]``: each sub-tile's number in all of its columns."""
+    return tl.reshape(tl.broadcast_to(x[:, :, None], (x.shape[0], PACK, GP)), (x.shape[0], PACK * GP))
+
+
+@triton.jit
+def over_parts(x, PACK: tl.constexpr, GP: tl.constexpr):
+    """``[PACK * GP]`` -> ``[PACK, GP]``."""
+    return tl.reshape(x, (PACK, GP))
+
+
+@triton.jit
+def weigh(p, per_key, MASKED: tl.constexpr):
+    """p times a number per key and column; a weight of 0 takes nothing, not even NaN, where rows see different keys."""
+    x = p * per_key
+    if MASKED:
+        x = tl.where(p > 0.0, x, 0.0)
+    return x
+
+
+@triton.jit
+def key_range(b, first_token, last_token, START, LENGTHS, start_stride, length_stride, keys, queries,
+              HAS_START: tl.constexpr, HAS_LENGTHS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
+    """(first key, end, position of query 0) for tokens first..last of sequence b. CAUSAL: 0 no, 1 top left, 2 bottom
+    right."""
+    end = keys
+    if HAS_LENGTHS:
+        end = tl.minimum(end, tl.load(LENGTHS + b * length_stride).to(tl.int32))
+    first = 0
+    if HAS_START:
+        first = tl.maximum(first, tl.load(START + b * start_stride).to(tl.int32))
+    position = 0
+    if CAUSAL == 2:
+        position = end - queries
+    stop = end
+    if CAUSAL != 0:
+        stop = tl.minimum(stop, position + last_token + 1)
+        if WINDOW > 0:
+            first = tl.maximum(first, position + first_token - WINDOW + 1)
+    return first, tl.maximum(stop, first), position

@@ -1,0 +1,140 @@
+"""One launch that stores new keys and values: balanced, rotated, quantised to nested8, packed, written in place."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lamp_compile.runtime.kernels._device import round_even
+from lamp_compile.runtime.kernels._tensors import padded_half, row_step, sequence_step, signs
+from lamp_compile.runtime.kernels.targets import target_of
+
+ROWS = 16
+"""Rows of one program: what a matrix instruction takes."""
+
+
+@triton.jit
+def nested_rows(source, channels_step, valid, DIVISOR, SIGNS, root, HALF: tl.constexpr, HP: tl.constexpr,
+                ROWS: tl.constexpr, ROTATE: tl.constexpr, DIVIDED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Rows at ``source`` ``[ROWS]`` -> (high bytes, residual bytes ``[ROWS, HP]``, scale ``[ROWS]``)."""
+    half = tl.arange(0, HP)
+    if ROTATE:
+        channels = tl.arange(0, 2 * HP)
+        x = tl.load(source[:, None] + channels[None, :] * channels_step,
+                    mask=valid[:, None] & (channels < 2 * HALF)[None, :], other=0.0).to(tl.float32)  # fmt: skip
+        if DIVIDED:
+            divisor = tl.load(DIVISOR + channels, mask=channels < 2 * HALF, other=1.0)
+            x = tl.div_rn(x, tl.broadcast_to(divisor[None, :], x.shape))
+        inside = (channels < 2 * HALF)[:, None] & (half < HALF)[None, :]
+        at = SIGNS + channels[:, None] * (2 * HALF) + half[None, :]
+        upper = tl.dot(x, tl.load(at, mask=inside, other=0).to(tl.float32), input_precision=PRECISION) * root
+        lower = tl.dot(x, tl.load(at + HALF, mask=inside, other=0).to(tl.float32), input_precision=PRECISION) * root
+    else:
+        mask = valid[:, None] & (half < HALF)[None, :]
+        at = source[:, None] + half[None, :] * channels_step
+        upper = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        lower = tl.load(at + HALF * channels_step, mask=mask, other=0.0).to(tl.float32)
+        if DIVIDED:
+            divisor = tl.load(DIVISOR + half, mask=half < HALF, other=1.0)
+            upper = tl.div_rn(upper, tl.broadcast_to(divisor[None, :], upper.shape))
+            divisor = tl.load(DIVISOR + HALF + half, mask=half < HALF, other=1.0)
+            lower = tl.div_rn(lower, tl.broadcast_to(divisor[None, :], lower.shape))
+    spoilt = tl.sum(upper * 0.0 + lower * 0.0, 1)  # NaN where the row holds a NaN or an infinity: the scale carries it
+    largest = tl.maximum(tl.max(tl.abs(upper), 1), tl.max(tl.abs(lower), 1))
+    scale = (largest / 119.0 + spoilt).to(tl.float16)
+    divisor = scale.to(tl.float32)
+    divisor = tl.where(divisor > 0.0, divisor, 1.0)
+    small = (scale.to(tl.float32) > 0.0)[:, None]
+    divisor = tl.broadcast_to(divisor[:, None], upper.shape)
+    upper = tl.where(small, tl.minimum(tl.maximum(round_even(tl.div_rn(upper, divisor)), -119.0), 119.0), 0.0).to(tl.int32)
+    lower = tl.where(small, tl.minimum(tl.maximum(round_even(tl.div_rn(lower, divisor)), -119.0), 119.0), 0.0).to(tl.int32)
+    upper_high, lower_high = (upper + 8) >> 4, (lower + 8) >> 4
+    high = ((upper_high & 15) << 4) | (lower_high & 15)
+    residual = (((upper - (upper_high << 4)) & 15) << 4) | ((lower - (lower_high << 4)) & 15)
+    return high.to(tl.uint8), residual.to(tl.uint8), scale
+
+
+@triton.jit
+def append_rows(
+    K, V, KH, KL, KS, VH, VL, VS, BALANCE, POSITIONS, TABLE, SIGNS_K, SIGNS_V,
+    k_b, k_g, k_n, k_d, v_b, v_g, v_n, v_d, position_step, balance_b, table_stride, pages, kv_heads, batch, count,
+    plane_keys, root_k, root_v,
+    HALF_K: tl.constexpr, HP_K: tl.constexpr, HALF_V: tl.constexpr, HP_V: tl.constexpr, TILE: tl.constexpr,
+    ROWS: tl.constexpr, ROTATE: tl.constexpr, BALANCED: tl.constexpr, SHARED: tl.constexpr, PAGED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """K ``[B, G, n, D]`` (third grid axis 0) or V (axis 1): rows of several sequences and tokens for one kv head."""
+    g, values = tl.program_id(1), tl.program_id(2)
+    index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    if SHARED:  # one divisor for all sequences: rows of different sequences in one program
+        b, token = index // count, index % count
+        valid = index < batch * count
+    else:
+        steps = tl.cdiv(count, ROWS)
+        b = tl.program_id(0) // steps + tl.zeros((ROWS,), tl.int32)
+        token = tl.program_id(0) % steps * ROWS + tl.arange(0, ROWS)
+        valid = token < count
+    first = tl.load(POSITIONS + b * position_step, mask=valid, other=-1).to(tl.int32)
+    j = first + token
+    stored = valid & (first >= 0)
+    if PAGED:
+        stored = stored & (j // TILE < pages)
+        page = tl.load(TABLE + b * table_stride + j // TILE, mask=stored, other=-1).to(tl.int64)
+        stored = stored & (page >= 0)
+        plane = g.to(tl.int64) * plane_keys + tl.zeros((ROWS,), tl.int64)
+        at = page * TILE + j % TILE
+    else:
+        stored = stored & (j < plane_keys)
+        plane = (b * kv_heads + g).to(tl.int64) * plane_keys
+        at = j.to(tl.int64)
+    if values == 0:
+        source = K + b.to(tl.int64) * k_b + g.to(tl.int64) * k_g + token.to(tl.int64) * k_n
+        divisor = BALANCE
+        if BALANCED:
+            divisor += tl.max(b, 0) * balance_b + g * 2 * HALF_K
+        high, residual, scale = nested_rows(
+            source, k_d, valid, divisor, SIGNS_K, root_k, HALF_K, HP_K, ROWS, ROTATE, BALANCED, PRECISION
+        )
+        half = tl.arange(0, HP_K)
+        target = ((plane + at) * HALF_K)[:, None] + half[None, :]
+        mask = stored[:, None] & (half < HALF_K)[None, :]
+        tl.store(KH + target, high, mask=mask)
+        tl.store(KL + target, residual, mask=mask)
+        tl.store(KS + plane + at, scale, mask=stored)
+    else:
+        source = V + b.to(tl.int64) * v_b + g.to(tl.int64) * v_g + token.to(tl.int64) * v_n
+        high, residual, scale = nested_rows(
+            source, v_d, valid, BALANCE, SIGNS_V, root_v, HALF_V, HP_V, ROWS, ROTATE, False, PRECISION
+        )
+        half = tl.arange(0, HP_V)
+        target = (plane * HALF_V + at // TILE * (TILE * HALF_V) + at % TILE)[:, None] + half[None, :] * TILE
+        mask = stored[:, None] & (half < HALF_V)[None, :]
+        tl.store(VH + target, high, mask=mask)
+        tl.store(VL + target, residual, mask=mask)
+        tl.store(VS + plane + at, scale, mask=stored)
+
+
+def append(
+    k: Tensor, v: Tensor, planes: tuple[Tensor, ...], balance: Tensor | None, positions: Tensor,
+    table: Tensor | None, rotation: str,
+) -> None:  # fmt: skip
+    """Store k ``[B, G, n, D]`` and v ``[B, G, n, Dv]`` in six planes, in place (see ``lamp::append``)."""
+    batch, kv_heads, count, head_dim = k.shape
+    k_high, v_high = planes[0], planes[3]
+    tile, half_k, half_v = k_high.shape[3], k_high.shape[4], v_high.shape[3]
+    shared = balance is None or balance.dim() == 2 or balance.shape[0] == 1
+    programs = triton.cdiv(batch * count, ROWS) if shared else batch * triton.cdiv(count, ROWS)
+    rotate = rotation != "none"
+    matrices = [signs(d, k.device) if rotate else k for d in (head_dim, 2 * half_v)]
+    append_rows[(programs, kv_heads, 2)](
+        k, v, *planes, balance, positions, table, *matrices, *k.stride(), *v.stride(),
+        sequence_step(positions), 0 if shared else row_step(balance), 0 if table is None else table.stride(0),
+        0 if table is None else table.shape[1], kv_heads, batch, count, k_high.shape[2] * tile,
+        head_dim**-0.5, (2 * half_v) ** -0.5,
+        HALF_K=half_k, HP_K=padded_half(half_k), HALF_V=half_v, HP_V=padded_half(half_v), TILE=tile, ROWS=ROWS,
+        ROTATE=rotate, BALANCED=balance is not None, SHARED=shared, PAGED=table is not None,
+        PRECISION=target_of(k.device).precision, num_warps=4,
+    )  # fmt: skip
+
+

@@ -1,0 +1,270 @@
+"""Second launch: every live key from its high plane alone.
+
+Reads half a byte a channel and does all of the attention with it; notes how much each sub-tile matters, so that the
+refinement (``refine.py``) can decide with the finished log-sum-exp of the same query and then correct what was added
+here for the sub-tiles it takes. Nothing in the loop depends on a decision, so all loads are pipelined.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lamp_compile.runtime.kernels._device import (
+    DEAD,
+    EMPTY,
+    HEADROOM,
+    LOG2E,
+    MAGIC,
+    MAGIC_BITS,
+    finite_scale,
+    key_range,
+    lower_nibbles,
+    over_parts,
+    tanh,
+    to_columns,
+    upper_nibbles,
+    weigh,
+)
+
+
+@triton.jit
+def dither(BN: tl.constexpr):
+    """Thresholds in (0, 1), evenly spread over the keys of a sub-tile (multiples of the golden ratio): weights rounded
+    with them are right on average, where rounding to nearest would lose all the small ones."""
+    x = tl.arange(0, BN).to(tl.float32) * 0.6180339887 + 0.5
+    return x - tl.floor(x)
+
+
+@triton.jit
+def round_row(p, v_scale, v_peak, thresholds, MASKED: tl.constexpr):
+    """Weights times value scale as int8, relative to the sub-tile's own maximum and largest value scale: a sub-tile
+    with a heavy key does not coarsen its neighbours, and the refinement can take back exactly what was added. Gives
+    back the int8 row and the same as float32."""
+    x = weigh(p, v_scale * (127.0 / tl.maximum(v_peak, 1e-30))[None, :], MASKED) + (thresholds - 0.5)[:, None] + MAGIC
+    return x.to(tl.int32, bitcast=True).to(tl.int8), x - MAGIC
+
+
+@triton.jit
+def key_places(j, hi, TABLE, TILE: tl.constexpr, PAGED: tl.constexpr):
+    """Where keys j of a sequence stand in its kv head's plane."""
+    if PAGED:
+        page = tl.load(TABLE + j // TILE, mask=j < hi, other=0).to(tl.int64)
+        places = tl.maximum(page, 0) * TILE + j % TILE
+    else:
+        places = j
+    return places
+
+
+@triton.jit
+def load_keys(plane, at, HALF: tl.constexpr, HP: tl.constexpr):
+    """Bytes ``[BN, HP]`` of the keys at ``at``."""
+    half = tl.arange(0, HP)
+    source = plane + at[:, None] * HALF + half[None, :]
+    if HALF == HP:
+        got = tl.load(source)
+    else:
+        got = tl.load(source, mask=(half < HALF)[None, :], other=0)
+    return got
+
+
+@triton.jit
+def load_values(plane, at, TILE: tl.constexpr, HALF: tl.constexpr, HP: tl.constexpr):
+    """Bytes ``[HP, BN]`` of the values at ``at``: planes of values are ``[tile, channel, key]``."""
+    half = tl.arange(0, HP)
+    source = plane + (at // TILE * (TILE * HALF) + at % TILE)[None, :] + half[:, None] * TILE
+    if HALF == HP:
+        got = tl.load(source)
+    else:
+        got = tl.load(source, mask=(half < HALF)[:, None], other=0)
+    return got
+
+
+@triton.jit
+def scores_of(product, k_scale, offset, factor, softcap, SOFTCAP: tl.constexpr):
+    """Integer products ``[BN, columns]``, started from MAGIC_BITS -> scores in log2 units, soft-capped."""
+    x = product.to(tl.float32, bitcast=True) - MAGIC
+    x = (x * factor[None, :] - (offset * factor)[None, :]) * k_scale
+    if SOFTCAP:
+        x = tanh(x * (1.0 / 1.4426950408889634) / softcap) * (softcap * 1.4426950408889634)
+    return x
+
+
+@triton.jit
+def seen_scores(x, j, lo, hi, row_position, MASK, mask_key, BIAS, bias_key, mask_rows, bias_rows,
+                CAUSAL: tl.constexpr, WINDOW: tl.constexpr, TOKENS: tl.constexpr, HAS_MASK: tl.constexpr,
+                HAS_BIAS: tl.constexpr):  # fmt: skip
+    """Scores plus bias, DEAD where a row does not see the key j ``[BN, columns]``."""
+    seen = (j >= lo) & (j < hi)
+    if CAUSAL != 0 and TOKENS > 1:  # a single token's range of keys is exact
+        seen = seen & (j <= row_position[None, :])
+        if WINDOW > 0:
+            seen = seen & (j > row_position[None, :] - WINDOW)
+    if HAS_MASK:
+        seen = seen & (tl.load(MASK + mask_rows[None, :] + j * mask_key, mask=seen, other=0) != 0)
+    if HAS_BIAS:
+        x += tl.load(BIAS + bias_rows[None, :] + j * bias_key, mask=seen, other=0.0).to(tl.float32) * LOG2E
+        seen = seen & (x != float("-inf"))
+    return tl.where(seen, x, DEAD)
+
+
+@triton.jit
+def look_ahead(
+    Q8, ROWINFO, KH, KS, VH, VS, TAU, FLOOR, STATE, MASK, BIAS, START, LENGTHS, TABLE, PARTIAL, META, ENERGY, OTHER, PEAK,
+    tau_b, floor_b, mask_b, mask_h, mask_s, mask_key, bias_b, bias_h, bias_s, bias_key, start_stride, length_stride,
+    table_stride, kv_heads, queries, first_token, keys, plane_keys, subtiles, slots, splits, scale, softcap,
+    GROUP: tl.constexpr, GP: tl.constexpr, PACK: tl.constexpr, TOKENS: tl.constexpr, HALF_K: tl.constexpr,
+    HP_K: tl.constexpr, HALF_V: tl.constexpr, HP_V: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr,
+    RULE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, HAS_MASK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_START: tl.constexpr, HAS_LENGTHS: tl.constexpr, PAGED: tl.constexpr, ASM: tl.constexpr,
+    FIELDS: tl.constexpr,
+):  # fmt: skip
+    """One split of the keys for one block of rows.
+
+    PARTIAL ``[.., slots, GP, Dv]`` takes the unnormalised output; META ``[.., slots, FIELDS, GP]`` maximum, sum,
+    sum of p times squared value scale, largest key scale, largest importance; ENERGY ``[.., subtiles, GP]`` log2 of each
+    sub-tile's sqrt(sum p^2), PEAK ``[.., subtiles]`` its largest value scale.
+    """
+    split, bg, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    b, g = bg // kv_heads, bg % kv_heads
+    COLUMNS: tl.constexpr = PACK * GP
+    STEP: tl.constexpr = PACK * BN
+    CROSSED: tl.constexpr = (CAUSAL != 0 and TOKENS > 1) or HAS_MASK or HAS_BIAS
+    MASKED: tl.constexpr = CROSSED and not HAS_BIAS or HAS_MASK
+    column, rows = tl.arange(0, COLUMNS), tl.arange(0, GP)
+    row, part = column % GP, column // GP
+    token = first_token + block * TOKENS + row // GROUP
+    valid = (row < GROUP * TOKENS) & (token < queries)
+    lo, hi, position = key_range(
+        b, first_token + block * TOKENS, tl.minimum(first_token + block * TOKENS + TOKENS, queries) - 1, START, LENGTHS,
+        start_stride, length_stride, keys, queries, HAS_START, HAS_LENGTHS, CAUSAL, WINDOW,
+    )  # fmt: skip
+    share = tl.cdiv(tl.cdiv(hi, STEP) - lo // STEP, splits)
+    first = (lo // STEP + split * share) * STEP
+    last = tl.minimum(first + share * STEP, hi)
+    final = tl.maximum(lo, hi - 1) // BN  # the last sub-tile there is
+    all_refined = (tl.load(FLOOR + b * floor_b + g) >= 1.0) | (tl.load(STATE + bg * 4 + 1) >= 1.0)
+    all_refined = all_refined | (tl.load(TAU + b * tau_b + g) <= 0.0)
+    if all_refined:
+        last = first  # everything is refined: nothing is read here
+
+    place = bg.to(tl.int64) * tl.num_programs(2) + block
+    info = ROWINFO + place * 4 * GP + row
+    factor = tl.load(info) * (scale * LOG2E)
+    offset = tl.load(info + GP) * 0.5 + tl.load(info + 3 * GP) * 128.0
+    half_k = tl.arange(0, HP_K)
+    query = Q8 + place * GP * 2 * HP_K + row[None, :] * (2 * HP_K) + half_k[:, None]
+    q_upper, q_lower = tl.load(query), tl.load(query + HP_K)
+    row_position = position + token
+    head = (g * GROUP + row % GROUP).to(tl.int64)
+    mask_rows = b.to(tl.int64) * mask_b + head * mask_h + token.to(tl.int64) * mask_s
+    bias_rows = b.to(tl.int64) * bias_b + head * bias_h + token.to(tl.int64) * bias_s
+    plane = (g if PAGED else bg).to(tl.int64) * plane_keys
+    if PAGED:
+        TABLE += b * table_stride
+    KH += plane * HALF_K
+    VH += plane * HALF_V
+    KS += plane
+    VS += plane
+    energies = ENERGY + place * subtiles * GP + column
+    others = OTHER + place * subtiles * GP + column
+    peaks = PEAK + place * subtiles + part
+    thresholds = dither(BN)
+    key, parts = tl.arange(0, BN), tl.arange(0, PACK)
+
+    top = tl.full((COLUMNS,), EMPTY, tl.float32)
+    upper = tl.zeros((HP_V, COLUMNS), tl.float32)
+    lower = tl.zeros((HP_V, COLUMNS), tl.float32)
+    mass = tl.zeros((BN, COLUMNS), tl.float32)
+    value_mass = tl.zeros((BN, COLUMNS), tl.float32)
+    rounded = tl.zeros((BN, COLUMNS), tl.float32)
+    k_most = tl.zeros((BN, PACK), tl.float32)
+    largest = tl.full((COLUMNS,), DEAD, tl.float32)
+    # Scales are too small for asynchronous copies: read them one step ahead.
+    at = key_places(key[:, None] + tl.minimum(first // BN + parts, final)[None, :] * BN, hi, TABLE, TILE, PAGED)
+    next_k, next_v = tl.load(KS + at), tl.load(VS + at)
+    for n0 in range(first, last, STEP):
+        k_narrow, v_narrow = finite_scale(next_k), finite_scale(next_v)
+        at = key_places(
+            key[:, None] + tl.minimum((n0 + STEP) // BN + parts, final)[None, :] * BN, hi, TABLE, TILE, PAGED
+        )
+        next_k, next_v = tl.load(KS + at), tl.load(VS + at)
+        product = tl.full((BN, COLUMNS), MAGIC_BITS, tl.int32)
+        low_product = tl.zeros((BN, COLUMNS), tl.int32)
+        for u in tl.static_range(PACK):
+            j = tl.minimum(n0 // BN + u, final) * BN + key
+            packed = load_keys(KH, key_places(j, hi, TABLE, TILE, PAGED), HALF_K, HP_K)
+            mine = (part == u)[None, :]
+            product = tl.dot(upper_nibbles(packed, ASM), tl.where(mine, q_upper, 0), product, out_dtype=tl.int32)
+            low_product = tl.dot(lower_nibbles(packed, ASM), tl.where(mine, q_lower, 0), low_product, out_dtype=tl.int32)
+        k_scale, v_scale = to_columns(k_narrow, PACK, GP), to_columns(v_narrow, PACK, GP)
+        x = scores_of(product + (low_product << 4), k_scale, offset, factor, softcap, SOFTCAP)
+        y = x
+        if CROSSED:
+            y = seen_scores(
+                x, n0 + (part * BN)[None, :] + key[:, None], lo, hi, row_position, MASK, mask_key, BIAS, bias_key,
+                mask_rows, bias_rows, CAUSAL, WINDOW, TOKENS, HAS_MASK, HAS_BIAS,
+            )  # fmt: skip
+        if (n0 < lo) | (n0 + STEP > hi):  # the two ends: keys that no row sees
+            j_all = n0 + (part * BN)[None, :] + key[:, None]
+            inside = (j_all >= lo) & (j_all < hi)
+            y = tl.where(inside, y, DEAD)
+            v_scale = tl.where(inside, v_scale, 0.0)
+            narrow = n0 + (parts * BN)[None, :] + key[:, None]
+            k_narrow = tl.where((narrow >= lo) & (narrow < hi), k_narrow, 0.0)
+        k_most = tl.maximum(k_most, k_narrow)
+        local = tl.max(y, 0)
+        p = tl.exp2(y - local[None, :])  # 1 where a row sees none of these keys: ``gain`` is 0 there
+        there = valid & (n0 // BN + part < subtiles)
+        tl.store(energies + n0 // BN * GP, local + 0.5 * tl.log2(tl.sum(p * p, 0)), mask=there)
+        if RULE != 0:
+            size = tl.log2(tl.abs(x) * (1.0 / 1.4426950408889634))
+            other = tl.max(tl.where(y > EMPTY, y + size, DEAD), 0)
+            tl.store(others + n0 // BN * GP, other, mask=there)
+            largest = tl.maximum(largest, other)
+        v_peak = tl.max(v_scale, 0)
+        tl.store(peaks + n0 // BN, v_peak, mask=there & (row == 0))
+        p8, whole = round_row(p, v_scale, v_peak, thresholds, MASKED)
+
+        # Sums are kept relative to the first maximum, and moved only when a later one is far above it.
+        if tl.max(local - top, 0) > HEADROOM:
+            new = tl.maximum(top, local)
+            keep = tl.exp2(top - new)[None, :]
+            upper, lower, mass = upper * keep, lower * keep, mass * keep
+            value_mass, rounded = value_mass * keep, rounded * keep
+            top = new
+        gain = tl.exp2(local - top)
+        unit = (gain * (v_peak / 127.0))[None, :]
+        a = tl.full((HP_V, COLUMNS), MAGIC_BITS, tl.int32)
+        c = tl.full((HP_V, COLUMNS), MAGIC_BITS, tl.int32)
+        for u in tl.static_range(PACK):
+            j = tl.minimum(n0 // BN + u, final) * BN + key
+            values = load_values(VH, key_places(j, hi, TABLE, TILE, PAGED), TILE, HALF_V, HP_V)
+            mine = tl.where((part == u)[None, :], p8, 0)
+            a = tl.dot(upper_nibbles(values, ASM), mine, a, out_dtype=tl.int32)
+            c = tl.dot(lower_nibbles(values, ASM), mine, c, out_dtype=tl.int32)
+        upper += (a.to(tl.float32, bitcast=True) - MAGIC) * unit
+        lower += (c.to(tl.float32, bitcast=True) - MAGIC) * (unit * 16.0)
+        weight = p * gain[None, :]
+        mass += weight
+        value_mass += weigh(weight, v_scale * v_scale, MASKED)
+        rounded += whole * unit
+
+    # Columns of the same row into one; lo averages -1/2, the lower nibbles carry + 8.
+    together = tl.max(over_parts(top, PACK, GP), 0)
+    to_row = tl.exp2(top - tl.reshape(tl.broadcast_to(together[None, :], (PACK, GP)), (COLUMNS,)))
+    less = tl.sum(rounded, 0)[None, :]
+    upper = tl.sum(tl.reshape((upper - 0.5 * less) * to_row[None, :], (HP_V, PACK, GP)), 1)
+    lower = tl.sum(tl.reshape((lower - 128.5 * less) * to_row[None, :], (HP_V, PACK, GP)), 1)
+    slot = place * slots + split
+    meta = META + slot * FIELDS * GP + rows
+    tl.store(meta, together)
+    tl.store(meta + GP, tl.sum(over_parts(tl.sum(mass, 0) * to_row, PACK, GP), 0))
+    tl.store(meta + 2 * GP, tl.sum(over_parts(tl.sum(value_mass, 0) * to_row, PACK, GP), 0))
+    tl.store(meta + 3 * GP, tl.max(tl.max(k_most, 0), 0) + tl.zeros((GP,), tl.float32))
+    tl.store(meta + 4 * GP, tl.max(over_parts(largest, PACK, GP), 0))
+    half_v = tl.arange(0, HP_V)
+    target = PARTIAL + (slot * GP + rows)[None, :] * (2 * HALF_V) + half_v[:, None]
+    stored = (rows < GROUP * TOKENS)[None, :] & (half_v < HALF_V)[:, None]
+    tl.store(target, upper, mask=stored)
+    tl.store(target + HALF_V, lower, mask=stored)

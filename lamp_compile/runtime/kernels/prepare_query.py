@@ -1,0 +1,58 @@
+"""First launch: balance, rotate and round the queries; note what scores and certificate need of each row."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lamp_compile.runtime.kernels._device import round_even
+
+
+@triton.jit
+def prepare_query(
+    Q, BALANCE, SIGNS, Q8, ROWINFO,
+    stride_b, stride_h, stride_s, balance_b, kv_heads, queries, first_token, root,
+    GROUP: tl.constexpr, GP: tl.constexpr, TOKENS: tl.constexpr, HALF: tl.constexpr, HP: tl.constexpr,
+    ROTATE: tl.constexpr, BALANCED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Q ``[B, H, S, D]`` -> Q8 int8 ``[B*G, blocks, GP, 2*HP]``, ROWINFO ``[B*G, blocks, 4, GP]``: rounding step,
+    sum of q8, squared norm of the prepared query, sum of q8 over the lower nibbles' channels. SIGNS int8 ``[D, D]`` is the rotation times sqrt(D) = 1 / root."""
+    bg, block = tl.program_id(0), tl.program_id(1)
+    b, g = bg // kv_heads, bg % kv_heads
+    rows, half = tl.arange(0, GP), tl.arange(0, HP)
+    token = first_token + block * TOKENS + rows // GROUP
+    valid = (rows < GROUP * TOKENS) & (token < queries)
+    source = Q + b.to(tl.int64) * stride_b + (g * GROUP + rows % GROUP).to(tl.int64) * stride_h
+    source += token.to(tl.int64) * stride_s
+    if ROTATE:
+        channels = tl.arange(0, 2 * HP)
+        x = tl.load(source[:, None] + channels[None, :], mask=valid[:, None] & (channels < 2 * HALF)[None, :], other=0.0)
+        x = x.to(tl.float32)
+        if BALANCED:
+            x = x * tl.load(BALANCE + b * balance_b + g * 2 * HALF + channels, mask=channels < 2 * HALF, other=0.0)[None, :]
+        inside = (channels < 2 * HALF)[:, None] & (half < HALF)[None, :]
+        at = SIGNS + channels[:, None] * (2 * HALF) + half[None, :]
+        upper = tl.dot(x, tl.load(at, mask=inside, other=0).to(tl.float32), input_precision=PRECISION) * root
+        lower = tl.dot(x, tl.load(at + HALF, mask=inside, other=0).to(tl.float32), input_precision=PRECISION) * root
+    else:
+        mask = valid[:, None] & (half < HALF)[None, :]
+        upper = tl.load(source[:, None] + half[None, :], mask=mask, other=0.0).to(tl.float32)
+        lower = tl.load(source[:, None] + half[None, :] + HALF, mask=mask, other=0.0).to(tl.float32)
+        if BALANCED:
+            at = BALANCE + b * balance_b + g * 2 * HALF + half
+            upper = upper * tl.load(at, mask=half < HALF, other=0.0)[None, :]
+            lower = lower * tl.load(at + HALF, mask=half < HALF, other=0.0)[None, :]
+    spoilt = tl.sum(upper * 0.0 + lower * 0.0, 1)  # NaN where the row holds a NaN or an infinity
+    step = tl.maximum(tl.max(tl.abs(upper), 1), tl.max(tl.abs(lower), 1)) / 127.0
+    step = tl.where(step == 0.0, 1.0, step)
+    upper = round_even(tl.div_rn(upper, tl.broadcast_to(step[:, None], upper.shape)))
+    lower = round_even(tl.div_rn(lower, tl.broadcast_to(step[:, None], lower.shape)))
+    place = bg.to(tl.int64) * tl.num_programs(1) + block
+    target = Q8 + place * GP * 2 * HP + rows[:, None] * (2 * HP) + half[None, :]
+    tl.store(target, upper.to(tl.int8))
+    tl.store(target + HP, lower.to(tl.int8))
+    info = ROWINFO + place * 4 * GP + rows
+    tl.store(info, step + spoilt)
+    tl.store(info + GP, tl.sum(upper + lower, 1))
+    tl.store(info + 2 * GP, tl.sum(upper * upper + lower * lower, 1) * step * step)
+    tl.store(info + 3 * GP, tl.sum(lower, 1))

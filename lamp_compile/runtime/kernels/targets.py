@@ -1,0 +1,120 @@
+"""What each kind of GPU is given: which instructions, how many columns at least, how a call is cut into programs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Target:
+    """One kind of GPU.
+
+    Attributes:
+        name: As compilers call it ("sm_90", "gfx942"), or "interpreter".
+        asm: Inline PTX unpacks four nibbles at a time; plain operations elsewhere.
+        precision: How Triton multiplies float32 (rotations only; scores and values are exact int8 products).
+        columns: Of the smallest matrix instruction.
+        processors: Multiprocessors or compute units.
+    """
+
+    name: str
+    asm: bool
+    precision: str
+    columns: int
+    processors: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a call is cut: choices of speed, none of numbers.
+
+    Attributes:
+        warps, stages: Of the look-ahead.
+        refine_warps, refine_stages: Of the refinement.
+        programs: Programs per processor that the look-ahead aims at.
+        refine_programs: The same of the refinement.
+        least_subtiles: Sub-tiles a program of the look-ahead should have at least.
+        most_splits: Splits of one kv head's keys at most.
+        merge_chunk, merge_warps: Partial results joined at a time, and warps that do it.
+        most_rows: Rows (tokens x group) of one program when there are several new tokens.
+    """
+
+    warps: int = 1
+    stages: int = 3
+    refine_warps: int = 1
+    refine_stages: int = 2
+    programs: int = 8
+    refine_programs: int = 16
+    least_subtiles: int = 8
+    most_splits: int = 128
+    merge_chunk: int = 32
+    merge_warps: int = 4
+    most_rows: int = 32
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One call, cut: rows of a program (tokens x group, padded), sub-tiles that share a pass (``_device.py``), tokens
+    and number of its row blocks, sub-tiles of a sequence, splits of the look-ahead, segments of the refinement and
+    their length in sub-tiles."""
+
+    rows: int
+    pack: int
+    tokens: int
+    blocks: int
+    subtiles: int
+    splits: int
+    segments: int
+    segment: int
+    launch: Launch
+
+    @property
+    def slots(self) -> int:
+        """Partial results of one block of rows."""
+        return self.splits + self.segments
+
+
+@cache
+def target_of(device: torch.device) -> Target:
+    """The target of a device; the interpreter for a CPU."""
+    if device.type != "cuda":
+        return Target("interpreter", False, "ieee", 8, 1)
+    found = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return Target(found.gcnArchName.split(":")[0], False, "ieee", 16, found.multi_processor_count)
+    return Target(f"sm_{found.major}{found.minor}", True, "tf32x3", 8, found.multi_processor_count)
+
+
+def launch_for(target: Target) -> Launch:
+    """Defaults of a target."""
+    return Launch()
+
+
+def cut(target: Target, q: Tensor, planes: tuple[Tensor, ...], room: int, subtile: int) -> Cut:
+    """Cut attention of q ``[B, H, S, D]`` over room for ``room`` keys per sequence."""
+    launch = launch_for(target)
+    batch, heads, queries, _ = q.shape
+    group = heads // planes[0].shape[1]
+    rows = _power(group)
+    if queries > 1:
+        rows = max(rows, min(launch.most_rows, _power(group * queries)))
+    tokens = max(1, min(queries, rows // group))
+    blocks = -(-queries // tokens)
+    crowd = batch * planes[0].shape[1] * blocks
+    subtiles = -(-room // subtile)
+    splits = min(target.processors * launch.programs // crowd, subtiles // launch.least_subtiles, launch.most_splits)
+    wanted = max(1, target.processors * launch.refine_programs // crowd)
+    segment = min(128, max(16, _power(-(-subtiles // wanted))))
+    return Cut(
+        rows, max(1, target.columns // rows), tokens, blocks, subtiles, max(1, splits), -(-subtiles // segment),
+        segment, launch,
+    )  # fmt: skip
+
+
+def _power(n: int) -> int:
+    """The next power of two."""
+    return 1 << max(0, n - 1).bit_length()
