@@ -130,6 +130,11 @@ class GrowableLayer(StaticLayer):  # type: ignore[misc]
         )
         self.widen(keys, wider)
 
+    def exceeds(self, rows: int) -> bool:
+        """Whether new rows need growth. Asks the device only where the host's upper bound of the length says they
+        might."""
+        return self._longest + rows > self.max_cache_len and int(self.cumulative_length) + rows > self.max_cache_len
+
     def widened(self, keys: int) -> dict[str, Tensor]:
         """Copies of the layer's tensors with room for ``keys`` keys, for ``widen``; none if nothing is held."""
         if keys <= self.max_cache_len or not self.is_initialized:

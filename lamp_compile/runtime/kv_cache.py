@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.cache_utils import Cache
 
 from lamp_compile.errors import CacheError
@@ -93,6 +94,22 @@ class NestedCache(Cache):  # type: ignore[misc]
         )
         for layer, tensors in zip(self.layers, wider, strict=True):
             layer.widen(keys, tensors)
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Append rows to one layer; gives back what attention reads. All layers grow before the first takes a row that
+        does not fit.
+
+        Raises:
+            CacheError: There was not enough memory to grow, or the rows do not belong here.
+        """
+        if not torch.compiler.is_compiling():
+            self._make_room(layer_idx, int(key_states.shape[-2]))
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _make_room(self, layer_idx: int, rows: int) -> None:
+        layer = self.layers[layer_idx]
+        if layer.is_initialized and layer.exceeds(rows):
+            self.ensure_capacity(int(layer.cumulative_length) + rows)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Keys and offset of the mask for new queries. Grows first if they need it, because the mask is as wide as

@@ -53,6 +53,9 @@ class SlotView(NestedCache):
                 fix="one row per slot, or cache.view(slot) for a single sequence",
             )
 
+    def _make_room(self, layer_idx: int, rows: int) -> None:
+        """The first layer asks the table."""
+
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """(0, 0): the mask function takes it as "these keys need no mask" (length, causality and window say it all)."""
         return 0, 0

@@ -42,7 +42,7 @@ def positions_for(cache: SlotView, parameters: Sequence[str], args: Sequence[Any
     Raises:
         CacheError: The model takes none.
     """
-    if kwargs.get("position_ids") is not None or kwargs.get("cache_position") is not None:
+    if kwargs.get("position_ids") is not None:
         return
     if "position_ids" not in parameters:
         raise CacheError(
