@@ -126,18 +126,13 @@ class ManyPrompts:
     def __init__(
         self, model: Any, step: Callable[..., Any], cache: SlotCache, sampling: Sampling, eos: frozenset[int]
     ) -> None:
-        if cache.taken():
-            raise CacheError(
-                f"slots {', '.join(map(str, cache.taken()))} are taken, and a step would add tokens to them",
-                where="generate_many",
-                fix="cache.free(slot), or cache.reset()",
-            )
         # Of a prompt's logits only the last row is wanted, where the model can leave the others out.
         last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         self._prefill, self._step = functools.partial(model, **last), step
         self.cache, self.sampling, self.eos = cache, sampling, eos
         self._running: dict[int, Stream] = {}
         self._device = cache.lengths.device
+        self._check_alone()
 
     def run(self, waiting: Sequence[Stream]) -> Iterator[tuple[int, Tensor]]:
         """(index, tokens) of the sequences, in the order they finish.
@@ -158,6 +153,7 @@ class ManyPrompts:
     def _finished(self, waiting: deque[Stream]) -> Iterator[tuple[int, Tensor]]:
         try:
             while waiting or self._running:
+                self._check_alone()
                 while waiting and self.cache.fits(waiting[0].tokens):
                     yield from self._start(waiting.popleft())
                 if self._running:
@@ -165,6 +161,16 @@ class ManyPrompts:
         finally:  # also when the caller stops early
             for slot in list(self._running):
                 self._finish(slot)
+
+    def _check_alone(self) -> None:
+        """A step adds tokens to all slots, so all must be this loop's."""
+        others = [str(slot) for slot in self.cache.taken() if slot not in self._running]
+        if others:
+            raise CacheError(
+                f"slots {', '.join(others)} are taken, and a step would add tokens to them",
+                where="generate_many",
+                fix="a cache for each loop; cache.free(slot) or cache.reset() when a sequence is done",
+            )
 
     def _start(self, sequence: Stream) -> Iterator[tuple[int, Tensor]]:
         slot = self.cache.admit(sequence.tokens)
@@ -190,11 +196,7 @@ class ManyPrompts:
     def _take(self, slots: list[int], logits: Tensor) -> list[tuple[int, Tensor]]:
         """Choose the next token of these slots (all rows of the logits, or the one); gives back what is finished."""
         rows = slots if logits.shape[0] > 1 else [0]
-        uniform = [0.0] * logits.shape[0]
-        if not self.sampling.greedy:
-            for row, slot in zip(rows, slots, strict=True):
-                uniform[row] = self._running[slot].draws.random()
-        chosen = self.sampling.choose(logits, torch.tensor(uniform, dtype=torch.float64, device=self._device)).tolist()
+        chosen = self.sampling.choose(logits, self._draws(rows, slots, logits.shape[0])).tolist()
         done = []
         for row, slot in zip(rows, slots, strict=True):
             sequence = self._running[slot]
@@ -202,6 +204,15 @@ class ManyPrompts:
             if chosen[row] in self.eos or len(sequence.made) == sequence.most:
                 done.append(self._finish(slot).result())
         return done
+
+    def _draws(self, rows: list[int], slots: list[int], batch: int) -> Tensor | None:
+        """A random number for each row that a slot of ours has."""
+        if self.sampling.greedy:
+            return None
+        uniform = [0.0] * batch
+        for row, slot in zip(rows, slots, strict=True):
+            uniform[row] = self._running[slot].draws.random()
+        return torch.tensor(uniform, dtype=torch.float64, device=self._device)
 
     def _finish(self, slot: int) -> Stream:
         self.cache.free(slot)

@@ -39,15 +39,15 @@ class Sampling:
         """Whether no random number is needed."""
         return self.temperature == 0
 
-    def choose(self, logits: Tensor, uniform: Tensor) -> Tensor:
+    def choose(self, logits: Tensor, uniform: Tensor | None) -> Tensor:
         """Token ids ``[B]`` for logits ``[B, V]``.
 
         Args:
             logits: Of the last position of every sequence.
             uniform: One number in [0, 1) per sequence, ``[B]``: where in its distribution the token is taken from. The
-                same number gives the same token, whatever else is in the batch.
+                same number gives the same token, whatever else is in the batch. None where none is needed.
         """
-        if self.greedy:
+        if self.greedy or uniform is None:
             return logits.argmax(-1)
         # float64, so that the last bits of a sum over the vocabulary decide nothing.
         probabilities = torch.softmax(logits.double() / self.temperature, dim=-1)
