@@ -82,8 +82,9 @@ class SlotLayer(NestedLayer):
         assert rows.slot is not None
         view = copy.copy(self)
         view.rows, view.batch_size = rows, rows.count
-        view.state = self.state[rows.slot : rows.slot + 1]
-        view.stats = self.stats[rows.slot : rows.slot + 1]
+        with ordinary_tensors():
+            view.state = self.state[rows.slot : rows.slot + 1]
+            view.stats = self.stats[rows.slot : rows.slot + 1]
         return view
 
     def update(

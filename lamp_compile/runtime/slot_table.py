@@ -165,9 +165,10 @@ class SlotRows:
         if slot is not None:
             table.check_taken(slot)
         self._admission = 0 if slot is None else table.admissions[slot]
-        for name in SHARED:
-            tensor = getattr(table, name)
-            setattr(self, name, tensor if slot is None else tensor[slot : slot + 1])
+        with ordinary_tensors():
+            for name in SHARED:
+                tensor = getattr(table, name)
+                setattr(self, name, tensor if slot is None else tensor[slot : slot + 1])
 
     def open(self, rows: int) -> None:
         """Begin a step of ``rows`` new tokens per sequence. Outside a compiled graph, slots get the pages they lack;
