@@ -13,6 +13,7 @@ from transformers.cache_utils import StaticLayer
 
 from lamp_compile.errors import CacheError
 from lamp_compile.runtime import layout
+from lamp_compile.runtime.allocation import allocate
 
 LENGTH_STEPS = 4
 """Capacities are rounded up to an eighth to a quarter of their size, so that nearby lengths share one compiled
@@ -116,21 +117,43 @@ class GrowableLayer(StaticLayer):  # type: ignore[misc]
 
     def ensure_capacity(self, keys: int) -> None:
         """Grow to hold ``keys`` keys; contents are kept. The tensors move, so a compiled graph is made anew for the
-        new size."""
-        if keys <= self.max_cache_len:
-            return
-        self.max_cache_len = rounded_capacity(keys)
-        if not self.is_initialized:
-            return
+        new size.
+
+        Raises:
+            CacheError: There was not enough memory. The layer is as it was.
+        """
+        wider = allocate(
+            lambda: self.widened(keys),
+            f"growing from {self.max_cache_len} to {rounded_capacity(keys)} tokens",
+            where=self.name,
+            fix="a cache of the final size from the start, fast.lamp.cache(tokens); the cache is as it was",
+        )
+        self.widen(keys, wider)
+
+    def exceeds(self, rows: int) -> bool:
+        """Whether new rows need growth. Asks the device only where the host's upper bound of the length says they
+        might."""
+        return self._longest + rows > self.max_cache_len and int(self.cumulative_length) + rows > self.max_cache_len
+
+    def widened(self, keys: int) -> dict[str, Tensor]:
+        """Copies of the layer's tensors with room for ``keys`` keys, for ``widen``; none if nothing is held."""
+        if keys <= self.max_cache_len or not self.is_initialized:
+            return {}
         with ordinary_tensors():
-            wider = self._allocate(self.batch_size, self.num_heads, self.max_cache_len)
+            wider = self._allocate(self.batch_size, self.num_heads, rounded_capacity(keys))
         for name, tensor in wider.items():
             old = getattr(self, name)
             if old.shape == tensor.shape:
                 tensor.copy_(old)
             else:
                 tensor[:, :, : old.shape[2]] = old
-        self._install(wider)
+        return wider
+
+    def widen(self, keys: int, wider: dict[str, Tensor]) -> None:
+        """Take over what ``widened(keys)`` made."""
+        if keys > self.max_cache_len:
+            self.max_cache_len = rounded_capacity(keys)
+            self._install(wider)
 
     def reset(self) -> None:
         """Forget all sequences; the memory and its addresses stay."""

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.cache_utils import Cache
 
 from lamp_compile.errors import CacheError
 from lamp_compile.runtime import guard, layout
+from lamp_compile.runtime.allocation import allocate
 from lamp_compile.runtime.cache_layers import FloatLayer, LayerSpec, NestedLayer
 from lamp_compile.runtime.growable_layer import rounded_capacity
 
@@ -47,12 +49,7 @@ class NestedCache(Cache):  # type: ignore[misc]
         capacity: int = layout.TILE,
         layers: list[FloatLayer | NestedLayer] | None = None,
     ) -> None:
-        room = rounded_capacity(capacity)
-        made = [
-            FloatLayer(room, f"layer {index}") if layer is None else NestedLayer(layer, room)
-            for index, layer in enumerate(spec.layers)
-        ]
-        super().__init__(layers=made if layers is None else layers)
+        super().__init__(layers=_new_layers(spec, rounded_capacity(capacity)) if layers is None else layers)
         self.spec = spec
         self._longest = 0
 
@@ -83,9 +80,36 @@ class NestedCache(Cache):  # type: ignore[misc]
             )
 
     def ensure_capacity(self, keys: int) -> None:
-        """Grow every layer to hold ``keys`` keys; contents are kept."""
-        for layer in self.layers:
-            layer.ensure_capacity(keys)
+        """Grow every layer to hold ``keys`` keys; contents are kept. Old and new planes exist side by side while they
+        are copied, so that all layers grow or none.
+
+        Raises:
+            CacheError: There was not enough memory. The cache is as it was.
+        """
+        wider = allocate(
+            lambda: [layer.widened(keys) for layer in self.layers],
+            f"growing from {self.capacity} to {rounded_capacity(keys)} tokens",
+            where=f"cache of {self.spec.model}",
+            fix="a cache of the final size from the start, fast.lamp.cache(tokens); the cache is as it was",
+        )
+        for layer, tensors in zip(self.layers, wider, strict=True):
+            layer.widen(keys, tensors)
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Append rows to one layer; gives back what attention reads. All layers grow before the first takes a row that
+        does not fit.
+
+        Raises:
+            CacheError: There was not enough memory to grow, or the rows do not belong here.
+        """
+        if not torch.compiler.is_compiling():
+            self._make_room(layer_idx, int(key_states.shape[-2]))
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _make_room(self, layer_idx: int, rows: int) -> None:
+        layer = self.layers[layer_idx]
+        if layer.is_initialized and layer.exceeds(rows):
+            self.ensure_capacity(int(layer.cumulative_length) + rows)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Keys and offset of the mask for new queries. Grows first if they need it, because the mask is as wide as
@@ -128,6 +152,13 @@ class NestedCache(Cache):  # type: ignore[misc]
     def guard_report(self) -> list[dict[str, Any]]:
         """Per site: steps, share of sub-tiles refined, floor raised and lowered, flags in words. Reads the device."""
         return [_site_report(layer) for layer in self.layers if isinstance(layer, NestedLayer) and layer.is_initialized]
+
+
+def _new_layers(spec: CacheSpec, room: int) -> list[FloatLayer | NestedLayer]:
+    return [
+        FloatLayer(room, f"layer {index}") if layer is None else NestedLayer(layer, room)
+        for index, layer in enumerate(spec.layers)
+    ]
 
 
 def _site_report(layer: NestedLayer) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from lamp_compile.errors import InputError
 from lamp_compile.runtime.plane_handle import PlaneHandle
@@ -137,10 +137,35 @@ def original_attention(
 
 
 def lamp_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """The boolean mask ``[B, 1, S, keys]``, always spelled out: the planes are longer than the queries."""
+    """The boolean mask ``[B, 1, S, keys]``, spelled out because the planes are longer than the queries; None for a
+    cache of slots (its mask has no keys), where lengths, causality and window say it all.
+
+    Raises:
+        InputError: Slots would need a mask: padding, or a model's own pattern over its causal mask.
+    """
+    if kwargs.get("kv_length") == 0:
+        _refuse_mask_of_slots(kwargs)
+        return None
     kwargs["allow_is_causal_skip"] = False
     mask: Tensor | None = sdpa_mask(*args, **kwargs)
     return mask
+
+
+def _refuse_mask_of_slots(kwargs: dict[str, Any]) -> None:
+    padding = kwargs.get("attention_mask")
+    if padding is not None and (torch.compiler.is_compiling() or not bool(padding.all())):
+        raise InputError(
+            "a padding mask came with a slot cache",
+            where="attention_mask",
+            fix="leave it out: every slot holds its own tokens only, from position 0",
+        )
+    plain = kwargs.get("local_size") is not None or kwargs.get("mask_function") is causal_mask_function
+    if kwargs.get("use_vmap") or not plain:
+        raise InputError(
+            "the model lays a pattern of its own over the causal mask",
+            where="slot cache",
+            fix="fast.lamp.cache() and generate, which take any mask",
+        )
 
 
 AttentionInterface.register(NAME, lamp_attention)

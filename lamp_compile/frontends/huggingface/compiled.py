@@ -10,15 +10,19 @@ import functools
 import inspect
 import warnings
 import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lamp_compile.errors import InputError, ModelError
 from lamp_compile.frontends import switch
+from lamp_compile.frontends.huggingface.many import ManyPrompts, sizes_for, stop_tokens, streams_of
+from lamp_compile.frontends.huggingface.sampling import Sampling
 from lamp_compile.frontends.huggingface.sites import ProbedSite
+from lamp_compile.frontends.huggingface.slots import make_slots, positions_for
 from lamp_compile.ir import Refusal
 from lamp_compile.plan import Plan
 from lamp_compile.report import Report, SiteSummary
@@ -26,6 +30,7 @@ from lamp_compile.runtime import layout
 from lamp_compile.runtime.controls import Controls
 from lamp_compile.runtime.growable_layer import rounded_capacity
 from lamp_compile.runtime.kv_cache import CacheSpec, NestedCache
+from lamp_compile.runtime.slot_cache import SlotCache, SlotView
 
 
 class Lamp:
@@ -50,10 +55,13 @@ class Lamp:
         self._sites, self._refusals = sites, refusals
         self._warned: set[str] = set()
         self._idle: list[list[Any]] = []
+        self._model: Callable[[], Any] = lambda: None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Lamp:
         """Copies of a compiled model share plan and settings, as they could share a cache; not the weights."""
         made = copy.copy(self)
+        owner = self._model()
+        made._model = weakref.ref(memo.get(id(owner), owner)) if owner is not None else self._model
         made.original = copy.deepcopy(self.original, memo)
         made._idle = []
         return made
@@ -65,6 +73,63 @@ class Lamp:
             capacity: Tokens to make room for at once.
         """
         return NestedCache(self.spec, capacity)
+
+    def slots(self, streams: int = 16, tokens: int = 65536, max_length: int | None = None) -> SlotCache:
+        """A cache for many sequences of different lengths, which come and go while one decode step serves them all.
+
+        Args:
+            streams: Sequences at a time, the batch of the decode step.
+            tokens: Tokens there is room for in all of them together.
+            max_length: Longest sequence; None takes what the model is made for.
+
+        Raises:
+            CacheError: A layer keeps float keys and values or needs a mask of its own, or memory is short.
+            OptionError: A size is no whole number above 0.
+        """
+        return make_slots(self.original.config, self.spec, self._sites, streams, tokens, max_length)
+
+    def generate_many(
+        self, prompts: Iterable[Any], *, max_new_tokens: int | Sequence[int], streams: int = 16,
+        cache: SlotCache | None = None, temperature: float = 0.0, top_p: float = 1.0, seed: int | None = None,
+        eos_token_id: int | Sequence[int] | str | None = "model",
+    ) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
+        """Generate for many prompts of different lengths; a slot that finishes takes the next prompt at once.
+
+        A prompt is let in when pages for its longest possible end are free. Its result does not depend on what else is
+        in the batch.
+
+        Args:
+            prompts: Lists of token ids, or 1-D tensors.
+            max_new_tokens: For all, or one number for each prompt.
+            streams: Sequences at a time, where no cache is given.
+            cache: Slots to use, all free (``fast.lamp.slots(...)``); None makes them large enough for the longest
+                prompts.
+            temperature: 0 takes the likeliest token, otherwise tokens are drawn.
+            top_p: Draw among the likeliest tokens that have this probability together.
+            seed: Of the draws; a prompt's tokens depend on it and on the prompt's index only. None takes one from
+                torch's global generator.
+            eos_token_id: Ends a sequence; "model" takes the generation config's, None goes on to ``max_new_tokens``.
+
+        Returns:
+            An iterator over (index of the prompt, prompt and new tokens ``[n + new]`` on the CPU), in the order they
+            finish.
+
+        Raises:
+            InputError, OptionError: A prompt or a setting is impossible; at once.
+            CacheError: A prompt does not fit the cache, another model's cache, or a slot of it is taken; at once.
+        """
+        model = self._model()
+        _refuse_training(model)
+        sampling, eos = Sampling(temperature, top_p), stop_tokens(model, eos_token_id)
+        waiting = streams_of(prompts, max_new_tokens, int(torch.randint(2**31, ())) if seed is None else seed)
+        if not waiting:
+            return iter(())
+        if cache is None:
+            cache = self.slots(*sizes_for(waiting, streams))
+        cache.check(self.spec)
+        _drop_foreign_step(model)
+        step = model if self.compile_config is None else model.get_compiled_call(self.compile_config)
+        return ManyPrompts(model, step, cache, sampling, eos).run(waiting)
 
     def borrow(self, capacity: int, batch: int) -> NestedCache:
         """A cache for one ``generate``. Under CUDA graphs its planes are those of the last one that nobody holds any
@@ -131,7 +196,8 @@ def attach(model: nn.Module, lamp: Lamp) -> None:
     hooked: Any = model
     base = model.forward
     bound = "forward" in model.__dict__
-    position = list(inspect.signature(base).parameters).index("past_key_values")
+    parameters = list(inspect.signature(base).parameters)
+    position = parameters.index("past_key_values")
     call = base if bound else type(model).forward
 
     @functools.wraps(type(model).forward)
@@ -145,6 +211,8 @@ def attach(model: nn.Module, lamp: Lamp) -> None:
             made = _cache_for_forward(self, given, args, kwargs)
         elif given is None and _uses_cache(self, kwargs):
             made = _cache_outside_the_graph(self, given, args, kwargs)
+        if isinstance(given, SlotView):
+            positions_for(given, parameters, args, kwargs)
         if made is not None and len(args) > position:
             args = (*args[:position], made, *args[position + 1 :])
         elif made is not None:
@@ -156,16 +224,22 @@ def attach(model: nn.Module, lamp: Lamp) -> None:
         if switch.disabled():
             return self.lamp.original.generate(*args, **kwargs)
         _refuse_training(self)
-        if self._lamp_identity != id(self):  # a deep copy: the compiled decode step it brings runs the other's weights
-            self.__dict__.pop("_compiled_call", None)
-            self._lamp_identity = id(self)
+        _drop_foreign_step(self)
         return type(self).generate(self, *args, **kwargs)
 
+    lamp._model = weakref.ref(model)
     hooked.lamp = lamp
     hooked._lamp_identity = id(model)
     hooked.forward = MethodType(forward, model)
     hooked.generate = MethodType(generate, model)
     hooked._prepare_cache_for_generation = MethodType(_prepare_cache_for_generation, model)
+
+
+def _drop_foreign_step(model: Any) -> None:
+    """The compiled decode step that a deep copy brings runs the other's weights."""
+    if model._lamp_identity != id(model):
+        model.__dict__.pop("_compiled_call", None)
+        model._lamp_identity = id(model)
 
 
 def _refuse_training(model: nn.Module) -> None:
