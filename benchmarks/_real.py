@@ -1,4 +1,4 @@
-"""What a trained model's own queries, keys and values give: the shares of refined sub-tiles of its layers, and errors."""
+"""What a trained model's own queries, keys and values give: shares of refined sub-tiles per layer, and errors."""
 
 from __future__ import annotations
 
