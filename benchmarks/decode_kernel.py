@@ -14,6 +14,7 @@ import datetime
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,6 +117,7 @@ def attempt(name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return run()
     except Exception as problem:  # noqa: BLE001  (one rival that fails must not cost the run)
+        traceback.print_exc(limit=-6)
         return {"name": name, "failed": f"{type(problem).__name__}: {str(problem)[:400]}"}
 
 

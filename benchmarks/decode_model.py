@@ -28,13 +28,14 @@ from _models import Decoder, Size
 from _planes import Case
 from _timing import Energy, release, synchronize
 from decode_kernel import ASSUMED, attempt, default_out
+from torch._dynamo.utils import counters
 
 from lamp_compile.errors import LampError
 from lamp_compile.quality import load
 from lamp_compile.quality.environment import environment, write_json
 from lamp_compile.runtime import guard
 
-ROWS = ("lamp", "roofline", "hf_eager", "hf_static")
+ROWS = ("roofline", "lamp", "hf_eager", "hf_static")
 MOST_STEPS = 128
 WARM_STEPS = 6
 ROOM = {"lamp": 0.52, "roofline": 1.0, "hf_eager": 1.03, "hf_static": 1.12}
@@ -52,12 +53,15 @@ class Bench:
 
     def row(self, case: Case, name: str) -> dict[str, Any]:
         """Build, warm, measure, forget."""
+        torch._dynamo.reset()
         release(self.device)
         if lack := self.lack(case, name):
             return {"name": name, "failed": lack}
-        torch._dynamo.utils.counters.clear()
+        counters.clear()
+        before = 0
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
         size = Size(case.batch, case.length, case.length - min(MOST_STEPS, case.length // 4))
         began = time.monotonic()
         with torch.no_grad():
@@ -71,8 +75,8 @@ class Bench:
         made |= {"name": name, "kv_gb": kv / 1e9, "kv_share_of_bf16": kv / self.kv_bytes(case), "error": None}
         if self.device.type == "cuda":
             made["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        counters = torch._dynamo.utils.counters
         made |= {
+            "gb_before": before / 1e9,
             "cudagraph_skips": int(counters["inductor"]["cudagraph_skips"]),
             "graphs": int(counters["stats"]["unique_graphs"]),
             "graph_breaks": sum(counters["graph_break"].values()),
@@ -281,7 +285,6 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             row = {"case": case.name, **attempt(name, lambda c=case, n=name: bench.row(c, n))}
             bench.rows.append(row)
-            torch._dynamo.reset()
             print(line(row), flush=True)
             compare(bench.rows)
             data |= {"rows": bench.rows, "targets": targets(bench.rows)}
