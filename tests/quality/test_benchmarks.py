@@ -210,6 +210,14 @@ def test_decode_kernel_targets_can_be_met_and_missed(decode_kernel):
     assert not any(item["met"] for item in decode_kernel.targets([], [], []))
 
 
+def test_break_even_is_the_size_above_which_nothing_is_slower(decode_kernel):
+    ratios = {"1x4096": 0.5, "1x8192": 1.2, "2x8192": 0.9, "1x32768": 1.1, "4x8192": 1.0, "1x65536": 2.0}
+    rows = [{"case": case, "name": "lamp", "ratio_to_bf16": ratio} for case, ratio in ratios.items()]
+    assert decode_kernel.break_even(rows) == 32768
+    assert decode_kernel.break_even([*rows, {**rows[-1], "ratio_to_bf16": 0.99}]) is None
+    assert decode_kernel.break_even([]) is None
+
+
 def test_a_rival_that_fails_is_a_row_that_says_why(decode_kernel, monkeypatch, tmp_path, capsys):
     def broken(*args):
         raise RuntimeError("out of something")

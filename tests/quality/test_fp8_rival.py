@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tolerances import ARITHMETIC, FP8_PRODUCTS
+from tests.tolerances import ARITHMETIC, FP8_PRODUCTS, STORAGE
 
 pytest.importorskip("triton")
 CASES = {"even": (2, 2, 4, 512, 64, 512), "ragged": (2, 1, 4, 300, 128, 263), "one head": (1, 2, 1, 256, 64, 256)}
@@ -36,6 +36,13 @@ def test_against_attention_over_the_same_stored_keys(root):
         assert float(error) < allowed.relative, way
 
 
+def test_the_fastest_configuration_is_taken(root):
+    name, error, tried = _in_a_process(root, "tune", TRITON_INTERPRET="1")[0].rsplit(maxsplit=2)
+    assert "waves" in name
+    assert float(error) < STORAGE["fp8"].relative + FP8_PRODUCTS.relative
+    assert int(tried) > 15
+
+
 def test_every_configuration_compiles_for_hopper(root):
     lines = [line for line in _in_a_process(root, "compile", TRITON_INTERPRET="0") if line]
     assert len(lines) > 8
@@ -45,18 +52,24 @@ def test_every_configuration_compiles_for_hopper(root):
         assert "0 slow loads" in line, line
 
 
-def interpret() -> None:
-    """Print way and error of every case."""
-    from _fp8_decode import Config, Decode, Stored
+def repair_interpreter() -> None:
+    """numpy 2.4 turns no array of one element into an index."""
     from triton.runtime import interpreter
 
     patched = interpreter._patch_lang_tensor
 
-    def with_index(tensor, scope):  # numpy 2.4 turns no one-element array into an index
+    def with_index(tensor, scope):
         patched(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = with_index
+
+
+def interpret() -> None:
+    """Print way and error of every case."""
+    from _fp8_decode import Config, Decode, Stored
+
+    repair_interpreter()
     torch.manual_seed(0)
     for batch, kv_heads, group, keys, dim, length in CASES.values():
         q = torch.randn(batch, kv_heads * group, 1, dim).bfloat16()
@@ -73,6 +86,17 @@ def interpret() -> None:
                 decode = Decode(q, stored, lengths, Config(way, block), even=length % 128 == 0, units=2)
                 out = decode(q, stored).float().reshape(wanted.shape)
                 print(way, float((out - wanted).norm() / wanted.norm()))
+
+
+def tune() -> None:
+    """Print what was chosen for a small case, its error, and how many were tried."""
+    import _rivals
+    from _planes import Case, Shape, make
+
+    repair_interpreter()
+    inputs = make(Case(2, 256), Shape(1, 2, 64), torch.device("cpu"))
+    row = _rivals.tuned_fp8([inputs, inputs.copy()], 1, _rivals.references(inputs), units=2)
+    print(row["config"], row["error"], len(row["tried_ms"]))
 
 
 def compile_all() -> None:
@@ -107,4 +131,4 @@ def compile_all() -> None:
 
 
 if __name__ == "__main__":
-    {"interpret": interpret, "compile": compile_all}[sys.argv[1]]()
+    {"interpret": interpret, "tune": tune, "compile": compile_all}[sys.argv[1]]()
