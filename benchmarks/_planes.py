@@ -167,6 +167,16 @@ class Attention:
         )  # fmt: skip
         return out
 
+    def path(self, inputs: Inputs) -> str:
+        """What runs: the kernels, or the reference and why."""
+        try:
+            from lamp_compile.runtime import kernels
+        except ImportError:
+            return "reference: there are no kernels"
+        options = {**SHAPE, **STORE, **RULE, **GUARD}
+        reason = kernels.why_not_attend(inputs.q, inputs.planes, self.state, options)
+        return f"reference: {reason}" if reason else "kernels"
+
     def share(self, inputs: Inputs) -> float:
         """Share of live sub-tiles that one call refines, as its statistics count it."""
         self.stats.zero_()

@@ -131,6 +131,7 @@ def one_share(
     out = op(sets[0])
     row = {"name": name, "ms": ms, "wanted_share": share, "refined_share": got, "error": _rivals.error(out, wanted)}
     if check:
+        row["path"] = op.path(sets[0])
         row["error_to_reference"] = _rivals.error(out, {0: as_defined(sets[0], op)})
     return row
 
@@ -219,7 +220,7 @@ def line(row: dict[str, Any]) -> str:
         return f"{row['case']:10s} {row['name']:17s} failed: {row['failed'][:90]}"
     share = "" if row["refined_share"] is None else f"{row['refined_share']:.1%}"
     ratios = [f"{row[key]:6.2f}" if row.get(key) else "     -" for key in ("ratio_to_bf16", "ratio_to_fp8")]
-    how = row.get("backend") or row.get("config") or ""
+    how = row.get("backend") or row.get("config") or row.get("path") or ""
     return (
         f"{row['case']:10s} {row['name']:17s} {row['ms']:9.4f} {' '.join(ratios)} {share:>7s} {row['error']:9.2e} "
         f"{row['ratio_to_floor']:6.2f} {how}"

@@ -75,6 +75,8 @@ class Bench:
         made |= {"name": name, "kv_gb": kv / 1e9, "kv_share_of_bf16": kv / self.kv_bytes(case), "error": None}
         if self.device.type == "cuda":
             made["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        if name == "lamp":
+            made["fused"] = "fused_attention" in decoder.model.lamp.report().after
         made |= {
             "gb_before": before / 1e9,
             "cudagraph_skips": int(counters["inductor"]["cudagraph_skips"]),
@@ -233,7 +235,8 @@ def line(row: dict[str, Any]) -> str:
     numbers = [row.get("joule_per_token"), row.get("peak_memory_gb"), row.get("kv_share_of_bf16"), row["refined_share"]]
     forms = ("7.3f", "7.1f", "7.1%", "8.1%")
     words = ["-".rjust(int(f.split(".")[0])) if n is None else f"{n:{f}}" for n, f in zip(numbers, forms, strict=True)]
-    tail = f"skips {row['cudagraph_skips']}, {row['row_seconds']:.0f} s"
+    tail = f"skips {row['cudagraph_skips']}, graphs {row['graphs']}, {row['row_seconds']:.0f} s"
+    tail += {True: ", fused", False: ", not fused", None: ""}[row.get("fused")]
     return f"{row['case']:10s} {row['name']:10s} {row['ms']:9.2f} {row['tokens_per_s']:10.1f} {' '.join(words)}  {tail}"
 
 
