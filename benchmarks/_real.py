@@ -51,6 +51,7 @@ def decoding(heads: Heads, count: int) -> Inputs:
     """``count`` decode steps over one text as a batch: each sequence is the text up to its own position."""
     keys = heads.k.shape[1] // TILE * TILE
     lengths = torch.linspace(keys / count, keys, count, device=heads.k.device).round().long()
+    lengths = (lengths - torch.arange(count, device=lengths.device) % TILE).clamp_min(1)  # the newest tile is part full
     made = torch.ops.lamp.quantize(
         heads.k[None, :, :keys], heads.v[None, :, :keys], None, **STORE, tile=TILE, site="benchmark"
     )

@@ -249,6 +249,9 @@ def report(data: dict[str, Any]) -> None:
         measured = "not measured" if item["measured"] is None else f"{item['measured']:.3g}"
         print(f"{'met   ' if item['met'] else 'MISSED'} {item['target']}: {measured} (limit {item['limit']:g})")
     for row in data.get("rows", []):
+        wanted = row.get("wanted_share")
+        if wanted and abs(row["refined_share"] - wanted) > 0.1 * wanted:
+            print(f"{row['case']} {row['name']}: {row['refined_share']:.2%} are refined, {wanted:.2%} were wanted")
         large = row["name"] == "fp8" and "ms" in row and Case.parse(row["case"]).tokens > NEVER_SLOWER
         if large and (row["ratio_to_bf16"] or WEAK) < WEAK:
             print(f"the fp8 rival is weak at {row['case']}: {row['ratio_to_bf16']:.2f} times bf16, below {WEAK}")

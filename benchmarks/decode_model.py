@@ -131,6 +131,7 @@ class Bench:
             "tokens_per_s": decoder.size.batch / step,
             "joule_per_token": statistics.median(joules) if joules else None,
             "refined_share": statistics.fmean(shares) if shares else None,
+            "layer_shares": [round(share, 4) for share in shares],
             "steps": steps,
             "ms_of_windows": [s * 1e3 for s in seconds],
         }
