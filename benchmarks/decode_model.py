@@ -6,8 +6,8 @@
 Of each case BATCHxLENGTH the caches have room for LENGTH tokens and are full but for the last steps, which are timed. A
 shape has random weights and random planes, on which the given shares of refined sub-tiles are imposed layer by layer; a
 model with a text reads the text and keeps the default tau. Rows: hf_eager (DynamicCache, SDPA), hf_static (StaticCache,
-torch.compile), roofline (the same with unmasked SDPA and no repeated heads), lamp. With --targets it exits 1 when a
-target is missed.
+torch.compile), roofline (the same with unmasked SDPA and no repeated heads), lamp, whose tokens through ``generate`` are
+timed besides. With --targets it exits 1 when a target is missed.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ class Bench:
         if self.device.type == "cuda":
             made["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         if name == "lamp":
+            made["generate_ms"] = generated(decoder)
             made["fused"] = "fused_attention" in decoder.model.lamp.report().after
         made |= {
             "gb_before": before / 1e9,
@@ -150,6 +151,29 @@ class Bench:
         weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
         needed = weights + self.kv_bytes(case) * ROOM[name]
         return f"needs about {needed / 1e9:.0f} GB, the device has {total / 1e9:.0f}" if needed > 0.97 * total else ""
+
+
+def generated(decoder: Decoder) -> float | None:
+    """Milliseconds that one more token of ``generate`` itself takes: a longer generation less a shorter one."""
+    few, many = decoder.size.steps // 4, decoder.size.steps - 1
+
+    def run(tokens: int) -> float:
+        decoder.begin()
+        synchronize(decoder.ids.device)
+        began = time.perf_counter()
+        decoder.model.generate(
+            decoder.ids, attention_mask=torch.ones_like(decoder.ids), past_key_values=decoder.cache,
+            max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0,
+        )  # fmt: skip
+        synchronize(decoder.ids.device)
+        return time.perf_counter() - began
+
+    try:
+        run(few)
+        return (run(many) - run(few)) / (many - few) * 1e3
+    except Exception as problem:  # noqa: BLE001  (the steps were measured all the same)
+        print(f"generate failed: {type(problem).__name__}: {str(problem)[:300]}", flush=True)
+        return None
 
 
 def nested(decoder: Decoder) -> list[Any]:
@@ -237,6 +261,7 @@ def line(row: dict[str, Any]) -> str:
     forms = ("7.3f", "7.1f", "7.1%", "8.1%")
     words = ["-".rjust(int(f.split(".")[0])) if n is None else f"{n:{f}}" for n, f in zip(numbers, forms, strict=True)]
     tail = f"skips {row['cudagraph_skips']}, graphs {row['graphs']}, {row['row_seconds']:.0f} s"
+    tail += f", generate {row['generate_ms']:.2f} ms" if row.get("generate_ms") else ""
     tail += {True: ", fused", False: ", not fused", None: ""}[row.get("fused")]
     return f"{row['case']:10s} {row['name']:10s} {row['ms']:9.2f} {row['tokens_per_s']:10.1f} {' '.join(words)}  {tail}"
 

@@ -244,6 +244,8 @@ def test_the_decode_model_benchmark_imposes_shares_and_compares(decode_model, tm
     assert rows["lamp"]["refined_share"] == pytest.approx(0.25, rel=0.15)
     assert rows["lamp"]["kv_share_of_bf16"] == pytest.approx((8 + 16 / 32) / 16)
     assert rows["hf_static"]["kv_share_of_bf16"] == 1
+    assert len(rows["lamp"]["layer_shares"]) == 2
+    assert rows["lamp"]["generate_ms"] > 0
     assert rows["lamp"]["ratio_to_hf_static"] == rows["hf_static"]["ms"] / rows["lamp"]["ms"]
     assert rows["lamp"]["tokens_per_s"] == pytest.approx(2e3 / rows["lamp"]["ms"])
     assert all(row["cudagraph_skips"] == 0 for row in rows.values())
