@@ -6,8 +6,8 @@
 Of each case BATCHxLENGTH the caches have room for LENGTH tokens and are full but for the last steps, which are timed. A
 shape has random weights and random planes, on which the given shares of refined sub-tiles are imposed layer by layer; a
 model with a text reads the text and keeps the default tau. Rows: hf_eager (DynamicCache, SDPA), hf_static (StaticCache,
-torch.compile), roofline (the same with unmasked SDPA and no repeated heads), lamp, whose tokens through ``generate`` are
-timed besides. With --targets it exits 1 when a target is missed.
+torch.compile), roofline (the same with unmasked SDPA and no repeated heads), lamp (and what a token takes in generate()
+itself). With --targets it exits 1 when a target is missed.
 """
 
 from __future__ import annotations
