@@ -23,6 +23,8 @@ RULES = tuple(name for name in _plugins.names("runtime/lookahead") if name not i
 ROTATIONS = ("hadamard", "none")
 QUERY_BITS = (0, 8, 16)
 TILES = (32, 64, 128)
+MOST_LAUNCH = 4096
+"""No way of cutting work needs a larger number."""
 LARGEST = 2**53
 """Whole numbers beyond this are no settings, and no operator takes them."""
 
@@ -39,6 +41,59 @@ class GuardPlan:
     """Steps a raised floor level is held."""
     hysteresis: float = 0.5
     """The level sinks again below this share of the budget."""
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """How kernels cut one attention on one kind of GPU: choices of speed, none of numbers. ``lamp-compile tune``
+    measures them."""
+
+    warps: int = 1
+    """Of the look-ahead, where few rows share a kv head."""
+    stages: int = 3
+    """Steps of its loop in flight."""
+    refine_warps: int = 1
+    refine_stages: int = 2
+    programs: int = 8
+    """Programs per multiprocessor that the look-ahead aims at."""
+    refine_programs: int = 8
+    least_subtiles: int = 8
+    """Sub-tiles a program of the look-ahead should have at least."""
+    most_splits: int = 128
+    """Splits of one kv head's keys at most."""
+    merge_chunk: int = 32
+    """Partial results joined at a time."""
+    merge_warps: int = 4
+    most_rows: int = 32
+    """Rows (tokens x group) of one program when there are several new tokens."""
+    dependent: int = 1
+    """1: a launch may begin while the one ahead of it ends, where the GPU can do that."""
+
+    POWERS = ("warps", "refine_warps", "merge_chunk", "merge_warps", "most_rows")
+
+    def validate(self, where: str) -> None:
+        """Check every field.
+
+        Raises:
+            PlanError: Naming the field, its value and what it may be.
+        """
+        for f in fields(self):
+            value = getattr(self, f.name)
+            least = 0 if f.name == "dependent" else 1
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MOST_LAUNCH:
+                raise PlanError(f"{f.name} is {value!r}", where=where, fix=f"a whole number, {least} to {MOST_LAUNCH}")
+            if f.name in self.POWERS and value & (value - 1):
+                raise PlanError(f"{f.name} is {value}", where=where, fix="a power of two")
+
+    def text(self) -> str:
+        """What differs from the defaults, as JSON; empty where nothing does."""
+        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return json.dumps(changed) if changed else ""
+
+    @staticmethod
+    def parse(text: str) -> LaunchPlan:
+        """Of ``text()``."""
+        return LaunchPlan(**json.loads(text)) if text else LaunchPlan()
 
 
 @dataclass(frozen=True)
@@ -111,6 +166,8 @@ class Plan:
     fingerprint: str = ""
     """Hash of the names and shapes of all sites; a plan for another graph is refused by it."""
     preset: str = "balanced"
+    launch: Mapping[str, LaunchPlan] = field(default_factory=dict)
+    """By kind of GPU, such as "sm_90": how kernels cut their work there; the defaults where it is not named."""
     provenance: Mapping[str, Any] = field(default_factory=lambda: {"calibration": "uncalibrated"})
     version: int = PLAN_VERSION
 
@@ -141,6 +198,8 @@ class Plan:
                 raise PlanError(f"site {name!r} occurs twice", where="plan", fix="keep one of the rows")
         for row in self.sites:
             row.validate()
+        for name, launch in self.launch.items():
+            launch.validate(f"plan, launch on {name!r}")
         return self
 
     def check(self, fingerprint: str, model: str) -> None:
@@ -189,7 +248,11 @@ class Plan:
         if not isinstance(rows, list):
             raise PlanError("`sites` must be a list", where=where, fix="see docs/plan.md")
         sites = tuple(_row(SitePlan, row, f"{where}, site {index}") for index, row in enumerate(rows))
-        plan: Plan = _row(Plan, {**data, "sites": sites}, where)
+        launch = data.get("launch", {})
+        if not isinstance(launch, dict):
+            raise PlanError("`launch` must be an object", where=where, fix='{"sm_90": {"stages": 4}}, or leave it out')
+        cut = {name: _row(LaunchPlan, row, f"{where}, launch on {name!r}") for name, row in launch.items()}
+        plan: Plan = _row(Plan, {**data, "sites": sites, "launch": cut}, where)
         if not isinstance(plan.provenance, dict):
             raise PlanError("`provenance` must be an object", where=where, fix="see docs/plan.md")
         return plan.validate()

@@ -38,7 +38,7 @@ def fuse(
         inputs = {**attended, "tau": selected["tau"], "floor": selected["floor"], "budget": guarded["budget"],
                   "state": guarded["state"], "stats": guarded["stats"], "rule": looked["rule"],
                   "guard_window": guarded["window"], "guard_hold": guarded["hold"],
-                  "hysteresis": guarded["hysteresis"]}  # fmt: skip
+                  "hysteresis": guarded["hysteresis"], "launch": site.cache.settings["launch"]}  # fmt: skip
         reasons[site.name] = _why_not(inputs, why_not)
         if reasons[site.name] is None:
             _replace(program, (look_ahead, select, attend, guard), inputs)

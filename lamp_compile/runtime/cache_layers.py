@@ -29,6 +29,8 @@ class LayerSpec:
     plan: SitePlan
     controls: SiteControls
     balance: Tensor | None = None
+    launch: str = ""
+    """How kernels cut the work (``plan.LaunchPlan.text``)."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerSpec:
         """A copied cache still obeys its model's settings."""
@@ -185,7 +187,7 @@ class NestedLayer(GrowableLayer):
             k_format=plan.k_format, v_format=plan.v_format, rotation=plan.rotation,
             rule=plan.rule, query_bits=plan.query_bits, subtile=plan.subtile,
             guard_window=plan.guard.window, guard_hold=plan.guard.hold, hysteresis=plan.guard.hysteresis,
-            site=self.name,
+            site=self.name, launch=self.spec.launch,
         )  # fmt: skip
         self.state.copy_(state)
         self.stats.copy_(stats)

@@ -24,7 +24,7 @@ SCHEMAS = {
     "fused_attention": (
         f"(Tensor q, {ops._PLANES}, Tensor tau, Tensor floor, Tensor budget, Tensor(a!) state, Tensor(b!) stats, "
         f"Tensor? balance, {ops._LIVE}, *, {ops._SHAPE}, {ops._STORE}, str rule, int query_bits, int subtile, "
-        "int guard_window, int guard_hold, float hysteresis, str site) -> Tensor"
+        "int guard_window, int guard_hold, float hysteresis, str site, str launch='') -> Tensor"
     ),
 }
 

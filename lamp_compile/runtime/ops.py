@@ -44,7 +44,7 @@ SCHEMAS = {
     "attention.cached": (
         f"(Tensor q, {_PLANES}, Tensor tau, Tensor floor, Tensor budget, Tensor state, Tensor stats, Tensor? balance, "
         f"{_LIVE}, *, {_SHAPE}, {_STORE}, str rule, int query_bits, int subtile, "
-        "int guard_window, int guard_hold, float hysteresis, str site) -> (Tensor, Tensor, Tensor)"
+        "int guard_window, int guard_hold, float hysteresis, str site, str launch='') -> (Tensor, Tensor, Tensor)"
     ),
     # tile = 0 gives rows for appending to a cache: planes [B, G, N, width], scales [B, G, N].
     "quantize": (
@@ -277,13 +277,14 @@ def _cached(
     site: str,
     k_format: str,
     v_format: str,
+    launch: str = "",
     **common: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     seen: Any = (balance, mask, bias, sinks, start, lengths, block_table)
     planes = (k_high, k_residual, k_scale, v_high, v_residual, v_scale)
     options = dict(
         common, rule=rule, guard_window=guard_window, guard_hold=guard_hold, hysteresis=hysteresis, site=site,
-        k_format=k_format, v_format=v_format,
+        k_format=k_format, v_format=v_format, launch=launch,
     )  # fmt: skip
     if kernels.why_not_attend(q, planes, state, options) is None:
         check_attention(q, planes, seen[1:], options)

@@ -11,7 +11,8 @@ from torch import nn
 from lamp_compile.errors import ModelError, OptionError, PlanError
 from lamp_compile.frontends.huggingface import balance as balancing
 from lamp_compile.frontends.huggingface.sites import CALIBRATION, ProbedSite
-from lamp_compile.plan import Plan, SitePlan, fingerprint
+from lamp_compile.plan import LaunchPlan, Plan, SitePlan, fingerprint
+from lamp_compile.runtime import kernels
 from lamp_compile.runtime.cache_layers import LayerSpec
 from lamp_compile.runtime.controls import Controls
 from lamp_compile.runtime.kv_cache import CacheSpec
@@ -123,5 +124,7 @@ def make_spec(model: nn.Module, plan: Plan, sites: Sites, chosen: Sites, control
                 f"two attentions share cache layer {site.layer}", where=site.name, fix="apply: false for one of them"
             )
         factors = None if row.balance is None else torch.tensor(row.balance, dtype=torch.float32, device=site.device)
-        layers[site.layer] = LayerSpec(row, controls.get_or_create(row, site.kv_heads, site.device), factors)
+        launch = plan.launch.get(kernels.target_name(site.device), LaunchPlan()).text()
+        hot = controls.get_or_create(row, site.kv_heads, site.device)
+        layers[site.layer] = LayerSpec(row, hot, factors, launch)
     return CacheSpec(tuple(layers), plan.fingerprint, describe(model, sites))

@@ -62,6 +62,15 @@ def why_not_attend(q: Tensor, planes: tuple[Tensor, ...], state: Tensor, options
     return None
 
 
+def target_name(device: torch.device) -> str:
+    """What ``Plan.launch`` calls this device ("sm_90"); empty where no kernel runs."""
+    if why_not_device(device.type) is not None:
+        return ""
+    from lamp_compile.runtime.kernels.targets import target_of
+
+    return target_of(device).name
+
+
 def prepare(device: torch.device, rotation: str, *dims: int) -> None:
     """Make what kernels keep for these head dimensions, on a device that they run on. Made at the first call instead,
     it would lie in a CUDA graph's private memory."""

@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from lamp_compile.plan import LaunchPlan
 from lamp_compile.runtime.kernels._tensors import (
     broadcast_steps,
     padded_half,
@@ -73,7 +74,7 @@ class _Call:
 
     def dependent(self) -> dict[str, bool]:
         """Of all launches but the first: they may begin while the one ahead ends (``_device.wait_for_launch``)."""
-        return {"PDL": True, "launch_pdl": True} if self.target.pdl and self.cut.launch.pdl else {"PDL": False}
+        return {"PDL": True, "launch_pdl": True} if self.target.pdl and self.cut.launch.dependent else {"PDL": False}
 
     def signs(self, dim: int) -> Tensor:
         """The rotation, or a tensor that nobody reads."""
@@ -129,7 +130,9 @@ def decode(
         q = q.contiguous()
     pages = planes[0].shape[2] if seen[5] is None else seen[5].shape[1]
     room = min(int(options["keys"]), pages * planes[0].shape[3])
-    call = _Call(q, planes, hot, balance, seen, options, target, cut(target, q, planes, room, options["subtile"]))
+    launch = LaunchPlan.parse(options.get("launch", ""))
+    sizes = cut(target, launch, q, planes, room, options["subtile"])
+    call = _Call(q, planes, hot, balance, seen, options, target, sizes)
     value_dim = 2 * planes[3].shape[3]
     made: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
     out = torch.empty(*q.shape[:3], value_dim, dtype=q.dtype, device=q.device)

@@ -8,6 +8,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from lamp_compile.plan import LaunchPlan
+
 
 @dataclass(frozen=True)
 class Target:
@@ -29,36 +31,6 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Launch:
-    """How a call is cut: choices of speed, none of numbers.
-
-    Attributes:
-        warps, stages: Of the look-ahead, where few rows share a kv head (``Cut.warps``).
-        refine_warps, refine_stages: The same of the refinement.
-        programs: Programs per processor that the look-ahead aims at.
-        refine_programs: The same of the refinement.
-        least_subtiles: Sub-tiles a program of the look-ahead should have at least.
-        most_splits: Splits of one kv head's keys at most.
-        merge_chunk, merge_warps: Partial results joined at a time, and warps that do it.
-        most_rows: Rows (tokens x group) of one program when there are several new tokens.
-        pdl: Use programmatic dependent launch where there is one.
-    """
-
-    warps: int = 1
-    stages: int = 3
-    refine_warps: int = 1
-    refine_stages: int = 2
-    programs: int = 8
-    refine_programs: int = 8
-    least_subtiles: int = 8
-    most_splits: int = 128
-    merge_chunk: int = 32
-    merge_warps: int = 4
-    most_rows: int = 32
-    pdl: bool = True
-
-
-@dataclass(frozen=True)
 class Cut:
     """One call, cut: rows of a program (tokens x group, padded), sub-tiles that share a pass (``_device.py``), tokens
     and number of its row blocks, sub-tiles of a sequence, splits of the look-ahead, segments of the refinement and
@@ -72,7 +44,7 @@ class Cut:
     splits: int
     segments: int
     segment: int
-    launch: Launch
+    launch: LaunchPlan
 
     @property
     def slots(self) -> int:
@@ -97,14 +69,10 @@ def target_of(device: torch.device) -> Target:
     return Target(f"sm_{found.major}{found.minor}", True, found.major >= 9, 8, found.multi_processor_count)
 
 
-def launch_for(target: Target) -> Launch:
-    """Defaults of a target."""
-    return Launch()
-
-
-def cut(target: Target, q: Tensor, planes: tuple[Tensor, ...], room: int, subtile: int) -> Cut:
+def cut(
+    target: Target, launch: LaunchPlan, q: Tensor, planes: tuple[Tensor, ...], room: int, subtile: int
+) -> Cut:  # fmt: skip
     """Cut attention of q ``[B, H, S, D]`` over room for ``room`` keys per sequence."""
-    launch = launch_for(target)
     batch, heads, queries, _ = q.shape
     group = heads // planes[0].shape[1]
     rows = _power(group)
