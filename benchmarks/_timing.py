@@ -4,55 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import statistics
-import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
 
-Call = Callable[[], Any]
-LEAST_CALLS = 4
-"""Calls in one captured graph at least, so that the events' own time does not count."""
-
-
-def milliseconds(calls: Sequence[Call], repeats: int, device: torch.device) -> float:
-    """Median time of one call. On CUDA the calls (the same work on different inputs, more than the caches hold) take
-    turns inside one captured graph, which is replayed between events."""
-    turns = [*calls] * -(-LEAST_CALLS // len(calls)) if device.type == "cuda" else [*calls]
-    if device.type != "cuda":
-        return _on_the_host(turns, repeats)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for call in (*turns, *turns)[: max(3, len(calls))]:
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in turns:
-            call()
-    for _ in range(2):
-        graph.replay()
-    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    for began, ended in marks:
-        began.record()
-        graph.replay()
-        ended.record()
-    torch.cuda.synchronize()
-    return statistics.median(began.elapsed_time(ended) for began, ended in marks) / len(turns)
-
-
-def _on_the_host(calls: Sequence[Call], repeats: int) -> float:
-    calls[0]()
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        for call in calls:
-            call()
-        times.append((time.perf_counter() - began) * 1e3 / len(calls))
-    return statistics.median(times)
+from lamp_compile.quality.timing import milliseconds
 
 
 def synchronize(device: torch.device) -> None:
@@ -62,8 +18,8 @@ def synchronize(device: torch.device) -> None:
 
 
 def copy_bandwidth(device: torch.device, repeats: int, size: int = 1 << 30) -> float:
-    """GB/s of a device copy, bytes read and bytes written together. By a kernel: in a CUDA graph a plain ``copy_`` becomes
-    a memory-copy node, which reached 2.7 TB/s where kernels reach 4.3."""
+    """GB/s of a device copy, bytes read and bytes written together. By a kernel: in a CUDA graph a plain ``copy_``
+    becomes a memory-copy node, which reached 2.7 TB/s where kernels reach 4.3."""
     size = size if device.type == "cuda" else 1 << 24
     source = torch.ones(size // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)

@@ -46,7 +46,7 @@ def why_not_store(planes: tuple[Tensor, ...], k_format: str, v_format: str) -> s
 
 
 def why_not_attend(q: Tensor, planes: tuple[Tensor, ...], state: Tensor, options: Mapping[str, Any]) -> str | None:
-    """Why attention over these planes cannot run as one kernel, or None. ``options`` as of ``lamp::fused_attention``."""
+    """Why attention over these planes cannot run as one kernel, or None. ``options``: of ``lamp::fused_attention``."""
     if reason := why_not_store(planes, options["k_format"], options["v_format"]):
         return reason
     if options["rule"] not in RULES:

@@ -150,8 +150,10 @@ def weigh(p, per_key, MASKED: tl.constexpr):
 
 
 @triton.jit
-def key_range(b, first_token, last_token, START, LENGTHS, start_stride, length_stride, keys, queries,
-              HAS_START: tl.constexpr, HAS_LENGTHS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
+def key_range(
+    b, first_token, last_token, START, LENGTHS, start_stride, length_stride, keys, queries,
+    HAS_START: tl.constexpr, HAS_LENGTHS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
     """(first key, end, position of query 0) for tokens first..last of sequence b. CAUSAL: 0 no, 1 top left, 2 bottom
     right."""
     end = keys

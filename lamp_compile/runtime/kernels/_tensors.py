@@ -8,7 +8,6 @@ from torch import Tensor
 
 from lamp_compile.runtime import rotation
 
-
 _ready: dict[tuple[int, torch.device], Tensor] = {}
 
 

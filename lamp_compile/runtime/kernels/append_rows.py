@@ -43,8 +43,12 @@ def nested_rows(source, channels_step, valid, DIVISOR, SIGNS, root, HALF: tl.con
     divisor = tl.where(divisor > 0.0, divisor, 1.0)
     small = (scale.to(tl.float32) > 0.0)[:, None]
     divisor = tl.broadcast_to(divisor[:, None], upper.shape)
-    upper = tl.where(small, tl.minimum(tl.maximum(round_even(tl.div_rn(upper, divisor)), -119.0), 119.0), 0.0).to(tl.int32)
-    lower = tl.where(small, tl.minimum(tl.maximum(round_even(tl.div_rn(lower, divisor)), -119.0), 119.0), 0.0).to(tl.int32)
+    upper = tl.where(small, tl.minimum(tl.maximum(round_even(tl.div_rn(upper, divisor)), -119.0), 119.0), 0.0).to(
+        tl.int32
+    )
+    lower = tl.where(small, tl.minimum(tl.maximum(round_even(tl.div_rn(lower, divisor)), -119.0), 119.0), 0.0).to(
+        tl.int32
+    )
     upper_high, lower_high = (upper + 8) >> 4, (lower + 8) >> 4
     high = ((upper_high & 15) << 4) | (lower_high & 15)
     residual = (((upper - (upper_high << 4)) & 15) << 4) | ((lower - (lower_high << 4)) & 15)
@@ -132,5 +136,3 @@ def append(
         ROTATE=rotate, BALANCED=balance is not None, SHARED=shared, PAGED=table is not None,
         PARTS=parts(k, balance), num_warps=4,
     )  # fmt: skip
-
-

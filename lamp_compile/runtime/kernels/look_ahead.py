@@ -112,20 +112,22 @@ def seen_scores(x, j, lo, hi, row_position, MASK, mask_key, BIAS, bias_key, mask
 
 @triton.jit
 def look_ahead(
-    Q8, ROWINFO, KH, KS, VH, VS, TAU, FLOOR, STATE, MASK, BIAS, START, LENGTHS, TABLE, PARTIAL, META, ENERGY, OTHER, PEAK,
+    Q8, ROWINFO, KH, KS, VH, VS, TAU, FLOOR, STATE, MASK, BIAS, START, LENGTHS, TABLE, PARTIAL, META, ENERGY, OTHER,
+    PEAK,
     tau_b, floor_b, mask_b, mask_h, mask_s, mask_key, bias_b, bias_h, bias_s, bias_key, start_stride, length_stride,
     table_stride, kv_heads, queries, first_token, keys, plane_keys, subtiles, slots, splits, scale, softcap,
     GROUP: tl.constexpr, GP: tl.constexpr, PACK: tl.constexpr, TOKENS: tl.constexpr, HALF_K: tl.constexpr,
     HP_K: tl.constexpr, HALF_V: tl.constexpr, HP_V: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr,
     RULE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, HAS_MASK: tl.constexpr,
-    KEY_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_START: tl.constexpr, HAS_LENGTHS: tl.constexpr, PAGED: tl.constexpr, ASM: tl.constexpr,
+    KEY_MASK: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_START: tl.constexpr, HAS_LENGTHS: tl.constexpr, PAGED: tl.constexpr, ASM: tl.constexpr,
     FIELDS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One split of the keys for one block of rows.
 
     PARTIAL ``[.., slots, GP, Dv]`` takes the unnormalised output; META ``[.., slots, FIELDS, GP]`` maximum, sum,
-    sum of p times squared value scale, largest key scale, largest importance; ENERGY ``[.., subtiles, GP]`` log2 of each
-    sub-tile's sqrt(sum p^2), PEAK ``[.., subtiles]`` its largest value scale.
+    sum of p times squared value scale, largest key scale, largest importance; ENERGY ``[.., subtiles, GP]`` log2 of
+    each sub-tile's sqrt(sum p^2), PEAK ``[.., subtiles]`` its largest value scale.
     """
     wait_for_launch(PDL)
     split, bg, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -133,7 +135,7 @@ def look_ahead(
     COLUMNS: tl.constexpr = PACK * GP
     STEP: tl.constexpr = PACK * BN
     CROSSED: tl.constexpr = (CAUSAL != 0 and TOKENS > 1) or HAS_MASK or HAS_BIAS
-    MASKED: tl.constexpr = CROSSED and not HAS_BIAS or HAS_MASK
+    MASKED: tl.constexpr = CROSSED
     column, rows = tl.arange(0, COLUMNS), tl.arange(0, GP)
     row, part = column % GP, column // GP
     token = first_token + block * TOKENS + row // GROUP
@@ -201,7 +203,9 @@ def look_ahead(
             packed = load_keys(KH, key_places(j, hi, TABLE, TILE, PAGED), HALF_K, HP_K)
             mine = (part == u)[None, :]
             product = tl.dot(upper_nibbles(packed, ASM), tl.where(mine, q_upper, 0), product, out_dtype=tl.int32)
-            low_product = tl.dot(lower_nibbles(packed, ASM), tl.where(mine, q_lower, 0), low_product, out_dtype=tl.int32)
+            low_product = tl.dot(
+                lower_nibbles(packed, ASM), tl.where(mine, q_lower, 0), low_product, out_dtype=tl.int32
+            )
         k_scale, v_scale = to_columns(k_narrow, PACK, GP), to_columns(v_narrow, PACK, GP)
         x = scores_of(product + (low_product << 4), k_scale, offset, factor, softcap, SOFTCAP)
         y = x

@@ -17,7 +17,8 @@ def prepare_query(
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Q ``[B, H, S, D]`` -> Q8 int8 ``[B*G, blocks, GP, 2*HP]``, ROWINFO ``[B*G, blocks, 4, GP]``: rounding step,
-    sum of q8, squared norm of the prepared query, sum of q8 over the lower nibbles' channels. SIGNS and root as of ``rotated``."""
+    sum of q8, squared norm of the prepared query, sum of q8 over the lower nibbles' channels. SIGNS and root as of
+    ``rotated``."""
     bg, block = tl.program_id(0), tl.program_id(1)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -29,10 +30,17 @@ def prepare_query(
     source += token.to(tl.int64) * stride_s
     if ROTATE:
         channels = tl.arange(0, 2 * HP)
-        x = tl.load(source[:, None] + channels[None, :], mask=valid[:, None] & (channels < 2 * HALF)[None, :], other=0.0)
+        x = tl.load(
+            source[:, None] + channels[None, :], mask=valid[:, None] & (channels < 2 * HALF)[None, :], other=0.0
+        )
         x = x.to(tl.float32)
         if BALANCED:
-            x = x * tl.load(BALANCE + b * balance_b + g * 2 * HALF + channels, mask=channels < 2 * HALF, other=0.0)[None, :]
+            x = (
+                x
+                * tl.load(BALANCE + b * balance_b + g * 2 * HALF + channels, mask=channels < 2 * HALF, other=0.0)[
+                    None, :
+                ]
+            )
         upper, lower = rotated(x, SIGNS, root, HALF, HP, PARTS)
     else:
         mask = valid[:, None] & (half < HALF)[None, :]

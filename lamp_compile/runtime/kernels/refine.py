@@ -79,7 +79,8 @@ def refine(
     GROUP: tl.constexpr, GP: tl.constexpr, PACK: tl.constexpr, TOKENS: tl.constexpr, HALF_K: tl.constexpr,
     HP_K: tl.constexpr, HALF_V: tl.constexpr, HP_V: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr,
     RULE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, HAS_MASK: tl.constexpr,
-    KEY_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_START: tl.constexpr, HAS_LENGTHS: tl.constexpr, PAGED: tl.constexpr, ASM: tl.constexpr,
+    KEY_MASK: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_START: tl.constexpr, HAS_LENGTHS: tl.constexpr, PAGED: tl.constexpr, ASM: tl.constexpr,
     FIELDS: tl.constexpr, SPLITS_P2: tl.constexpr, SEGMENT: tl.constexpr, HAS_SINKS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -89,7 +90,7 @@ def refine(
     b, g = bg // kv_heads, bg % kv_heads
     COLUMNS: tl.constexpr = PACK * GP
     CROSSED: tl.constexpr = (CAUSAL != 0 and TOKENS > 1) or HAS_MASK or HAS_BIAS
-    MASKED: tl.constexpr = CROSSED and not HAS_BIAS or HAS_MASK
+    MASKED: tl.constexpr = CROSSED
     column, rows = tl.arange(0, COLUMNS), tl.arange(0, GP)
     row, part = column % GP, column // GP
     token = first_token + block * TOKENS + row // GROUP
