@@ -173,18 +173,26 @@ class NestedLayer(GrowableLayer):
     ) -> Tensor:  # fmt: skip
         """Attention of q ``[B, H, S, D]`` over the planes -> ``[B, H, S, Dv]``; the guard's state is written back in
         place."""
+        seen = (mask, bias, sinks, None, self.cumulative_length.reshape(1), None)
+        return self._attend(q, seen, causal=causal, window=window, scale=scale, softcap=softcap)
+
+    def _attend(self, q: Tensor, seen: tuple[Tensor | None, ...], **how: Any) -> Tensor:
+        """The operator for attention: the fused one where a kernel serves it; in a graph always the meeting point, which
+        the passes expand and fuse. ``seen`` as of ``runtime/ops.py``."""
         plan, hot = self.plan, self.controls
-        out: Tensor
-        out, state, stats = torch.ops.lamp.attention.cached(
-            q, self.k_high, self.k_residual, self.k_scale, self.v_high, self.v_residual, self.v_scale,
-            hot.tau, hot.floor, hot.budget, self.state, self.stats, self.balance,
-            mask, bias, sinks, None, self.cumulative_length.reshape(1), None,
-            causal=causal, window=window, scale=scale, softcap=softcap, keys=self.max_cache_len,
+        tensors = (*self.planes, hot.tau, hot.floor, hot.budget, self.state, self.stats, self.balance, *seen)
+        options: dict[str, Any] = dict(
+            **how, keys=self.max_cache_len,
             k_format=plan.k_format, v_format=plan.v_format, rotation=plan.rotation,
             rule=plan.rule, query_bits=plan.query_bits, subtile=plan.subtile,
             guard_window=plan.guard.window, guard_hold=plan.guard.hold, hysteresis=plan.guard.hysteresis,
             site=self.name,
         )  # fmt: skip
+        out: Tensor
+        if not torch.compiler.is_compiling() and kernels.why_not_attend(q, self.planes, self.state, options) is None:
+            out = torch.ops.lamp.fused_attention(q, *tensors, **options)
+            return out
+        out, state, stats = torch.ops.lamp.attention.cached(q, *tensors, **options)
         self.state.copy_(state)
         self.stats.copy_(stats)
         return out
