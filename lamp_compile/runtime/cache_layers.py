@@ -177,8 +177,8 @@ class NestedLayer(GrowableLayer):
         return self._attend(q, seen, causal=causal, window=window, scale=scale, softcap=softcap)
 
     def _attend(self, q: Tensor, seen: tuple[Tensor | None, ...], **how: Any) -> Tensor:
-        """The operator for attention: the fused one where a kernel serves it; in a graph always the meeting point, which
-        the passes expand and fuse. ``seen`` as of ``runtime/ops.py``."""
+        """Call the operator for attention: the fused one where a kernel serves it; in a graph always the meeting point,
+        which the passes expand and fuse. ``seen`` as of ``runtime/ops.py``."""
         plan, hot = self.plan, self.controls
         tensors = (*self.planes, hot.tau, hot.floor, hot.budget, self.state, self.stats, self.balance, *seen)
         options: dict[str, Any] = dict(
