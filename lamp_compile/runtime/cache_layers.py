@@ -15,6 +15,7 @@ from lamp_compile.errors import CacheError
 from lamp_compile.plan import SitePlan
 from lamp_compile.runtime import formats, guard, kernels, layout
 from lamp_compile.runtime import fused_ops as _fused_ops  # noqa: F401  (registers torch.ops.lamp)
+from lamp_compile.runtime.attend_in_parts import attend_in_parts
 from lamp_compile.runtime.controls import SiteControls
 from lamp_compile.runtime.growable_layer import GrowableLayer
 from lamp_compile.runtime.plane_handle import PlaneHandle
@@ -61,6 +62,9 @@ class NestedLayer(GrowableLayer):
     """One layer's planes, scales, guard state and statistics. ``keys`` and ``values`` stay None."""
 
     per_sequence = (*PLANES, "state", "stats")
+    reference_only = False
+    """Attend by the reference everywhere: there every query decides for itself, in kernels those of a forward may share
+    decisions."""
     k_high: Tensor
     k_residual: Tensor
     k_scale: Tensor
@@ -179,8 +183,8 @@ class NestedLayer(GrowableLayer):
     def _attend(self, q: Tensor, seen: tuple[Tensor | None, ...], **how: Any) -> Tensor:
         """Call the operator for attention: the fused one where a kernel serves it; in a graph always the meeting point,
         which the passes expand and fuse. ``seen`` as of ``runtime/ops.py``."""
-        plan, hot = self.plan, self.controls
-        tensors = (*self.planes, hot.tau, hot.floor, hot.budget, self.state, self.stats, self.balance, *seen)
+        plan, controls = self.plan, self.controls
+        hot = (controls.tau, controls.floor, controls.budget, self.state, self.stats)
         options: dict[str, Any] = dict(
             **how, keys=self.max_cache_len,
             k_format=plan.k_format, v_format=plan.v_format, rotation=plan.rotation,
@@ -189,10 +193,13 @@ class NestedLayer(GrowableLayer):
             site=self.name,
         )  # fmt: skip
         out: Tensor
-        if not torch.compiler.is_compiling() and kernels.why_not_attend(q, self.planes, self.state, options) is None:
-            out = torch.ops.lamp.fused_attention(q, *tensors, **options)
+        if self.reference_only:
+            out, state, stats = attend_in_parts(q, self.planes, hot, (self.balance, *seen), options)
+        elif torch.compiler.is_compiling() or kernels.why_not_attend(q, self.planes, self.state, options) is not None:
+            out, state, stats = torch.ops.lamp.attention.cached(q, *self.planes, *hot, self.balance, *seen, **options)
+        else:
+            out = torch.ops.lamp.fused_attention(q, *self.planes, *hot, self.balance, *seen, **options)
             return out
-        out, state, stats = torch.ops.lamp.attention.cached(q, *tensors, **options)
         self.state.copy_(state)
         self.stats.copy_(stats)
         return out

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import lamp_compile
+from lamp_compile.quality.engine import CompiledEngine
 from lamp_compile.runtime import kernel_notes, kernels
 from tests.huggingface.test_compiled import graphs, lowered_to_eager
 
@@ -100,6 +101,15 @@ def test_slots_call_the_kernels(model: Any, request: Any) -> None:
     found = many(lamp_compile.compile(model, mode="eager"))
     assert all(torch.equal(found[index], wanted[index]) for index in range(len(prompts)))
     assert calls["append"] == calls["attend"] > 5 * model.config.num_hidden_layers
+
+
+def test_quality_is_measured_by_the_reference(model: Any, ids: Tensor, calls: Counter[str]) -> None:
+    """In the kernels the rows of a forward share decisions, which would measure more refinement than decoding has."""
+    fast = lamp_compile.compile(model, mode="eager")
+    CompiledEngine(fast).run(ids, fast.lamp.plan)
+    assert set(calls) == {"append"}
+    fast(ids, past_key_values=fast.lamp.cache())
+    assert calls["attend"] == model.config.num_hidden_layers
 
 
 def noted(fast: Any) -> list[str]:
