@@ -20,7 +20,7 @@ from lamp_compile.runtime.kernels._tensors import (
     signs,
 )
 from lamp_compile.runtime.kernels.look_ahead import look_ahead
-from lamp_compile.runtime.kernels.merge import merge
+from lamp_compile.runtime.kernels.merge import guard_step, merge
 from lamp_compile.runtime.kernels.prepare_query import prepare_query
 from lamp_compile.runtime.kernels.refine import refine
 from lamp_compile.runtime.kernels.targets import Cut, Target, cut, target_of
@@ -69,6 +69,10 @@ class _Call:
     @property
     def rotates(self) -> bool:
         return bool(self.options["rotation"] != "none")
+
+    def dependent(self) -> dict[str, bool]:
+        """Of all launches but the first: they may begin while the one ahead ends (``_device.wait_for_launch``)."""
+        return {"PDL": True, "launch_pdl": True} if self.target.pdl and self.cut.launch.pdl else {"PDL": False}
 
     def signs(self, dim: int) -> Tensor:
         """The rotation, or a tensor that nobody reads."""
@@ -129,22 +133,27 @@ def decode(
     out = torch.empty(*q.shape[:3], value_dim, dtype=q.dtype, device=q.device)
     lse, certificate = torch.empty(q.shape[:3], **made), torch.empty(*q.shape[:3], 3, **made)
     evidence, counts = torch.empty_like(certificate), torch.empty(call.heads, call.cut.blocks, 2, **made)
-    arrived = torch.empty(call.heads, dtype=torch.int32, device=q.device)
     per_slot = call.cut.rows * (value_dim + FIELDS)
     per_block = 4 * call.heads * (call.cut.slots * per_slot + call.cut.subtiles * (2 * call.cut.rows + 1))
     step = max(1, SCRATCH // per_block)
     for first in range(0, call.cut.blocks, step):
         blocks = min(step, call.cut.blocks - first)
-        _attend_block(call, first, blocks, (out, lse, certificate, evidence, counts, arrived))
+        _attend_block(call, first, blocks, (out, lse, certificate, evidence, counts))
+    _, floor, budget, state, stats = hot
+    rows = q.shape[1] // planes[0].shape[1] * q.shape[2]
+    guard_step[(call.heads,)](
+        evidence, counts, state, stats, floor, budget, per_head_step(floor), per_head_step(budget),
+        planes[0].shape[1], rows, call.cut.blocks, options["guard_window"], options["guard_hold"],
+        options["hysteresis"], ROWS=min(512, triton.next_power_of_2(rows)), **call.dependent(), num_warps=1,
+    )  # fmt: skip
     return Result(out, lse, certificate)
 
 
 def _attend_block(call: _Call, first_block: int, blocks: int, results: tuple[Tensor, ...]) -> None:
     """Four launches for some blocks of rows."""
     cut, q, planes, launch = call.cut, call.q, call.planes, call.cut.launch
-    tau, floor, budget, state, stats = call.hot
-    out, lse, certificate, evidence, counts, arrived = results
-    pdl: dict[str, Any] = {"PDL": True, "launch_pdl": True} if call.target.pdl and launch.pdl else {"PDL": False}
+    tau, floor, _, state, _ = call.hot
+    out, lse, certificate, evidence, counts = results
     mask, bias, sinks, start, lengths, table = call.seen
     grid = (call.heads, blocks)
     half_k, value_dim = planes[0].shape[4], 2 * planes[3].shape[3]
@@ -158,28 +167,27 @@ def _attend_block(call: _Call, first_block: int, blocks: int, results: tuple[Ten
     rows, keys = call.rows(first_block), call.keys()
     sums = {"slots": cut.slots, "splits": cut.splits, "scale": call.scale, "FIELDS": FIELDS}
     prepare_query[grid](
-        q, call.balance, call.signs(q.shape[-1]), q8, rowinfo, arrived, *q.stride()[:3],
+        q, call.balance, call.signs(q.shape[-1]), q8, rowinfo, *q.stride()[:3],
         0 if call.balance is None or call.balance.dim() == 2 else row_step(call.balance),
         root=q.shape[-1] ** -0.5, **rows, HALF=half_k, HP=padded_half(half_k), ROTATE=call.rotates,
-        BALANCED=call.balance is not None, PARTS=parts(q, call.balance), PDL=pdl["PDL"], num_warps=4,
+        BALANCED=call.balance is not None, PARTS=parts(q, call.balance), PDL=call.dependent()["PDL"], num_warps=4,
     )  # fmt: skip
     look_ahead[(cut.splits, *grid)](
         q8, rowinfo, planes[0], planes[2], planes[3], planes[5], tau, floor, state, mask, bias, start, lengths, table,
-        partial, meta, energy, other, peak, **keys, **rows, **sums, **pdl, num_warps=launch.warps, num_stages=launch.stages,
+        partial, meta, energy, other, peak, **keys, **rows, **sums, **call.dependent(), num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     splits_p2 = triton.next_power_of_2(cut.splits)
     refine[(cut.segments, *grid)](
         q8, rowinfo, *planes, tau, floor, state, sinks, mask, bias, start, lengths, table, partial, meta, energy,
         other, peak, **keys, **rows, **sums, segments=cut.segments, SPLITS_P2=splits_p2, SEGMENT=cut.segment,
-        HAS_SINKS=sinks is not None, **pdl, num_warps=launch.refine_warps, num_stages=launch.refine_stages,
+        HAS_SINKS=sinks is not None, **call.dependent(), num_warps=launch.refine_warps, num_stages=launch.refine_stages,
     )  # fmt: skip
     value_width = triton.next_power_of_2(value_dim)
     merge[(rows["GROUP"] * cut.tokens, *grid)](
         partial, meta, rowinfo, sinks, call.signs(value_dim), out, lse, certificate, evidence, counts[:, first_block:],
-        arrived, state, stats, floor, budget, per_head_step(floor), per_head_step(budget), call.options["guard_window"],
-        call.options["guard_hold"], call.options["hysteresis"], heads=q.shape[1], all_blocks=cut.blocks, root=value_dim**-0.5, **rows, **sums, DIM=q.shape[-1],
+        heads=q.shape[1], all_blocks=cut.blocks, root=value_dim**-0.5, **rows, **sums, DIM=q.shape[-1],
         VALUE_DIM=value_dim, VP=value_width, SEGMENTS_P2=triton.next_power_of_2(cut.segments),
         CHUNK=min(launch.merge_chunk, triton.next_power_of_2(cut.segments)), COLUMNS=min(value_width, 64),
-        ROTATE=call.rotates, HAS_SINKS=sinks is not None, GUARD_ROWS=min(512, triton.next_power_of_2(rows["GROUP"] * q.shape[2])), **pdl,
+        ROTATE=call.rotates, HAS_SINKS=sinks is not None, **call.dependent(),
         num_warps=launch.merge_warps,
     )  # fmt: skip

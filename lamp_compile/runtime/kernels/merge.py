@@ -1,5 +1,5 @@
-"""Fourth launch: join the partial results of a row, rotate its output back, write its certificate; then the fallback
-guard, once per sequence and kv head."""
+"""Fourth and fifth launch: join the partial results of a row, rotate its output back, write its certificate; then the
+fallback guard, once per sequence and kv head."""
 
 from __future__ import annotations
 
@@ -13,74 +13,15 @@ PEAK_SQUARE = tl.constexpr(119.0 * 119.0 / 7.5)
 
 
 @triton.jit
-def guard_step(
-    EVIDENCE, COUNTS, STATE, STATS, FLOOR, BUDGET, floor_b, budget_b, bg, kv_heads, rows, blocks, window, hold,
-    hysteresis, ROWS: tl.constexpr,
-):  # fmt: skip
-    """``runtime.guard.step`` for one sequence and kv head, in place. Its heads are neighbours, so EVIDENCE is read as
-    ``[B*G, rows, 3]``; COUNTS ``[B*G, blocks, 2]``."""
-    b, g = bg // kv_heads, bg % kv_heads
-    count = 0.0
-    error = 0.0
-    bad_rows = 0.0
-    for first in range(0, rows, ROWS):
-        row = first + tl.arange(0, ROWS)
-        at = EVIDENCE + (bg.to(tl.int64) * rows + row) * 3
-        count += tl.sum(tl.load(at, mask=row < rows, other=0.0, cache_modifier=".cg"), 0)
-        error += tl.sum(tl.load(at + 1, mask=row < rows, other=0.0, cache_modifier=".cg"), 0)
-        bad_rows += tl.sum(tl.load(at + 2, mask=row < rows, other=0.0, cache_modifier=".cg"), 0)
-    live = 0.0
-    refined = 0.0
-    for first in range(0, blocks, ROWS):
-        block = first + tl.arange(0, ROWS)
-        at = COUNTS + (bg.to(tl.int64) * blocks + block) * 2
-        live += tl.sum(tl.load(at, mask=block < blocks, other=0.0, cache_modifier=".cg"), 0)
-        refined += tl.sum(tl.load(at + 1, mask=block < blocks, other=0.0, cache_modifier=".cg"), 0)
-
-    state = STATE + bg * 4
-    level = tl.load(state + 1)
-    hold_left = tl.load(state + 2)
-    flags = tl.load(state + 3)
-    old = tl.load(state)
-    stepped = (count > 0.0) | (bad_rows > 0.0)
-    bad = bad_rows > 0.0
-    mean = old + (error / tl.maximum(count, 1.0) - old) / window
-    held = tl.maximum(hold_left - 1.0, 0.0)
-    budget = tl.load(BUDGET + b * budget_b + g)
-    limit = budget * budget
-    over = (mean > limit) & stepped
-    under = (mean < hysteresis * hysteresis * limit) & (held == 0.0) & (level > 0.0) & (over == 0) & stepped
-    raised = tl.where(over, tl.minimum(level + 1.0, 2.0), tl.where(under, level - 1.0, level))
-    raised = tl.where(bad, 2.0, raised)
-    changed = over | bad
-    effective = tl.maximum(raised, tl.load(FLOOR + b * floor_b + g))
-    flags = tl.where(bad & (tl.floor(flags) % 2.0 == 0.0), flags + 1.0, flags)
-    flags = tl.where((effective >= 2.0) & (tl.floor(flags / 2.0) % 2.0 == 0.0), flags + 2.0, flags)
-    if stepped:
-        tl.store(state, tl.where(changed, 0.0, mean))
-        tl.store(state + 1, raised)
-        tl.store(state + 2, tl.where(changed, hold * 1.0, held))
-        tl.store(state + 3, flags)
-    stats = STATS + bg * 7
-    tl.store(stats, tl.load(stats) + stepped.to(tl.int64))
-    tl.store(stats + 1, tl.load(stats + 1) + live.to(tl.int64))
-    tl.store(stats + 2, tl.load(stats + 2) + refined.to(tl.int64))
-    tl.store(stats + 4, tl.load(stats + 4) + (raised > level).to(tl.int64))
-    tl.store(stats + 5, tl.load(stats + 5) + (raised < level).to(tl.int64))
-    tl.store(stats + 6, tl.load(stats + 6) + bad.to(tl.int64))
-
-
-@triton.jit
 def merge(
-    PARTIAL, META, ROWINFO, SINKS, SIGNS, OUT, LSE, CERTIFICATE, EVIDENCE, COUNTS, ARRIVED, STATE,
-    STATS, FLOOR, BUDGET, floor_b, budget_b, window, hold, hysteresis, kv_heads, heads, queries, first_token, all_blocks, slots, splits, scale, root,
+    PARTIAL, META, ROWINFO, SINKS, SIGNS, OUT, LSE, CERTIFICATE, EVIDENCE, COUNTS,
+    kv_heads, heads, queries, first_token, all_blocks, slots, splits, scale, root,
     GROUP: tl.constexpr, GP: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     VP: tl.constexpr, FIELDS: tl.constexpr, SEGMENTS_P2: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr,
-    ROTATE: tl.constexpr, HAS_SINKS: tl.constexpr, GUARD_ROWS: tl.constexpr, PDL: tl.constexpr,
+    ROTATE: tl.constexpr, HAS_SINKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One row: OUT ``[B, H, S, Dv]``, LSE ``[B, H, S]`` (natural), CERTIFICATE ``[B, H, S, 3]``, EVIDENCE
-    ``[B, H, S, 3]`` (live, squared relative error, not finite), COUNTS ``[B*G, blocks, 2]`` (live, refined). The last row of a sequence
-    and kv head to arrive takes the guard's step for it: which one that is changes no number."""
+    ``[B, H, S, 3]`` (live, squared relative error, not finite), COUNTS ``[B*G, blocks, 2]`` (live, refined)."""
     wait_for_launch(PDL)
     row, bg, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, g = bg // kv_heads, bg % kv_heads
@@ -167,10 +108,63 @@ def merge(
             counts = COUNTS + (bg.to(tl.int64) * all_blocks + block) * 2
             tl.store(counts, tl.sum(tl.load(meta + 9 * GP, mask=inside, other=0.0), 0))
             tl.store(counts + 1, tl.sum(tl.load(meta + 10 * GP, mask=inside, other=0.0), 0))
-    tl.debug_barrier()
-    arrived = tl.atomic_add(ARRIVED + bg, 1)
-    if arrived == GROUP * TOKENS * all_blocks - 1:
-        guard_step(
-            EVIDENCE, COUNTS, STATE, STATS, FLOOR, BUDGET, floor_b, budget_b, bg, kv_heads, GROUP * queries, all_blocks,
-            window, hold, hysteresis, GUARD_ROWS,
-        )  # fmt: skip
+
+
+@triton.jit
+def guard_step(
+    EVIDENCE, COUNTS, STATE, STATS, FLOOR, BUDGET, floor_b, budget_b, kv_heads, rows, blocks, window, hold, hysteresis,
+    ROWS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """``runtime.guard.step`` for one sequence and kv head, in place. Its heads are neighbours, so EVIDENCE is read as
+    ``[B*G, rows, 3]``; COUNTS ``[B*G, blocks, 2]``."""
+    wait_for_launch(PDL)
+    bg = tl.program_id(0)
+    b, g = bg // kv_heads, bg % kv_heads
+    count = 0.0
+    error = 0.0
+    bad_rows = 0.0
+    for first in range(0, rows, ROWS):
+        row = first + tl.arange(0, ROWS)
+        at = EVIDENCE + (bg.to(tl.int64) * rows + row) * 3
+        count += tl.sum(tl.load(at, mask=row < rows, other=0.0), 0)
+        error += tl.sum(tl.load(at + 1, mask=row < rows, other=0.0), 0)
+        bad_rows += tl.sum(tl.load(at + 2, mask=row < rows, other=0.0), 0)
+    live = 0.0
+    refined = 0.0
+    for first in range(0, blocks, ROWS):
+        block = first + tl.arange(0, ROWS)
+        at = COUNTS + (bg.to(tl.int64) * blocks + block) * 2
+        live += tl.sum(tl.load(at, mask=block < blocks, other=0.0), 0)
+        refined += tl.sum(tl.load(at + 1, mask=block < blocks, other=0.0), 0)
+
+    state = STATE + bg * 4
+    level = tl.load(state + 1)
+    hold_left = tl.load(state + 2)
+    flags = tl.load(state + 3)
+    old = tl.load(state)
+    stepped = (count > 0.0) | (bad_rows > 0.0)
+    bad = bad_rows > 0.0
+    mean = old + (error / tl.maximum(count, 1.0) - old) / window
+    held = tl.maximum(hold_left - 1.0, 0.0)
+    budget = tl.load(BUDGET + b * budget_b + g)
+    limit = budget * budget
+    over = (mean > limit) & stepped
+    under = (mean < hysteresis * hysteresis * limit) & (held == 0.0) & (level > 0.0) & (over == 0) & stepped
+    raised = tl.where(over, tl.minimum(level + 1.0, 2.0), tl.where(under, level - 1.0, level))
+    raised = tl.where(bad, 2.0, raised)
+    changed = over | bad
+    effective = tl.maximum(raised, tl.load(FLOOR + b * floor_b + g))
+    flags = tl.where(bad & (tl.floor(flags) % 2.0 == 0.0), flags + 1.0, flags)
+    flags = tl.where((effective >= 2.0) & (tl.floor(flags / 2.0) % 2.0 == 0.0), flags + 2.0, flags)
+    if stepped:
+        tl.store(state, tl.where(changed, 0.0, mean))
+        tl.store(state + 1, raised)
+        tl.store(state + 2, tl.where(changed, hold * 1.0, held))
+        tl.store(state + 3, flags)
+    stats = STATS + bg * 7
+    tl.store(stats, tl.load(stats) + stepped.to(tl.int64))
+    tl.store(stats + 1, tl.load(stats + 1) + live.to(tl.int64))
+    tl.store(stats + 2, tl.load(stats + 2) + refined.to(tl.int64))
+    tl.store(stats + 4, tl.load(stats + 4) + (raised > level).to(tl.int64))
+    tl.store(stats + 5, tl.load(stats + 5) + (raised < level).to(tl.int64))
+    tl.store(stats + 6, tl.load(stats + 6) + bad.to(tl.int64))

@@ -10,19 +10,17 @@ from lamp_compile.runtime.kernels._device import rotated, round_even
 
 @triton.jit
 def prepare_query(
-    Q, BALANCE, SIGNS, Q8, ROWINFO, ARRIVED,
+    Q, BALANCE, SIGNS, Q8, ROWINFO,
     stride_b, stride_h, stride_s, balance_b, kv_heads, queries, first_token, root,
     GROUP: tl.constexpr, GP: tl.constexpr, TOKENS: tl.constexpr, HALF: tl.constexpr, HP: tl.constexpr,
     ROTATE: tl.constexpr, BALANCED: tl.constexpr, PARTS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Q ``[B, H, S, D]`` -> Q8 int8 ``[B*G, blocks, GP, 2*HP]``, ROWINFO ``[B*G, blocks, 4, GP]``: rounding step,
-    sum of q8, squared norm of the prepared query, sum of q8 over the lower nibbles' channels. SIGNS and root as of ``rotated``. ARRIVED ``[B*G]`` (``merge``) starts at 0."""
+    sum of q8, squared norm of the prepared query, sum of q8 over the lower nibbles' channels. SIGNS and root as of ``rotated``."""
     bg, block = tl.program_id(0), tl.program_id(1)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    if (block == 0) & (first_token == 0):
-        tl.store(ARRIVED + bg, 0)
     b, g = bg // kv_heads, bg % kv_heads
     rows, half = tl.arange(0, GP), tl.arange(0, HP)
     token = first_token + block * TOKENS + rows // GROUP
