@@ -62,11 +62,12 @@ def synchronize(device: torch.device) -> None:
 
 
 def copy_bandwidth(device: torch.device, repeats: int, size: int = 1 << 30) -> float:
-    """GB/s of a device copy, bytes read and bytes written together."""
+    """GB/s of a device copy, bytes read and bytes written together. By a kernel: in a CUDA graph a plain ``copy_`` becomes
+    a memory-copy node, which reached 2.7 TB/s where kernels reach 4.3."""
     size = size if device.type == "cuda" else 1 << 24
-    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    source = torch.ones(size // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
-    return 2 * size / milliseconds([lambda: target.copy_(source)], repeats, device) / 1e6
+    return 2 * size / milliseconds([lambda: torch.mul(source, 2.0, out=target)], repeats, device) / 1e6
 
 
 def cache_bytes(device: torch.device) -> int:

@@ -11,7 +11,7 @@ from lamp_compile.ir import AttentionSite
 from lamp_compile.passes.patterns._values import tensor
 from lamp_compile.passes.state_host import Host
 from lamp_compile.plan import SitePlan
-from lamp_compile.runtime import guard, rotation
+from lamp_compile.runtime import guard, kernels, rotation
 from lamp_compile.runtime.controls import Controls
 
 
@@ -93,3 +93,4 @@ def _make_rotations(site: AttentionSite, row: SitePlan) -> None:
     like = torch.empty((), dtype=dtype, device=q.device)
     for size in (site.head_dim, site.value_dim):
         rotation.matrix(size, row.rotation, like)
+    kernels.prepare(q.device, row.rotation, site.head_dim, site.value_dim)

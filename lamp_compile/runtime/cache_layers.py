@@ -114,6 +114,8 @@ class NestedLayer(GrowableLayer):
                 where=self.name,
                 fix="move the model before lamp_compile.compile(model)",
             )
+        if not torch.compiler.is_compiling():
+            kernels.prepare(self.device, self.plan.rotation, self.k_head_dim, self.v_head_dim)
 
     def _allocate(self, batch: int, kv_heads: int, capacity: int) -> dict[str, Tensor]:
         tile = self.plan.tile

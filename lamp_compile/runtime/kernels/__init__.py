@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from torch import Tensor
 
 RULES = ("energy", "lamp_strict", "lamp_relaxed")
@@ -59,6 +60,16 @@ def why_not_attend(q: Tensor, planes: tuple[Tensor, ...], state: Tensor, options
     if q.dtype.itemsize == 8:
         return "float64 queries"
     return None
+
+
+def prepare(device: torch.device, rotation: str, *dims: int) -> None:
+    """Make what kernels keep for these head dimensions, on a device that they run on. Made at the first call instead,
+    it would lie in a CUDA graph's private memory."""
+    if rotation != "none" and why_not_device(device.type) is None:
+        from lamp_compile.runtime.kernels._tensors import signs
+
+        for dim in dims:
+            signs(dim, device)
 
 
 def append(

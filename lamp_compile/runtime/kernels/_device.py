@@ -125,6 +125,16 @@ def to_columns(x, PACK: tl.constexpr, GP: tl.constexpr):
 
 
 @triton.jit
+def key_mask(MASK, j, step, hi, PRESENT: tl.constexpr):
+    """Whether a mask of one number per key allows keys j; 1 without one."""
+    if PRESENT:
+        allowed = (tl.load(MASK + j * step, mask=j < hi, other=0) != 0).to(tl.int32)
+    else:
+        allowed = tl.full(j.shape, 1, tl.int32)
+    return allowed
+
+
+@triton.jit
 def over_parts(x, PACK: tl.constexpr, GP: tl.constexpr):
     """``[PACK * GP]`` -> ``[PACK, GP]``."""
     return tl.reshape(x, (PACK, GP))

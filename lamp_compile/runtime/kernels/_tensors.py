@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 from torch import Tensor
@@ -11,11 +9,19 @@ from torch import Tensor
 from lamp_compile.runtime import rotation
 
 
-@cache
+_ready: dict[tuple[int, torch.device], Tensor] = {}
+
+
 def signs(dim: int, device: torch.device) -> Tensor:
     """The rotation times sqrt(D): a matrix of 1 and -1, float16 ``[D, D]``."""
+    if (dim, device) in _ready:
+        return _ready[dim, device]
     with torch.inference_mode(False):
-        return torch.from_numpy(rotation.sign_matrix(dim)).to(device=device, dtype=torch.float16).contiguous()
+        made = torch.from_numpy(rotation.sign_matrix(dim)).to(device=device, dtype=torch.float16).contiguous()
+    # Under a fake mode this is a fake tensor: fine for this call, but not to be kept for others.
+    if type(made) is Tensor and not made.is_meta:
+        _ready[dim, device] = made
+    return made
 
 
 def parts(x: Tensor, balance: Tensor | None) -> int:
@@ -50,3 +56,8 @@ def broadcast_steps(name: str, x: Tensor | None) -> dict[str, int]:
         return dict.fromkeys(names, 0)
     x = x.reshape((1,) * (4 - x.dim()) + tuple(x.shape))
     return {n: 0 if size == 1 else step for n, size, step in zip(names, x.shape, x.stride(), strict=True)}
+
+
+def per_key(mask: Tensor) -> bool:
+    """Whether a mask is one number per key, shared by heads and queries."""
+    return mask.dim() == 1 or all(size == 1 for size in mask.shape[-3:-1])

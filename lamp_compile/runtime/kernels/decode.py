@@ -15,6 +15,7 @@ from lamp_compile.runtime.kernels._tensors import (
     padded_half,
     parts,
     per_head_step,
+    per_key,
     row_step,
     sequence_step,
     signs,
@@ -93,7 +94,8 @@ class _Call:
             "keys": options["keys"], "plane_keys": k_high.shape[2] * tile, "softcap": options["softcap"],
             "TILE": tile, "BN": options["subtile"], "RULE": RULES[options["rule"]],
             "CAUSAL": CAUSAL[options["causal"]], "WINDOW": options["window"], "SOFTCAP": options["softcap"] != 0.0,
-            "HAS_MASK": mask is not None, "HAS_BIAS": bias is not None, "HAS_START": start is not None,
+            "HAS_MASK": mask is not None and not per_key(mask), "KEY_MASK": mask is not None and per_key(mask),
+            "HAS_BIAS": bias is not None, "HAS_START": start is not None,
             "HAS_LENGTHS": lengths is not None, "PAGED": table is not None, "ASM": self.target.asm,
             "HALF_K": half_k, "HP_K": padded_half(half_k), "HALF_V": half_v, "HP_V": padded_half(half_v),
             "PACK": self.cut.pack, "subtiles": self.cut.subtiles,
@@ -165,6 +167,7 @@ def _attend_block(call: _Call, first_block: int, blocks: int, results: tuple[Ten
     energy, peak = torch.empty(*grid, cut.subtiles, cut.rows, **made), torch.empty(*grid, cut.subtiles, **made)
     other = energy if call.options["rule"] == "energy" else torch.empty_like(energy)
     rows, keys = call.rows(first_block), call.keys()
+    warps, refine_warps = cut.warps(keys["HP_V"])
     sums = {"slots": cut.slots, "splits": cut.splits, "scale": call.scale, "FIELDS": FIELDS}
     prepare_query[grid](
         q, call.balance, call.signs(q.shape[-1]), q8, rowinfo, *q.stride()[:3],
@@ -174,13 +177,14 @@ def _attend_block(call: _Call, first_block: int, blocks: int, results: tuple[Ten
     )  # fmt: skip
     look_ahead[(cut.splits, *grid)](
         q8, rowinfo, planes[0], planes[2], planes[3], planes[5], tau, floor, state, mask, bias, start, lengths, table,
-        partial, meta, energy, other, peak, **keys, **rows, **sums, **call.dependent(), num_warps=launch.warps, num_stages=launch.stages,
+        partial, meta, energy, other, peak, **keys, **rows, **sums, **call.dependent(),
+        num_warps=warps, num_stages=launch.stages,
     )  # fmt: skip
     splits_p2 = triton.next_power_of_2(cut.splits)
     refine[(cut.segments, *grid)](
         q8, rowinfo, *planes, tau, floor, state, sinks, mask, bias, start, lengths, table, partial, meta, energy,
         other, peak, **keys, **rows, **sums, segments=cut.segments, SPLITS_P2=splits_p2, SEGMENT=cut.segment,
-        HAS_SINKS=sinks is not None, **call.dependent(), num_warps=launch.refine_warps, num_stages=launch.refine_stages,
+        HAS_SINKS=sinks is not None, **call.dependent(), num_warps=refine_warps, num_stages=launch.refine_stages,
     )  # fmt: skip
     value_width = triton.next_power_of_2(value_dim)
     merge[(rows["GROUP"] * cut.tokens, *grid)](

@@ -18,6 +18,7 @@ from lamp_compile.runtime.kernels._device import (
     MAGIC,
     MAGIC_BITS,
     finite_scale,
+    key_mask,
     key_range,
     lower_nibbles,
     over_parts,
@@ -117,7 +118,7 @@ def look_ahead(
     GROUP: tl.constexpr, GP: tl.constexpr, PACK: tl.constexpr, TOKENS: tl.constexpr, HALF_K: tl.constexpr,
     HP_K: tl.constexpr, HALF_V: tl.constexpr, HP_V: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr,
     RULE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, HAS_MASK: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_START: tl.constexpr, HAS_LENGTHS: tl.constexpr, PAGED: tl.constexpr, ASM: tl.constexpr,
+    KEY_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_START: tl.constexpr, HAS_LENGTHS: tl.constexpr, PAGED: tl.constexpr, ASM: tl.constexpr,
     FIELDS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One split of the keys for one block of rows.
@@ -183,14 +184,16 @@ def look_ahead(
     k_most = tl.zeros((BN, PACK), tl.float32)
     largest = tl.full((COLUMNS,), DEAD, tl.float32)
     # Scales are too small for asynchronous copies: read them one step ahead.
-    at = key_places(key[:, None] + tl.minimum(first // BN + parts, final)[None, :] * BN, hi, TABLE, TILE, PAGED)
-    next_k, next_v = tl.load(KS + at), tl.load(VS + at)
+    if KEY_MASK:
+        MASK += b.to(tl.int64) * mask_b
+    ahead = key[:, None] + tl.minimum(first // BN + parts, final)[None, :] * BN
+    at = key_places(ahead, hi, TABLE, TILE, PAGED)
+    next_k, next_v, next_allowed = tl.load(KS + at), tl.load(VS + at), key_mask(MASK, ahead, mask_key, hi, KEY_MASK)
     for n0 in range(first, last, STEP):
-        k_narrow, v_narrow = finite_scale(next_k), finite_scale(next_v)
-        at = key_places(
-            key[:, None] + tl.minimum((n0 + STEP) // BN + parts, final)[None, :] * BN, hi, TABLE, TILE, PAGED
-        )
-        next_k, next_v = tl.load(KS + at), tl.load(VS + at)
+        k_narrow, v_narrow, allowed = finite_scale(next_k), finite_scale(next_v), next_allowed
+        ahead = key[:, None] + tl.minimum((n0 + STEP) // BN + parts, final)[None, :] * BN
+        at = key_places(ahead, hi, TABLE, TILE, PAGED)
+        next_k, next_v, next_allowed = tl.load(KS + at), tl.load(VS + at), key_mask(MASK, ahead, mask_key, hi, KEY_MASK)
         product = tl.full((BN, COLUMNS), MAGIC_BITS, tl.int32)
         low_product = tl.zeros((BN, COLUMNS), tl.int32)
         for u in tl.static_range(PACK):
@@ -207,13 +210,16 @@ def look_ahead(
                 x, n0 + (part * BN)[None, :] + key[:, None], lo, hi, row_position, MASK, mask_key, BIAS, bias_key,
                 mask_rows, bias_rows, CAUSAL, WINDOW, TOKENS, HAS_MASK, HAS_BIAS,
             )  # fmt: skip
-        if (n0 < lo) | (n0 + STEP > hi):  # the two ends: keys that no row sees
-            j_all = n0 + (part * BN)[None, :] + key[:, None]
-            inside = (j_all >= lo) & (j_all < hi)
+        rare = (n0 < lo) | (n0 + STEP > hi)
+        if KEY_MASK:
+            rare = rare | (tl.min(tl.min(allowed, 0), 0) == 0)
+        if rare:  # keys that no row sees: at the two ends, or behind a mask of one number per key
+            narrow = n0 + (parts * BN)[None, :] + key[:, None]
+            allowed = allowed * ((narrow >= lo) & (narrow < hi)).to(tl.int32)
+            inside = to_columns(allowed, PACK, GP) != 0
             y = tl.where(inside, y, DEAD)
             v_scale = tl.where(inside, v_scale, 0.0)
-            narrow = n0 + (parts * BN)[None, :] + key[:, None]
-            k_narrow = tl.where((narrow >= lo) & (narrow < hi), k_narrow, 0.0)
+            k_narrow = tl.where(allowed != 0, k_narrow, 0.0)
         k_most = tl.maximum(k_most, k_narrow)
         local = tl.max(y, 0)
         p = tl.exp2(y - local[None, :])  # 1 where a row sees none of these keys: ``gain`` is 0 there

@@ -19,6 +19,7 @@ from lamp_compile.runtime.kernels._device import (
     MAGIC,
     MAGIC_BITS,
     finite_scale,
+    key_mask,
     key_range,
     lower_nibbles,
     lower_nibbles16,
@@ -78,7 +79,7 @@ def refine(
     GROUP: tl.constexpr, GP: tl.constexpr, PACK: tl.constexpr, TOKENS: tl.constexpr, HALF_K: tl.constexpr,
     HP_K: tl.constexpr, HALF_V: tl.constexpr, HP_V: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr,
     RULE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, HAS_MASK: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_START: tl.constexpr, HAS_LENGTHS: tl.constexpr, PAGED: tl.constexpr, ASM: tl.constexpr,
+    KEY_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_START: tl.constexpr, HAS_LENGTHS: tl.constexpr, PAGED: tl.constexpr, ASM: tl.constexpr,
     FIELDS: tl.constexpr, SPLITS_P2: tl.constexpr, SEGMENT: tl.constexpr, HAS_SINKS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -173,15 +174,19 @@ def refine(
     value_square = tl.zeros((BN, COLUMNS), tl.float32)
     k_most = tl.zeros((BN, PACK), tl.float32)
     seen_tiles = tl.zeros((COLUMNS,), tl.float32)
+    if KEY_MASK:
+        MASK += b.to(tl.int64) * mask_b
     next_tiles = picked(0, order, hot, tile, PACK)
-    at_scale = key_places(key[:, None] + next_tiles[None, :] * BN, hi, TABLE, TILE, PAGED)
-    next_k, next_v = tl.load(KS + at_scale), tl.load(VS + at_scale)
+    ahead = key[:, None] + next_tiles[None, :] * BN
+    at = key_places(ahead, hi, TABLE, TILE, PAGED)
+    next_k, next_v, next_allowed = tl.load(KS + at), tl.load(VS + at), key_mask(MASK, ahead, mask_key, hi, KEY_MASK)
     for i in range(0, count, PACK):
         tiles = next_tiles
-        k_narrow, v_narrow = finite_scale(next_k), finite_scale(next_v)
+        k_narrow, v_narrow, allowed = finite_scale(next_k), finite_scale(next_v), next_allowed
         next_tiles = picked(i + PACK, order, hot, tile, PACK)
-        at_scale = key_places(key[:, None] + next_tiles[None, :] * BN, hi, TABLE, TILE, PAGED)
-        next_k, next_v = tl.load(KS + at_scale), tl.load(VS + at_scale)
+        ahead = key[:, None] + next_tiles[None, :] * BN
+        at = key_places(ahead, hi, TABLE, TILE, PAGED)
+        next_k, next_v, next_allowed = tl.load(KS + at), tl.load(VS + at), key_mask(MASK, ahead, mask_key, hi, KEY_MASK)
         product = tl.full((BN, COLUMNS), MAGIC_BITS, tl.int32)
         low_product = tl.zeros((BN, COLUMNS), tl.int32)
         residual = tl.zeros((BN, COLUMNS), tl.int32)
@@ -200,10 +205,9 @@ def refine(
         k_scale, v_scale = to_columns(k_narrow, PACK, GP), to_columns(v_narrow, PACK, GP)
         y_cold = scores_of(product, k_scale, cold_offset, factor, softcap, SOFTCAP)
         y = scores_of(product + residual, k_scale, offset, factor, softcap, SOFTCAP)
-        # Keys beyond the ends, and all of a part without a sub-tile, are seen by nobody.
-        starts = tl.where(i + parts < count, tiles * BN, hi)
-        j_all = to_columns(key[:, None] + starts[None, :], PACK, GP)
+        starts = tl.where(i + parts < count, tiles * BN, hi)  # a part without a sub-tile lies behind the end
         if CROSSED:
+            j_all = to_columns(key[:, None] + starts[None, :], PACK, GP)
             y_cold = seen_scores(
                 y_cold, j_all, lo, hi, row_position, MASK, mask_key, BIAS, bias_key, mask_rows, bias_rows, CAUSAL,
                 WINDOW, TOKENS, HAS_MASK, HAS_BIAS,
@@ -212,12 +216,16 @@ def refine(
                 y, j_all, lo, hi, row_position, MASK, mask_key, BIAS, bias_key, mask_rows, bias_rows, CAUSAL,
                 WINDOW, TOKENS, HAS_MASK, HAS_BIAS,
             )  # fmt: skip
-        if (tl.min(starts, 0) < lo) | (tl.max(starts, 0) + BN > hi):
-            inside_all = (j_all >= lo) & (j_all < hi)
+        rare = (tl.min(starts, 0) < lo) | (tl.max(starts, 0) + BN > hi)
+        if KEY_MASK:
+            rare = rare | (tl.min(tl.min(allowed, 0), 0) == 0)
+        if rare:  # keys that no row sees: at the two ends, or behind a mask of one number per key
+            narrow = key[:, None] + starts[None, :]
+            allowed = allowed * ((narrow >= lo) & (narrow < hi)).to(tl.int32)
+            inside_all = to_columns(allowed, PACK, GP) != 0
             y, y_cold = tl.where(inside_all, y, DEAD), tl.where(inside_all, y_cold, DEAD)
             v_scale = tl.where(inside_all, v_scale, 0.0)
-            narrow = key[:, None] + starts[None, :]
-            k_narrow = tl.where((narrow >= lo) & (narrow < hi), k_narrow, 0.0)
+            k_narrow = tl.where(allowed != 0, k_narrow, 0.0)
         k_most = tl.maximum(k_most, k_narrow)
         local, local_cold = tl.max(y, 0), tl.max(y_cold, 0)
         p, p_cold = tl.exp2(y - local[None, :]), tl.exp2(y_cold - local_cold[None, :])

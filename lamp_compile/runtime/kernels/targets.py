@@ -33,8 +33,8 @@ class Launch:
     """How a call is cut: choices of speed, none of numbers.
 
     Attributes:
-        warps, stages: Of the look-ahead.
-        refine_warps, refine_stages: Of the refinement.
+        warps, stages: Of the look-ahead, where few rows share a kv head (``Cut.warps``).
+        refine_warps, refine_stages: The same of the refinement.
         programs: Programs per processor that the look-ahead aims at.
         refine_programs: The same of the refinement.
         least_subtiles: Sub-tiles a program of the look-ahead should have at least.
@@ -78,6 +78,12 @@ class Cut:
     def slots(self) -> int:
         """Partial results of one block of rows."""
         return self.splits + self.segments
+
+    def warps(self, value_width: int) -> tuple[int, int]:
+        """Of the look-ahead and of the refinement: more where a program holds more numbers than one warp's registers.
+        ``value_width`` is half the value dimension, padded."""
+        held = self.rows * self.pack * value_width
+        return self.launch.warps * max(1, held // 1024), self.launch.refine_warps * max(1, held // 512)
 
 
 @cache
