@@ -41,10 +41,10 @@ def run_passes(program: Program, options: Options, hot: HotTensors) -> tuple[Hos
     for step in (insert_lookahead, insert_selector, insert_guard):
         step(program, sites, plan, wires)
         verify(program, step.__name__, expected)
-    apart = fuse(program, sites)
-    verify(program, "fuse", [item for item in expected if item.site.name in apart and apart[item.site.name] is None])
+    reasons = fuse(program, sites)
+    verify(program, "fuse", [item for item in expected if reasons[item.site.name] is None])
     program.module.recompile()
-    return host, summarize(program, found, plan, sites, before, options.lower)
+    return host, summarize(program, found, plan, sites, before, options.lower, reasons)
 
 
 def compile_graph(

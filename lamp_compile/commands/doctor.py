@@ -60,8 +60,31 @@ def examine() -> dict[str, Any]:
             "detail": compiler or "no C++ compiler for Inductor: install g++ or clang++, or use mode='eager'",
         },
         {"name": "GPU", "available": count > 0, "detail": f"{count} found" if count else no_gpu},
+        _kernels(count, no_gpu, installed["triton"]),
         {"name": "storage formats", "available": True, "detail": ", ".join(formats.all_formats())},
         {"name": "selection rules", "available": True, "detail": ", ".join(rules)},
     ]
     devices = [device_name("cpu"), *(device_name(f"cuda:{index}") for index in range(count))]
     return {"versions": installed, "devices": devices, "features": features}
+
+
+def _kernels(devices: int, no_gpu: str, version: str | None) -> dict[str, Any]:
+    """Whether the kernels run here, and as what each device is compiled for; else everything that is missing."""
+    import torch
+
+    from lamp_compile.runtime import kernels
+
+    reason = kernels.why_not_device("cuda")
+    missing = [no_gpu] if not devices else []
+    if reason:
+        missing.append(f"{reason}: pip install 'lamp_compile[kernels]' (CUDA and ROCm builds of torch bring it)")
+    if missing:
+        return {"name": "GPU kernels", "available": False, "detail": "; ".join(missing)}
+    from lamp_compile.runtime.kernels.targets import target_of
+
+    names = [target_of(torch.device("cuda", index)).name for index in range(devices)]
+    return {
+        "name": "GPU kernels",
+        "available": True,
+        "detail": f"triton {version or 'of torch'}, for {', '.join(names)}",
+    }

@@ -14,7 +14,7 @@ from lamp_compile.passes.capture import Program
 from lamp_compile.passes.insert_lookahead import PLANES, SEEN
 from lamp_compile.passes.patterns._dialect import aten, bind
 from lamp_compile.passes.patterns._values import Emitter, tensor
-from lamp_compile.runtime import kernels
+from lamp_compile.runtime import kernel_notes, kernels
 
 PARTS = ("look_ahead", "select", "attend", "guard")
 COPIES = (aten.copy_.default, "copy_")
@@ -31,6 +31,7 @@ def fuse(
     reasons: dict[str, str | None] = {}
     for site in sites:
         if site.cache is None:
+            reasons[site.name] = kernel_notes.NO_CACHE
             continue
         nodes = lamp_nodes(program.graph, site.name)
         look_ahead, select, attend, guard = (nodes[name] for name in PARTS)
@@ -48,7 +49,7 @@ def fuse(
 def _why_not(inputs: dict[str, Any], why_not: WhyNot) -> str | None:
     q, state, *planes = (tensor(inputs[name]) for name in ("q", "state", *PLANES))
     if q is None or state is None or any(plane is None for plane in planes):
-        return "shapes are not known here"
+        return kernel_notes.UNKNOWN
     return why_not(q, tuple(plane for plane in planes if plane is not None), state, inputs)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from lamp_compile.ir import AttentionSite, Found
 from lamp_compile.passes.capture import Program
@@ -10,6 +10,7 @@ from lamp_compile.passes.patterns._values import tensor
 from lamp_compile.passes.printer import print_nodes, print_site
 from lamp_compile.plan import Plan
 from lamp_compile.report import Report, SiteSummary
+from lamp_compile.runtime import kernel_notes
 
 NO_CACHE = (
     "sites without a KV cache of ours store K and V anew at every call: prefill and encoders are served, "
@@ -22,12 +23,15 @@ ONE_TILE = (
 
 
 def summarize(
-    program: Program, found: Found, plan: Plan, chosen: Sequence[AttentionSite], before: str, backend: str
-) -> Report:
-    """What was seen, decided and done. Call it after the passes; ``before`` is taken ahead of them."""
+    program: Program, found: Found, plan: Plan, chosen: Sequence[AttentionSite], before: str, backend: str,
+    reasons: Mapping[str, str | None],
+) -> Report:  # fmt: skip
+    """What was seen, decided and done. Call it after the passes; ``before`` is taken ahead of them, ``reasons`` say
+    by site why no kernel serves it."""
     notes = [NO_CACHE] if any(site.cache is None for site in chosen) else []
     if program.kind == "exported" and any(_dynamic(site) for site in chosen):
         notes.append(ONE_TILE)
+    notes += kernel_notes.notes({site.name: reasons[site.name] for site in chosen if _on_a_gpu(site)})
     if not found.sites:
         notes.append("no attention was found in this graph: it runs as it was")
     return Report(
@@ -46,6 +50,11 @@ def summarize(
 def text_before(program: Program, sites: Sequence[AttentionSite]) -> str:
     """The first site's nodes as they were."""
     return print_nodes(program.graph, (sites[0].root, *sites[0].absorbed)) if sites else ""
+
+
+def _on_a_gpu(site: AttentionSite) -> bool:
+    q = tensor(site.q)
+    return q is not None and kernel_notes.expected_on(q.device)
 
 
 def _dynamic(site: AttentionSite) -> bool:

@@ -1,7 +1,7 @@
 """The compiled model as quality measurement sees it: one forward per window over a fresh cache, under any plan.
 
 One forward over a window has the semantics of decoding it token by token: every query row decides for itself from the
-keys before it.
+keys before it. That is the reference's; kernels let the rows of one forward share decisions.
 """
 
 from __future__ import annotations
@@ -90,6 +90,8 @@ class CompiledEngine:
             None if layer is None else _layer(layer, plan.site(layer.plan.name)) for layer in self._spec.layers
         )
         cache = NestedCache(replace(self._spec, layers=layers), capacity=ids.shape[1])
+        for layer in cache.layers:
+            layer.reference_only = True
         with torch.no_grad():
             logits = self._fast(input_ids=ids, past_key_values=cache, use_cache=True).logits
         tiles = {layer.name: self._tiles(layer) for layer in cache.layers if isinstance(layer, NestedLayer)}

@@ -15,6 +15,7 @@ from lamp_compile.errors import CacheError
 from lamp_compile.plan import SitePlan
 from lamp_compile.runtime import formats, guard, kernels, layout
 from lamp_compile.runtime import fused_ops as _fused_ops  # noqa: F401  (registers torch.ops.lamp)
+from lamp_compile.runtime.attend_in_parts import attend_in_parts
 from lamp_compile.runtime.controls import SiteControls
 from lamp_compile.runtime.growable_layer import GrowableLayer
 from lamp_compile.runtime.plane_handle import PlaneHandle
@@ -63,6 +64,9 @@ class NestedLayer(GrowableLayer):
     """One layer's planes, scales, guard state and statistics. ``keys`` and ``values`` stay None."""
 
     per_sequence = (*PLANES, "state", "stats")
+    reference_only = False
+    """Attend by the reference everywhere: there every query decides for itself, in kernels those of a forward may share
+    decisions."""
     k_high: Tensor
     k_residual: Tensor
     k_scale: Tensor
@@ -177,18 +181,29 @@ class NestedLayer(GrowableLayer):
     ) -> Tensor:  # fmt: skip
         """Attention of q ``[B, H, S, D]`` over the planes -> ``[B, H, S, Dv]``; the guard's state is written back in
         place."""
-        plan, hot = self.plan, self.controls
-        out: Tensor
-        out, state, stats = torch.ops.lamp.attention.cached(
-            q, self.k_high, self.k_residual, self.k_scale, self.v_high, self.v_residual, self.v_scale,
-            hot.tau, hot.floor, hot.budget, self.state, self.stats, self.balance,
-            mask, bias, sinks, None, self.cumulative_length.reshape(1), None,
-            causal=causal, window=window, scale=scale, softcap=softcap, keys=self.max_cache_len,
+        seen = (mask, bias, sinks, None, self.cumulative_length.reshape(1), None)
+        return self._attend(q, seen, causal=causal, window=window, scale=scale, softcap=softcap)
+
+    def _attend(self, q: Tensor, seen: tuple[Tensor | None, ...], **how: Any) -> Tensor:
+        """Call the operator for attention: the fused one where a kernel serves it; in a graph always the meeting point,
+        which the passes expand and fuse. ``seen`` as of ``runtime/ops.py``."""
+        plan, controls = self.plan, self.controls
+        hot = (controls.tau, controls.floor, controls.budget, self.state, self.stats)
+        options: dict[str, Any] = dict(
+            **how, keys=self.max_cache_len,
             k_format=plan.k_format, v_format=plan.v_format, rotation=plan.rotation,
             rule=plan.rule, query_bits=plan.query_bits, subtile=plan.subtile,
             guard_window=plan.guard.window, guard_hold=plan.guard.hold, hysteresis=plan.guard.hysteresis,
             site=self.name, launch=self.spec.launch,
         )  # fmt: skip
+        out: Tensor
+        if self.reference_only:
+            out, state, stats = attend_in_parts(q, self.planes, hot, (self.balance, *seen), options)
+        elif torch.compiler.is_compiling() or kernels.why_not_attend(q, self.planes, self.state, options) is not None:
+            out, state, stats = torch.ops.lamp.attention.cached(q, *self.planes, *hot, self.balance, *seen, **options)
+        else:
+            out = torch.ops.lamp.fused_attention(q, *self.planes, *hot, self.balance, *seen, **options)
+            return out
         self.state.copy_(state)
         self.stats.copy_(stats)
         return out

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TILE = 128
-"""Keys per storage tile."""
+"""Keys that caches grow by, a multiple of every storage tile; the storage tile where no plan says one."""
 SUBTILE = 32
 """Keys per precision decision."""
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from lamp_compile.errors import ModelError
 from lamp_compile.runtime import checks, formats, guard, kernels, layout, reference
 from lamp_compile.runtime.arguments import Planes, Scores, Visibility
+from lamp_compile.runtime.attend_in_parts import attend_in_parts
 
 DEFAULT_TAU = 0.01
 """tau of the energy rule when nothing else is said: about a tenth of the sub-tiles are refined on real text."""
@@ -290,17 +291,7 @@ def _cached(
         check_attention(q, planes, seen[1:], options)
         state, stats = state.clone(), stats.clone()
         return kernels.attend(q, planes, (tau, floor, budget, state, stats), balance, seen[1:], options), state, stats
-    importance = torch.ops.lamp.look_ahead(q, k_high, k_scale, *seen, k_format=k_format, rule=rule, site=site, **common)
-    levels = torch.ops.lamp.select(importance, tau, floor, state, None, exact=False, site=site)
-    out, lse, certificate = torch.ops.lamp.attend(
-        q, k_high, k_residual, k_scale, v_high, v_residual, v_scale, levels, None, None, *seen,
-        k_format=k_format, v_format=v_format, site=site, **common,
-    )  # fmt: skip
-    state, stats = torch.ops.lamp.guard(
-        out, lse, certificate, levels, state, stats, floor, budget,
-        window=guard_window, hold=guard_hold, hysteresis=hysteresis, exact=False, site=site,
-    )  # fmt: skip
-    return out, state, stats
+    return attend_in_parts(q, planes, (tau, floor, budget, state, stats), seen, options)
 
 
 def check_attention(

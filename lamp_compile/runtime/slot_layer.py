@@ -12,7 +12,7 @@ from torch import Tensor
 from lamp_compile.errors import CacheError
 from lamp_compile.runtime import checks, guard
 from lamp_compile.runtime import fused_ops as _fused_ops  # noqa: F401  (registers torch.ops.lamp.append)
-from lamp_compile.runtime.cache_layers import PLANES, LayerSpec, NestedLayer
+from lamp_compile.runtime.cache_layers import LayerSpec, NestedLayer
 from lamp_compile.runtime.growable_layer import ordinary_tensors
 from lamp_compile.runtime.plane_handle import PlaneHandle
 from lamp_compile.runtime.slot_table import SlotRows
@@ -100,8 +100,7 @@ class SlotLayer(NestedLayer):
         if self.opens:
             rows.open(count)
         torch.ops.lamp.append(
-            key_states, value_states, *(getattr(self, name) for name in PLANES),
-            self.balance, rows.positions, rows.block_table,
+            key_states, value_states, *self.planes, self.balance, rows.positions, rows.block_table,
             k_format=plan.k_format, v_format=plan.v_format, rotation=plan.rotation, site=self.name,
         )  # fmt: skip
         if self.commits:
@@ -133,21 +132,8 @@ class SlotLayer(NestedLayer):
             raise CacheError(
                 "a mask came with a slot cache", where=self.name, fix="leave attention_mask out; slots need no padding"
             )
-        plan, hot, rows = self.plan, self.controls, self.rows
-        out: Tensor
-        out, state, stats = torch.ops.lamp.attention.cached(
-            q, *(getattr(self, name) for name in PLANES),
-            hot.tau, hot.floor, hot.budget, self.state, self.stats, self.balance,
-            None, None, sinks, None, rows.live, rows.block_table,
-            causal=causal, window=window, scale=scale, softcap=softcap, keys=self.max_cache_len,
-            k_format=plan.k_format, v_format=plan.v_format, rotation=plan.rotation,
-            rule=plan.rule, query_bits=plan.query_bits, subtile=plan.subtile,
-            guard_window=plan.guard.window, guard_hold=plan.guard.hold, hysteresis=plan.guard.hysteresis,
-            site=self.name,
-        )  # fmt: skip
-        self.state.copy_(state)
-        self.stats.copy_(stats)
-        return out
+        seen = (None, None, sinks, None, self.rows.live, self.rows.block_table)
+        return self._attend(q, seen, causal=causal, window=window, scale=scale, softcap=softcap)
 
     def get_seq_length(self) -> Tensor:
         """Tokens held, 0-d, of the one slot.

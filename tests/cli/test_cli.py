@@ -9,12 +9,16 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import transformers
 
 from lamp_compile import cli
 from lamp_compile.plan import Plan
+from lamp_compile.runtime import kernels
+from lamp_compile.runtime.kernels import targets
 
 SHORT = ["--context", "128", "--max-tokens", "128"]
 ROWS = ["bf16", "fp8_kv", "all_high", "all_low", "lamp", "random_tiles", "static_tiles"]
@@ -163,6 +167,34 @@ def test_doctor_says_what_is_here(call):
     data = json.loads(out)
     assert "nested8" in next(f for f in data["features"] if f["name"] == "storage formats")["detail"]
     assert all(feature["detail"] for feature in data["features"])
+
+
+def gpu_kernels(call):
+    (line,) = [line for line in call("doctor")[1].splitlines() if "GPU kernels" in line]
+    return line
+
+
+def test_doctor_says_what_the_kernels_lack(call, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(kernels, "_TRITON", True)
+    assert gpu_kernels(call) == "no  GPU kernels: torch sees no device"
+    monkeypatch.setattr(kernels, "_TRITON", False)
+    line = gpu_kernels(call)
+    assert line.startswith("no  GPU kernels: torch sees no device; triton is not installed: pip install")
+    assert "lamp_compile[kernels]" in line
+
+
+def test_doctor_names_the_target_of_each_device(call, monkeypatch):
+    names = ["sm_90", "sm_80"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(targets, "target_of", lambda device: SimpleNamespace(name=names[device.index]))
+    monkeypatch.setattr(kernels, "_TRITON", True)
+    line = gpu_kernels(call)
+    assert line.startswith("yes GPU kernels: triton ")
+    assert line.endswith(", for sm_90, sm_80")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import lamp_compile
+from lamp_compile.runtime import kernel_notes
 from tests.huggingface import reference
 from tests.tolerances import TIPPED
 
@@ -36,6 +37,9 @@ def test_decoding_is_one_captured_graph(on_device: Any, ids: Tensor, greedy: dic
     wanted = lamp_compile.compile(on_device, mode="eager").generate(ids.cuda(), **greedy)
     agreement = [float((fast.generate(ids.cuda(), **greedy) == wanted).float().mean()) for _ in range(3)]
     assert min(agreement) > 0.95
+    report = fast.lamp.report()
+    assert "lamp.fused_attention" in report.after
+    assert not [note for note in report.notes if note.startswith(kernel_notes.START)]
     assert counters["stats"]["unique_graphs"] == 1
     assert counters["inductor"]["cudagraph_skips"] == 0
 

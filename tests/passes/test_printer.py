@@ -30,14 +30,14 @@ scaled_dot_product_attention: float32[2, 4, 40, 16] =
         self.assertExpectedInline(
             self.report().after,
             """\
-planes: (uint8[2, 2, 1, 128, 8], uint8[2, 2, 1, 128, 8], float16[2, 2, 128], uint8[2, 2, 1, 8, 128],
-    uint8[2, 2, 1, 8, 128], float16[2, 2, 128]) =
+planes: (uint8[2, 2, 2, 32, 8], uint8[2, 2, 2, 32, 8], float16[2, 2, 64], uint8[2, 2, 2, 8, 32], uint8[2, 2,
+    2, 8, 32], float16[2, 2, 64]) =
     lamp.quantize(k=select, v=select_1)
-    k_format=nested8 v_format=nested8 rotation=hadamard tile=128
-importance: float32[2, 2, 40, 4] =
+    k_format=nested8 v_format=nested8 rotation=hadamard tile=32
+importance: float32[2, 2, 40, 2] =
     lamp.look_ahead(q=transpose, k_high=planes.0, k_scale=planes.2)
     causal=top_left keys=40 k_format=nested8 rotation=hadamard rule=energy query_bits=8 subtile=32
-levels: uint8[2, 2, 40, 4] =
+levels: uint8[2, 2, 40, 2] =
     lamp.select(importance=importance, tau=b_lamp_layers_0_tau, floor=b_lamp_layers_0_floor,
         state=b_lamp_layers_0_state)
     exact=True

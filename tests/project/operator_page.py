@@ -7,17 +7,17 @@ import sys
 import textwrap
 from pathlib import Path
 
-from lamp_compile.runtime import ops
+from lamp_compile.runtime import fused_ops, ops
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "operators.md"
 
 HEAD = """\
 # Operators
 
-Generated from `lamp_compile/runtime/ops.py` (`make golden`). What each operator computes is defined by
-`lamp_compile/runtime/reference.py` and explained in [concepts](concepts.md). Importing
-`lamp_compile.runtime.ops` registers them; a saved program that contains them needs that import before it is
-loaded.
+Generated from `lamp_compile/runtime/ops.py` and `fused_ops.py` (`make golden`). What each operator computes is
+defined by `lamp_compile/runtime/reference.py` and explained in [concepts](concepts.md). Importing
+`lamp_compile.runtime.fused_ops` registers all of them; a saved program that contains them needs that import
+before it is loaded.
 
 Shapes: B batch, H query heads, G kv heads, S queries, N keys, D head size, Dv value size; storage tiles of
 `tile` keys (P of them), sub-tiles of `subtile` keys (T of them). Planes: `k_*` `[B, G, P, tile, width]`, `v_*`
@@ -56,13 +56,19 @@ ABOUT = {
     "attend": """Attention at these precisions: output `[B, H, S, Dv]`, natural log-sum-exp `[B, H, S]`, certificate
         `[B, H, S, 3]`.""",
     "guard": "Certificate against budget: new state and statistics.",
+    "append": """New rows `k` `[B, G, n, D]`, `v` `[B, G, n, Dv]` into the planes, in place: row i of sequence b goes
+        to position `positions[b] + i`. `positions` is int64 `[B]` or `[1]`; a sequence with a position below 0 takes
+        nothing. One launch where [kernels](kernels.md) apply.""",
+    "fused_attention": """`look_ahead`, `select`, `attend` and `guard` over a cache in one; gives the output and writes
+        the guard's state and statistics in place. It stands in rewritten graphs where [kernels](kernels.md) apply;
+        called anywhere else it runs the reference.""",
 }
 
 
 def page() -> str:
     """The page as it should be."""
     parts = [HEAD]
-    for name, schema in ops.SCHEMAS.items():
+    for name, schema in {**ops.SCHEMAS, **fused_ops.SCHEMAS}.items():
         inner, result = re.fullmatch(r"\((.*)\) -> (.*)", schema, re.DOTALL).groups()  # type: ignore[union-attr]
         about = textwrap.fill(" ".join(ABOUT[name].split()), 116)
         whole = re.sub(r"(?<=\w)(\??) (?=\w)", "\\1\N{NO-BREAK SPACE}", inner)  # lines break at commas only

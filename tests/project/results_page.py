@@ -1,4 +1,7 @@
-"""docs/quality.md and the README's table, from benchmarks/results: ``python -m tests.project.results_page --write``."""
+"""docs/quality.md and the tables of docs/kernels.md and the README, from benchmarks/results.
+
+``python -m tests.project.results_page --write`` writes them.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.project import decode_page
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGE, README = ROOT / "docs" / "quality.md", ROOT / "README.md"
+PAGE, KERNELS, README = ROOT / "docs" / "quality.md", ROOT / "docs" / "kernels.md", ROOT / "README.md"
 BEGIN, END = "<!-- quality table: make golden -->", "<!-- end -->"
 
 SHORT = [
@@ -105,11 +110,16 @@ def page() -> str:
 
 
 def readme() -> str:
-    """The README with its table renewed."""
-    text = README.read_text(encoding="utf-8")
+    """The README with its tables renewed."""
+    text = decode_page.filled(README.read_text(encoding="utf-8"), decode_page.readme(RESULTS))
     return re.sub(
         f"(?<={re.escape(BEGIN)}\n).*?(?={re.escape(END)})", lambda _: short_table(latest()[1]), text, flags=re.DOTALL
     )
+
+
+def kernels() -> str:
+    """docs/kernels.md with its table renewed."""
+    return decode_page.filled(KERNELS.read_text(encoding="utf-8"), decode_page.page(RESULTS))
 
 
 def _words(row: dict[str, Any]) -> str:
@@ -126,5 +136,6 @@ if __name__ == "__main__":
     if "--write" in sys.argv:
         PAGE.write_text(page(), encoding="utf-8")
         README.write_text(readme(), encoding="utf-8")
+        KERNELS.write_text(kernels(), encoding="utf-8")
     else:
         sys.stdout.write(page())

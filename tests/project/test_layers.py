@@ -50,14 +50,21 @@ def test_plugins_stand_alone(folder: str) -> None:
         assert not others, f"{path.name} imports {others}"
 
 
-@pytest.mark.parametrize(("folder", "above"), [("runtime/formats", "runtime"), ("passes/patterns", "passes")])
-def test_inner_folders_know_nothing_of_their_users(folder: str, above: str) -> None:
-    """Formats import no other part of the runtime, patterns none of the passes."""
+@pytest.mark.parametrize(
+    ("folder", "above", "allowed"),
+    [
+        ("runtime/formats", "runtime", set()),
+        ("runtime/kernels", "runtime", {"lamp_compile.runtime.rotation"}),
+        ("passes/patterns", "passes", set()),
+    ],
+)
+def test_inner_folders_know_nothing_of_their_users(folder: str, above: str, allowed: set[str]) -> None:
+    """Formats import no other part of the runtime, kernels only the rotation's matrix, patterns none of the passes."""
     package = "lamp_compile." + folder.replace("/", ".")
     for path in sorted((PACKAGE / folder).glob("*.py")):
         outside = {
             name
-            for name in imports(path.read_text(), package)
+            for name in imports(path.read_text(), package) - allowed
             if name.startswith(f"lamp_compile.{above}.") and not f"{name}.".startswith(f"{package}.")
         }
         assert not outside, f"{path.name} imports {outside}"
@@ -67,6 +74,18 @@ def test_runtime_never_imports_passes() -> None:
     """A compiled model runs without the compiler: in a fresh interpreter the operators load no pass."""
     code = (
         "import sys, lamp_compile.runtime.ops as _\nassert not [m for m in sys.modules if 'lamp_compile.passes' in m]"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_all_but_the_kernels_works_without_triton() -> None:
+    code = (
+        "import sys\nsys.modules['triton'] = None\n"
+        "import torch, lamp_compile.runtime.fused_ops as _\nfrom lamp_compile.runtime import kernels\n"
+        "assert kernels.why_not_device('cuda') == 'triton is not installed'\n"
+        "assert 'CUDA' in kernels.why_not_device('cpu')\n"
+        "assert torch.ops.lamp.fused_attention and torch.ops.lamp.append\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

@@ -60,7 +60,7 @@ def test_metadata(wheel: Path) -> None:
     text = archive.read(metadata).decode()
     assert "License-Expression: Apache-2.0" in text
     assert "Requires-Python: <3.14,>=3.11" in text
-    for extra in ("hf", "onnx-cpu", "onnx-cuda", "dev", "all"):
+    for extra in ("hf", "kernels", "onnx-cpu", "onnx-cuda", "dev", "all"):
         assert f"Provides-Extra: {extra}\n" in text
     assert any(name.endswith("licenses/LICENSE") for name in archive.namelist())
 

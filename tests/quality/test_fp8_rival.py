@@ -52,24 +52,10 @@ def test_every_configuration_compiles_for_hopper(root):
         assert "0 slow loads" in line, line
 
 
-def repair_interpreter() -> None:
-    """numpy 2.4 turns no array of one element into an index."""
-    from triton.runtime import interpreter
-
-    patched = interpreter._patch_lang_tensor
-
-    def with_index(tensor, scope):
-        patched(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = with_index
-
-
 def interpret() -> None:
     """Print way and error of every case."""
     from _fp8_decode import Config, Decode, Stored
 
-    repair_interpreter()
     torch.manual_seed(0)
     for batch, kv_heads, group, keys, dim, length in CASES.values():
         q = torch.randn(batch, kv_heads * group, 1, dim).bfloat16()
@@ -93,7 +79,6 @@ def tune() -> None:
     import _rivals
     from _planes import Case, Shape, make
 
-    repair_interpreter()
     inputs = make(Case(2, 256), Shape(1, 2, 64), torch.device("cpu"))
     row = _rivals.tuned_fp8([inputs, inputs.copy()], 1, _rivals.references(inputs), units=2)
     print(row["config"], row["error"], len(row["tried_ms"]))

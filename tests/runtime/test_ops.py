@@ -64,7 +64,7 @@ def test_opcheck(name: str) -> None:
 
 
 @pytest.mark.parametrize("fmt", ["nested8", "int8", "fp8", "bf16", "fp16"])
-@pytest.mark.parametrize("tile", [0, 64, 128])
+@pytest.mark.parametrize("tile", [0, 32, 64, 128])
 def test_fake_shapes_of_quantize_are_the_real_ones(fmt: str, tile: int) -> None:
     (k, v), real = planes(k_format=fmt, v_format=fmt, tile=tile)
     with torch._subclasses.FakeTensorMode() as mode:

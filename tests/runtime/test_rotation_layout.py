@@ -46,7 +46,7 @@ def test_unknown_rotation() -> None:
         rotation.rotate(torch.zeros(1, 64), "givens")
 
 
-@pytest.mark.parametrize("tile", [64, 128])
+@pytest.mark.parametrize("tile", [32, 64, 128])
 @pytest.mark.parametrize("keys", [1, 63, 64, 65, 300])
 def test_tiles_hold_the_rows_in_order(tile: int, keys: int) -> None:
     x = torch.arange(2 * 3 * keys * 8).reshape(2, 3, keys, 8)

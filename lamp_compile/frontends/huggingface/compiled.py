@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lamp_compile.errors import InputError, ModelError
 from lamp_compile.frontends import switch
 from lamp_compile.frontends.huggingface.many import ManyPrompts, sizes_for, stop_tokens, streams_of
+from lamp_compile.frontends.huggingface.notes import notes_for
 from lamp_compile.frontends.huggingface.sampling import Sampling
 from lamp_compile.frontends.huggingface.sites import ProbedSite
 from lamp_compile.frontends.huggingface.slots import make_slots, positions_for
@@ -175,7 +176,7 @@ class Lamp:
             plan=self.plan,
             rewritten=tuple(site.name for site in self._sites if site.name in rewritten),
             backend=f"transformers generate, {self.mode}",
-            notes=_notes(self._sites),
+            notes=notes_for(self.spec, self._sites, getattr(self.backend, "reports", ())),
             before=graphs[0].before if graphs else "",
             after=graphs[0].after if graphs else "",
         )
@@ -328,15 +329,3 @@ def summary(site: ProbedSite) -> SiteSummary:
         site.name, "huggingface", site.heads, site.kv_heads, site.head_dim, site.value_dim,
         str(site.dtype).removeprefix("torch."), site.features,
     )  # fmt: skip
-
-
-def _notes(sites: tuple[ProbedSite, ...]) -> tuple[str, ...]:
-    notes = [
-        "torch.compile(model, backend='lamp').generate(...) compiles nothing: generate belongs to the model inside; "
-        "lamp_compile.compile(model).generate(...) does",
-        "without the cache made here decoding gains nothing: keys and values would be quantised anew at every step",
-        "prefill reads the planes too, so it follows the same numbers as decoding",
-    ]
-    if any(feature.startswith("window") for site in sites for feature in site.features):
-        notes.append("sliding-window layers store all keys; the mask keeps to the window")
-    return tuple(notes)

@@ -1,0 +1,44 @@
+"""What the report of a compiled transformers model says besides its sites."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from lamp_compile.frontends.huggingface.sites import ProbedSite
+from lamp_compile.report import Report
+from lamp_compile.runtime import kernel_notes
+from lamp_compile.runtime.kv_cache import CacheSpec
+
+ALWAYS = (
+    "torch.compile(model, backend='lamp').generate(...) compiles nothing: generate belongs to the model inside; "
+    "lamp_compile.compile(model).generate(...) does",
+    "without the cache made here decoding gains nothing: keys and values would be quantised anew at every step",
+    "prefill reads the planes too, so it follows the same numbers as decoding",
+)
+WINDOWS = "sliding-window layers store all keys; the mask keeps to the window"
+
+
+def notes_for(spec: CacheSpec, sites: tuple[ProbedSite, ...], graphs: Iterable[Report]) -> tuple[str, ...]:
+    """Notes of a model: what is always so, sliding windows, and the sites on a GPU that no kernel serves.
+
+    Args:
+        spec: What a cache of the model is made of.
+        sites: What the probe saw.
+        graphs: Reports of the graphs compiled so far, which know more of the calls.
+    """
+    notes = list(ALWAYS)
+    if any(feature.startswith("window") for site in sites for feature in site.features):
+        notes.append(WINDOWS)
+    notes += kernel_notes.notes({site.name: _why_no_kernel(spec, site) for site in sites})
+    notes += [note for report in graphs for note in report.notes if note.startswith(kernel_notes.START)]
+    return tuple(dict.fromkeys(notes))
+
+
+def _why_no_kernel(spec: CacheSpec, site: ProbedSite) -> str | None:
+    layer = spec.layers[site.layer]
+    if layer is None or not kernel_notes.expected_on(site.device):
+        return None
+    q = torch.empty(0, site.heads, 1, site.head_dim, dtype=site.dtype, device=site.device)
+    return kernel_notes.why_not_plan(layer.plan, q, site.kv_heads, site.value_dim)
