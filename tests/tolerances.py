@@ -88,16 +88,11 @@ class Limit(NamedTuple):
 KERNELS = {
     "lse": Limit(1e-5, "absolute; integer products are exact, the rest is float32 at log-sum-exps of up to 40"),
     "rows": Limit(4e-2, "a row of cold sub-tiles: int8 softmax weights, 0.3 steps rms of 127, where few keys matter"),
-    "output": Limit(1e-2, "all rows together, cold sub-tiles among them: the same, independent between rows"),
+    "output": Limit(1.5e-2, "all rows together, cold sub-tiles among them: the same, independent between rows"),
     "refined": Limit(2e-4, "every sub-tile refined: softmax weights of 15 bits, 0.3 steps rms of 2^14"),
     "truth": Limit(1.06, "error against float64 over the reference's: 0.5 % of the output joins 5 % in squares"),
     "understated": Limit(0.9, "certificate over the reference's: it may only be larger, but for float32"),
-    "scores": Limit(3.5, "cold keys count with the largest key scale: (max over rms of scales)^2"),
-    "values": Limit(5.0, "cold keys count with the largest value scale of their sub-tile, and 3 % for int8 weights"),
-    "product": Limit(12.0, "both of these at once"),
-    "shared": Limit(1e-4, "the kernel's guard in float32 against the reference's from the same certificate"),
-    "drift": Limit(0.02, "mean signed error of cold diffuse attention, relative; 5 standard errors of the sample"),
-    
-    "bytes": Limit(2e-3, "share of stored bytes one step away: sums in another order tip what is near a middle"),
+    "overstated": Limit(3.0, "error estimate over the reference's: cold keys count with the largest scale, normal rows vary"),
+    "guard": Limit(1e-4, "the guard's mean error in float32, from the same certificate"),
 }
 """Kernels against the reference with the same decisions (``tests/kernels``)."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lamp_compile.ir import Precision
+from lamp_compile.runtime import certificate
 from tests.kernels import calls
 from tests.tolerances import ARITHMETIC, KERNELS
 
@@ -114,25 +115,24 @@ def check(call: calls.Call, device: torch.device) -> calls.Outcome:
     assert calls.worst(got.out, wanted.out) <= KERNELS["rows" if cold else "refined"].bound + rounding
     assert calls.whole(got.out, wanted.out) <= KERNELS["output" if cold else "refined"].bound + rounding
     assert calls.whole(got.out, exact) <= KERNELS["truth"].bound * calls.whole(wanted.out, exact)
-    check_certificate(call, got, wanted, seen)
+    check_certificate(got, wanted, seen)
     check_guard(call, got, levels)
     assert torch.equal(got.stats, wanted.stats)
     return got
 
 
-def check_certificate(call, got, wanted, seen) -> None:
-    """Where tokens share decisions the reference's is taken with the same decisions, so it is comparable too."""
-    ratio = got.certificate[seen] / wanted.certificate[seen]
-    if ratio.numel():
-        assert float(ratio.min()) >= KERNELS["understated"].bound
-        for index, name in enumerate(("scores", "values", "product")):
-            assert float(ratio[:, index].max()) <= KERNELS[name].bound, name
+def check_certificate(got, wanted, seen) -> None:
+    """Each of the three sums is at least the reference's, and what they add up to not much more."""
+    if seen.any():
+        assert float((got.certificate / wanted.certificate)[seen].min()) >= KERNELS["understated"].bound
+        ratio = certificate.estimate(got.out, got.certificate) / certificate.estimate(wanted.out, wanted.certificate)
+        assert float(ratio[seen].max()) <= KERNELS["overstated"].bound
 
 
 def check_guard(call, got, levels) -> None:
     """The guard's own step, taken from what the kernel certified."""
     state, stats = calls.guarded(call, got.out, got.lse, got.certificate, levels)
-    error = ARITHMETIC[call.q.dtype].relative + KERNELS["shared"].bound
+    error = ARITHMETIC[call.q.dtype].relative + KERNELS["guard"].bound
     torch.testing.assert_close(got.state, state, rtol=error, atol=0)
     assert torch.equal(got.stats, stats)
 
@@ -147,7 +147,7 @@ def test_kernels_do_what_the_reference_does(name, device):
 def test_what_the_reference_refines_is_refined(rule, tokens, device):
     """Exactly that for a single token, but for strict, whose factor 1 - z kernels leave out; for several tokens, which
     decide together, at least that."""
-    call = calls.make(1, rule=rule, tokens=tokens, causal="bottom_right", share=0.15, sharpness=1.5)
+    call = calls.make(1, rule=rule, tokens=tokens, causal="bottom_right", share=0.2, sharpness=1.5, keys=230)
     own = calls.levels_of(call, kernels=False)
     ours = calls.levels_of(call, calls.decided_together(call, device))
     assert not ((own == Precision.BOTH) & (ours != Precision.BOTH)).any()
