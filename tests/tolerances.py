@@ -92,7 +92,10 @@ KERNELS = {
     "refined": Limit(2e-4, "every sub-tile refined: softmax weights of 15 bits, 0.3 steps rms of 2^14"),
     "truth": Limit(1.06, "error against float64 over the reference's: 0.5 % of the output joins 5 % in squares"),
     "understated": Limit(0.9, "certificate over the reference's: it may only be larger, but for float32"),
-    "overstated": Limit(3.0, "error estimate over the reference's: cold keys count with the largest scale, normal rows vary"),
+    "overstated": Limit(4.0, "error estimate over the reference's: cold keys count with the largest scale, and rows vary"),
     "guard": Limit(1e-4, "the guard's mean error in float32, from the same certificate"),
+    "drift": Limit(0.15, "mean signed error of cold diffuse attention in steps of both planes: 4 standard errors"),
+    "planted": Limit(0.35, "the same where the high plane is read as 16 hi: lo averages half a step"),
+    "bytes": Limit(2e-3, "share of stored bytes one step away: sums in another order tip what is near a middle"),
 }
 """Kernels against the reference with the same decisions (``tests/kernels``)."""

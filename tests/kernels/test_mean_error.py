@@ -25,8 +25,12 @@ DIFFUSE, USUAL = 0.05, 1.0
 
 @cache
 def case(keys: int, sharpness: float, kind: str) -> calls.Call:
-    """Nothing refined, 64 rows."""
-    return calls.make(keys=keys, batch=2, heads=32, kv_heads=4, sharpness=sharpness, rotation=kind, tau=calls.COLD)
+    """Nothing refined, 64 rows; long ones in few steps, for the interpreter's sake."""
+    subtile = 32 if keys <= 1024 else 128
+    return calls.make(
+        keys=keys, heads=32, kv_heads=2, sharpness=sharpness, rotation=kind, tau=calls.COLD, tile=subtile,
+        subtile=subtile,
+    )  # fmt: skip
 
 
 def drift(call: calls.Call, out: Tensor, lse: Tensor) -> tuple[float, float]:
