@@ -71,7 +71,7 @@ def test_the_measure_sees_a_missing_correction(monkeypatch):
 
 def test_the_kernels_are_far_from_a_missing_correction(device, monkeypatch):
     """A kernel without the correction would be as near to that reference as this one is to the right one."""
-    call = case(4096, DIFFUSE, "none")
+    call = case(1024, DIFFUSE, "none")
     got, levels = calls.by_kernels(call, device), calls.levels_of(call)
     right = calls.whole(got.out, calls.by_reference(call, levels).out)
     monkeypatch.setattr(nested8, "HIGH_OFFSET", 0.0)
