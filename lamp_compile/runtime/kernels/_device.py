@@ -46,31 +46,63 @@ def lower_nibbles(x, ASM: tl.constexpr):
 
 
 @triton.jit
-def upper_bytes(high, low, ASM: tl.constexpr):
-    """q + 8 of the upper nibbles of both planes: 16 hi, and lo + 8 in its low bits."""
+def lower_nibbles16(x, ASM: tl.constexpr):
+    """16 * (lower nibble) as int8."""
     if ASM:
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 t; shr.u32 t, $2, 4; lop3.b32 t, $1, t, 0xF0F0F0F0, 0xE4; xor.b32 $0, t, 0x08080808; }",
-            "=r,r,r", [high, low], dtype=tl.int8, is_pure=True, pack=4,
+            "{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xF0F0F0F0; }",
+            "=r,r", [x], dtype=tl.int8, is_pure=True, pack=4,
         )  # fmt: skip
-    return ((high & 0xF0) | (((low >> 4) & 0x0F) ^ 0x08)).to(tl.int8, bitcast=True)
+    return ((x << 4) & 0xF0).to(tl.int8, bitcast=True)
 
 
 @triton.jit
-def lower_bytes(high, low, ASM: tl.constexpr):
-    """q + 8 of the lower nibbles of both planes."""
+def upper_nibbles8(x, ASM: tl.constexpr):
+    """(upper nibble) + 8 as int8."""
     if ASM:
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 t; shl.b32 t, $1, 4; lop3.b32 t, t, $2, 0xF0F0F0F0, 0xE4; xor.b32 $0, t, 0x08080808; }",
-            "=r,r,r", [high, low], dtype=tl.int8, is_pure=True, pack=4,
+            "{ .reg .b32 t; shr.u32 t, $1, 4; lop3.b32 $0, t, 0x0F0F0F0F, 0x08080808, 0x6A; }",
+            "=r,r", [x], dtype=tl.int8, is_pure=True, pack=4,
         )  # fmt: skip
-    return (((high << 4) & 0xF0) | ((low & 0x0F) ^ 0x08)).to(tl.int8, bitcast=True)
+    return (((x >> 4) & 0x0F) ^ 0x08).to(tl.int8, bitcast=True)
+
+
+@triton.jit
+def wait_for_launch(PDL: tl.constexpr):
+    """Programmatic dependent launch: this program may have started before the launch ahead of it was done; wait for
+    that here, and let the next launch start the same way."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
 def round_even(x):
     """To the nearest whole number, ties to even, for |x| < 2^22."""
     return (x + MAGIC) - MAGIC
+
+
+@triton.jit
+def rotated(x, SIGNS, root, HALF: tl.constexpr, HP: tl.constexpr, PARTS: tl.constexpr):
+    """Rows ``[n, 2 * HP]`` times the rotation -> (first, second half of the channels ``[n, HP]``).
+
+    SIGNS float16 ``[D, D]`` is the rotation times sqrt(D) = 1 / root: 1 and -1, so that products are exact. Rows are
+    brought to [1, 2) by a power of two and split into PARTS halves of float16: one holds bfloat16, two float32.
+    """
+    channels, half = tl.arange(0, 2 * HP), tl.arange(0, HP)
+    inside = (channels < 2 * HALF)[:, None] & (half < HALF)[None, :]
+    at = SIGNS + channels[:, None] * (2 * HALF) + half[None, :]
+    first, second = tl.load(at, mask=inside, other=0.0), tl.load(at + HALF, mask=inside, other=0.0)
+    power = tl.max(tl.abs(x), 1).to(tl.int32, bitcast=True) & 0x7F800000
+    power = tl.where((power > 0) & (power < 0x7F000000), power, 0x3F800000)
+    x = x * (0x7F000000 - power).to(tl.float32, bitcast=True)[:, None]
+    high = x.to(tl.float16)
+    upper, lower = tl.dot(high, first), tl.dot(high, second)
+    if PARTS == 2:
+        low = (x - high.to(tl.float32)).to(tl.float16)
+        upper, lower = tl.dot(low, first, upper), tl.dot(low, second, lower)
+    back = (power.to(tl.float32, bitcast=True) * root)[:, None]
+    return upper * back, lower * back
 
 
 @triton.jit

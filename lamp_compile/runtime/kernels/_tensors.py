@@ -13,10 +13,14 @@ from lamp_compile.runtime import rotation
 
 @cache
 def signs(dim: int, device: torch.device) -> Tensor:
-    """The rotation times sqrt(D): a matrix of 1 and -1, int8 ``[D, D]``."""
+    """The rotation times sqrt(D): a matrix of 1 and -1, float16 ``[D, D]``."""
     with torch.inference_mode(False):
-        made = torch.from_numpy(rotation.sign_matrix(dim))
-        return made.to(device).contiguous()
+        return torch.from_numpy(rotation.sign_matrix(dim)).to(device=device, dtype=torch.float16).contiguous()
+
+
+def parts(x: Tensor, balance: Tensor | None) -> int:
+    """Halves of float16 that hold a row of x, balanced or not (``_device.rotated``)."""
+    return 1 if x.dtype == torch.bfloat16 and balance is None else 2
 
 
 def padded_half(half: int) -> int:

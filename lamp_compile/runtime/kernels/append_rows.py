@@ -6,9 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lamp_compile.runtime.kernels._device import round_even
-from lamp_compile.runtime.kernels._tensors import padded_half, row_step, sequence_step, signs
-from lamp_compile.runtime.kernels.targets import target_of
+from lamp_compile.runtime.kernels._device import rotated, round_even
+from lamp_compile.runtime.kernels._tensors import padded_half, parts, row_step, sequence_step, signs
 
 ROWS = 16
 """Rows of one program: what a matrix instruction takes."""
@@ -16,7 +15,7 @@ ROWS = 16
 
 @triton.jit
 def nested_rows(source, channels_step, valid, DIVISOR, SIGNS, root, HALF: tl.constexpr, HP: tl.constexpr,
-                ROWS: tl.constexpr, ROTATE: tl.constexpr, DIVIDED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                ROWS: tl.constexpr, ROTATE: tl.constexpr, DIVIDED: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
     """Rows at ``source`` ``[ROWS]`` -> (high bytes, residual bytes ``[ROWS, HP]``, scale ``[ROWS]``)."""
     half = tl.arange(0, HP)
     if ROTATE:
@@ -26,10 +25,7 @@ def nested_rows(source, channels_step, valid, DIVISOR, SIGNS, root, HALF: tl.con
         if DIVIDED:
             divisor = tl.load(DIVISOR + channels, mask=channels < 2 * HALF, other=1.0)
             x = tl.div_rn(x, tl.broadcast_to(divisor[None, :], x.shape))
-        inside = (channels < 2 * HALF)[:, None] & (half < HALF)[None, :]
-        at = SIGNS + channels[:, None] * (2 * HALF) + half[None, :]
-        upper = tl.dot(x, tl.load(at, mask=inside, other=0).to(tl.float32), input_precision=PRECISION) * root
-        lower = tl.dot(x, tl.load(at + HALF, mask=inside, other=0).to(tl.float32), input_precision=PRECISION) * root
+        upper, lower = rotated(x, SIGNS, root, HALF, HP, PARTS)
     else:
         mask = valid[:, None] & (half < HALF)[None, :]
         at = source[:, None] + half[None, :] * channels_step
@@ -62,7 +58,7 @@ def append_rows(
     plane_keys, root_k, root_v,
     HALF_K: tl.constexpr, HP_K: tl.constexpr, HALF_V: tl.constexpr, HP_V: tl.constexpr, TILE: tl.constexpr,
     ROWS: tl.constexpr, ROTATE: tl.constexpr, BALANCED: tl.constexpr, SHARED: tl.constexpr, PAGED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """K ``[B, G, n, D]`` (third grid axis 0) or V (axis 1): rows of several sequences and tokens for one kv head."""
     g, values = tl.program_id(1), tl.program_id(2)
@@ -94,7 +90,7 @@ def append_rows(
         if BALANCED:
             divisor += tl.max(b, 0) * balance_b + g * 2 * HALF_K
         high, residual, scale = nested_rows(
-            source, k_d, valid, divisor, SIGNS_K, root_k, HALF_K, HP_K, ROWS, ROTATE, BALANCED, PRECISION
+            source, k_d, valid, divisor, SIGNS_K, root_k, HALF_K, HP_K, ROWS, ROTATE, BALANCED, PARTS
         )
         half = tl.arange(0, HP_K)
         target = ((plane + at) * HALF_K)[:, None] + half[None, :]
@@ -105,7 +101,7 @@ def append_rows(
     else:
         source = V + b.to(tl.int64) * v_b + g.to(tl.int64) * v_g + token.to(tl.int64) * v_n
         high, residual, scale = nested_rows(
-            source, v_d, valid, BALANCE, SIGNS_V, root_v, HALF_V, HP_V, ROWS, ROTATE, False, PRECISION
+            source, v_d, valid, BALANCE, SIGNS_V, root_v, HALF_V, HP_V, ROWS, ROTATE, False, PARTS
         )
         half = tl.arange(0, HP_V)
         target = (plane * HALF_V + at // TILE * (TILE * HALF_V) + at % TILE)[:, None] + half[None, :] * TILE
@@ -134,7 +130,7 @@ def append(
         head_dim**-0.5, (2 * half_v) ** -0.5,
         HALF_K=half_k, HP_K=padded_half(half_k), HALF_V=half_v, HP_V=padded_half(half_v), TILE=tile, ROWS=ROWS,
         ROTATE=rotate, BALANCED=balance is not None, SHARED=shared, PAGED=table is not None,
-        PRECISION=target_of(k.device).precision, num_warps=4,
+        PARTS=parts(k, balance), num_warps=4,
     )  # fmt: skip
 
 

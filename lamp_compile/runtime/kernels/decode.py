@@ -13,6 +13,7 @@ from torch import Tensor
 from lamp_compile.runtime.kernels._tensors import (
     broadcast_steps,
     padded_half,
+    parts,
     per_head_step,
     row_step,
     sequence_step,
@@ -24,7 +25,7 @@ from lamp_compile.runtime.kernels.prepare_query import prepare_query
 from lamp_compile.runtime.kernels.refine import refine
 from lamp_compile.runtime.kernels.targets import Cut, Target, cut, target_of
 
-FIELDS = 13
+FIELDS = 11
 """Numbers per partial result and row; ``refine`` lists them."""
 RULES = {"energy": 0, "lamp_strict": 1, "lamp_relaxed": 2}
 CAUSAL = {"": 0, "top_left": 1, "bottom_right": 2}
@@ -68,6 +69,10 @@ class _Call:
     @property
     def rotates(self) -> bool:
         return bool(self.options["rotation"] != "none")
+
+    def dependent(self) -> dict[str, bool]:
+        """Of all launches but the first: they may begin while the one ahead ends (``_device.wait_for_launch``)."""
+        return {"PDL": True, "launch_pdl": True} if self.target.pdl and self.cut.launch.pdl else {"PDL": False}
 
     def signs(self, dim: int) -> Tensor:
         """The rotation, or a tensor that nobody reads."""
@@ -139,7 +144,7 @@ def decode(
     guard_step[(call.heads,)](
         evidence, counts, state, stats, floor, budget, per_head_step(floor), per_head_step(budget),
         planes[0].shape[1], rows, call.cut.blocks, options["guard_window"], options["guard_hold"],
-        options["hysteresis"], ROWS=min(1024, triton.next_power_of_2(rows)), num_warps=1,
+        options["hysteresis"], ROWS=min(512, triton.next_power_of_2(rows)), **call.dependent(), num_warps=1,
     )  # fmt: skip
     return Result(out, lse, certificate)
 
@@ -148,6 +153,7 @@ def _attend_block(call: _Call, first_block: int, blocks: int, results: tuple[Ten
     """Four launches for some blocks of rows."""
     cut, q, planes, launch = call.cut, call.q, call.planes, call.cut.launch
     tau, floor, _, state, _ = call.hot
+    out, lse, certificate, evidence, counts = results
     mask, bias, sinks, start, lengths, table = call.seen
     grid = (call.heads, blocks)
     half_k, value_dim = planes[0].shape[4], 2 * planes[3].shape[3]
@@ -164,24 +170,24 @@ def _attend_block(call: _Call, first_block: int, blocks: int, results: tuple[Ten
         q, call.balance, call.signs(q.shape[-1]), q8, rowinfo, *q.stride()[:3],
         0 if call.balance is None or call.balance.dim() == 2 else row_step(call.balance),
         root=q.shape[-1] ** -0.5, **rows, HALF=half_k, HP=padded_half(half_k), ROTATE=call.rotates,
-        BALANCED=call.balance is not None, PRECISION=call.target.precision, num_warps=4,
+        BALANCED=call.balance is not None, PARTS=parts(q, call.balance), PDL=call.dependent()["PDL"], num_warps=4,
     )  # fmt: skip
     look_ahead[(cut.splits, *grid)](
         q8, rowinfo, planes[0], planes[2], planes[3], planes[5], tau, floor, state, mask, bias, start, lengths, table,
-        partial, meta, energy, other, peak, **keys, **rows, **sums, num_warps=launch.warps, num_stages=launch.stages,
+        partial, meta, energy, other, peak, **keys, **rows, **sums, **call.dependent(), num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     splits_p2 = triton.next_power_of_2(cut.splits)
     refine[(cut.segments, *grid)](
         q8, rowinfo, *planes, tau, floor, state, sinks, mask, bias, start, lengths, table, partial, meta, energy,
         other, peak, **keys, **rows, **sums, segments=cut.segments, SPLITS_P2=splits_p2, SEGMENT=cut.segment,
-        HAS_SINKS=sinks is not None, num_warps=launch.refine_warps, num_stages=launch.refine_stages,
+        HAS_SINKS=sinks is not None, **call.dependent(), num_warps=launch.refine_warps, num_stages=launch.refine_stages,
     )  # fmt: skip
-    out, lse, certificate, evidence, counts = results
     value_width = triton.next_power_of_2(value_dim)
     merge[(rows["GROUP"] * cut.tokens, *grid)](
         partial, meta, rowinfo, sinks, call.signs(value_dim), out, lse, certificate, evidence, counts[:, first_block:],
         heads=q.shape[1], all_blocks=cut.blocks, root=value_dim**-0.5, **rows, **sums, DIM=q.shape[-1],
-        VALUE_DIM=value_dim, VP=value_width, SPLITS_P2=splits_p2, SLOTS_P2=triton.next_power_of_2(cut.slots),
-        CHUNK=min(launch.merge_chunk, triton.next_power_of_2(cut.slots)), COLUMNS=min(value_width, 64),
-        ROTATE=call.rotates, HAS_SINKS=sinks is not None, num_warps=launch.merge_warps,
+        VALUE_DIM=value_dim, VP=value_width, SEGMENTS_P2=triton.next_power_of_2(cut.segments),
+        CHUNK=min(launch.merge_chunk, triton.next_power_of_2(cut.segments)), COLUMNS=min(value_width, 64),
+        ROTATE=call.rotates, HAS_SINKS=sinks is not None, **call.dependent(),
+        num_warps=launch.merge_warps,
     )  # fmt: skip

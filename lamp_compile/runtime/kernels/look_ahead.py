@@ -24,6 +24,7 @@ from lamp_compile.runtime.kernels._device import (
     tanh,
     to_columns,
     upper_nibbles,
+    wait_for_launch,
     weigh,
 )
 
@@ -117,7 +118,7 @@ def look_ahead(
     HP_K: tl.constexpr, HALF_V: tl.constexpr, HP_V: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr,
     RULE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_START: tl.constexpr, HAS_LENGTHS: tl.constexpr, PAGED: tl.constexpr, ASM: tl.constexpr,
-    FIELDS: tl.constexpr,
+    FIELDS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One split of the keys for one block of rows.
 
@@ -125,6 +126,7 @@ def look_ahead(
     sum of p times squared value scale, largest key scale, largest importance; ENERGY ``[.., subtiles, GP]`` log2 of each
     sub-tile's sqrt(sum p^2), PEAK ``[.., subtiles]`` its largest value scale.
     """
+    wait_for_launch(PDL)
     split, bg, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, g = bg // kv_heads, bg % kv_heads
     COLUMNS: tl.constexpr = PACK * GP

@@ -6,8 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lamp_compile.runtime.kernels._device import EMPTY, LOG2E
-from lamp_compile.runtime.kernels.refine import looked_ahead
+from lamp_compile.runtime.kernels._device import EMPTY, LOG2E, wait_for_launch
 
 PEAK_SQUARE = tl.constexpr(119.0 * 119.0 / 7.5)
 """Mean square of a stored row's channels in units of its scale (``formats._base.mean_square_of_peak``)."""
@@ -18,21 +17,23 @@ def merge(
     PARTIAL, META, ROWINFO, SINKS, SIGNS, OUT, LSE, CERTIFICATE, EVIDENCE, COUNTS,
     kv_heads, heads, queries, first_token, all_blocks, slots, splits, scale, root,
     GROUP: tl.constexpr, GP: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    VP: tl.constexpr, FIELDS: tl.constexpr, SPLITS_P2: tl.constexpr, SLOTS_P2: tl.constexpr, CHUNK: tl.constexpr,
-    COLUMNS: tl.constexpr, ROTATE: tl.constexpr, HAS_SINKS: tl.constexpr,
+    VP: tl.constexpr, FIELDS: tl.constexpr, SEGMENTS_P2: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr,
+    ROTATE: tl.constexpr, HAS_SINKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One row: OUT ``[B, H, S, Dv]``, LSE ``[B, H, S]`` (natural), CERTIFICATE ``[B, H, S, 3]``, EVIDENCE
     ``[B, H, S, 3]`` (live, squared relative error, not finite), COUNTS ``[B*G, blocks, 2]`` (live, refined)."""
+    wait_for_launch(PDL)
     row, bg, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, g = bg // kv_heads, bg % kv_heads
     head = g * GROUP + row % GROUP
     token = first_token + block * TOKENS + row // GROUP
     if token < queries:
         place = bg.to(tl.int64) * tl.num_programs(2) + block
-        slot = tl.arange(0, SLOTS_P2)
-        inside = slot < slots
-        hot = inside & (slot >= splits)
-        meta = META + (place * slots + slot) * FIELDS * GP + row
+        first_slot = place * slots + splits  # what the refinement left; it has taken in the look-ahead's results
+        segments = slots - splits
+        index = tl.arange(0, SEGMENTS_P2)
+        inside = index < segments
+        meta = META + (first_slot + index) * FIELDS * GP + row
         top = tl.load(meta, mask=inside, other=EMPTY)
         most = tl.max(top, 0)
         seen = most > EMPTY
@@ -40,7 +41,8 @@ def merge(
             sink = tl.load(SINKS + head).to(tl.float32) * LOG2E
             most = tl.where(seen, tl.maximum(most, sink), most)
         share = tl.exp2(top - most)
-        total = tl.sum(tl.load(meta + GP, mask=inside, other=0.0) * share, 0)
+        keys_total = tl.sum(tl.load(meta + GP, mask=inside, other=0.0) * share, 0)
+        total = keys_total
         if HAS_SINKS:
             total += tl.exp2(sink - most)
         # A NaN among the maxima is not seen by a maximum; it is by a sum.
@@ -49,11 +51,11 @@ def merge(
 
         columns = tl.arange(0, VP)
         x = tl.zeros((VP,), tl.float32)
-        for first in range(0, slots, CHUNK):
+        for first in range(0, segments, CHUNK):
             part = first + tl.arange(0, CHUNK)
-            there = part < slots
-            weight = tl.exp2(tl.load(META + (place * slots + part) * FIELDS * GP + row, mask=there, other=EMPTY) - most)
-            at = PARTIAL + ((place * slots + part) * GP + row)[:, None] * VALUE_DIM + columns[None, :]
+            there = part < segments
+            weight = tl.exp2(tl.load(META + (first_slot + part) * FIELDS * GP + row, mask=there, other=EMPTY) - most)
+            at = PARTIAL + ((first_slot + part) * GP + row)[:, None] * VALUE_DIM + columns[None, :]
             got = tl.load(at, mask=there[:, None] & (columns < VALUE_DIM)[None, :], other=0.0)
             x += tl.sum(got * weight[:, None], 0)
         x = tl.where(seen, x * inverse, 0.0)
@@ -70,36 +72,27 @@ def merge(
         else:
             tl.store(target + columns, x.to(OUT.dtype.element_ty), mask=columns < VALUE_DIM)
 
-        # Certificate: every sum in units of the final weights.
+        # Certificate: every sum in units of the final weights; the largest key scale stands for all keys.
         lse = most + tl.log2(total)
-        cold, _ = looked_ahead(META, SINKS, place, slots, splits, head + tl.zeros((GP,), tl.int32),
-                               tl.arange(0, GP) == row, GP, FIELDS, SPLITS_P2, HAS_SINKS)  # fmt: skip
-        cold = tl.max(tl.where(tl.arange(0, GP) == row, cold, float("-inf")), 0)
+        cold = tl.load(META + first_slot * FIELDS * GP + 4 * GP + row)
         old = tl.where(cold == float("-inf"), 0.0, tl.exp2(2.0 * (cold - lse)) * 256.0)
         one = tl.exp2(top - lse)
-        two = one * one
         step = tl.load(ROWINFO + place * 4 * GP + row)
         norm = tl.load(ROWINFO + (place * 4 + 2) * GP + row)
         rounding = tl.where(norm == 0.0, 0.0, step * step) * (DIM * PEAK_SQUARE)
-        looked = inside & (slot < splits)
-        k_most = tl.max(tl.load(meta + 3 * GP, mask=looked, other=0.0), 0)
-        k_most = k_most * k_most
-        cold_mass = tl.sum(tl.load(meta + GP, mask=inside, other=0.0) * one, 0)
-        cold_mass -= tl.sum(tl.load(meta + 3 * GP, mask=hot, other=0.0) * one, 0)
-        cold_value_mass = tl.sum(tl.load(meta + 2 * GP, mask=inside, other=0.0) * one, 0)
-        key_sum = tl.sum(tl.load(meta + 4 * GP, mask=hot, other=0.0) * one, 0) + k_most * tl.maximum(cold_mass, 0.0)
-        both_sum = tl.sum(tl.load(meta + 5 * GP, mask=hot, other=0.0) * one, 0)
-        both_sum += k_most * tl.maximum(cold_value_mass, 0.0)
-        cold_value = tl.sum(tl.load(meta + 10 * GP, mask=hot, other=0.0), 0) * old
-        keys = tl.sum(tl.load(meta + 6 * GP, mask=hot, other=0.0) * two, 0)
-        keys += tl.sum(tl.load(meta + 9 * GP, mask=hot, other=0.0), 0) * old * k_most
+        k_most = tl.max(tl.load(meta + 3 * GP, mask=inside, other=0.0), 0)
+        scores = scale * scale / 12.0 * (k_most * k_most)
+        value_mass = tl.maximum(tl.sum(tl.load(meta + 2 * GP, mask=inside, other=0.0) * one, 0), 0.0)
+        squares = tl.sum(tl.load(meta + 5 * GP, mask=inside, other=0.0) * one * one, 0)
+        squares += tl.sum(tl.load(meta + 7 * GP, mask=inside, other=0.0), 0) * old
+        hot_value = tl.sum(tl.load(meta + 6 * GP, mask=inside, other=0.0) * one * one, 0)
+        cold_value = tl.sum(tl.load(meta + 8 * GP, mask=inside, other=0.0), 0) * old
+        first_sum = scores * (norm * squares + rounding * tl.maximum(keys_total / total, 0.0))
         # The int8 softmax row of the look-ahead adds at most 3 % to the value error of its own sub-tile.
-        values = tl.sum(tl.load(meta + 7 * GP, mask=hot, other=0.0) * two, 0) + cold_value * 1.03
-        both = tl.sum(tl.load(meta + 8 * GP, mask=hot, other=0.0) * two, 0) + cold_value * k_most
-        scores = scale * scale / 12.0
-        first_sum = tl.where(seen, scores * (norm * keys + rounding * key_sum), 0.0)
-        second_sum = tl.where(seen, values * (VALUE_DIM / 12.0), 0.0)
-        third_sum = tl.where(seen, scores * (norm * both + rounding * both_sum) * (VALUE_DIM * PEAK_SQUARE), 0.0)
+        second_sum = (hot_value + cold_value * 1.03) * (VALUE_DIM / 12.0)
+        third_sum = scores * (norm * (hot_value + cold_value) + rounding * value_mass) * (VALUE_DIM * PEAK_SQUARE)
+        first_sum = tl.where(seen, first_sum, 0.0)
+        second_sum, third_sum = tl.where(seen, second_sum, 0.0), tl.where(seen, third_sum, 0.0)
         tl.store(LSE + place_out, tl.where(seen, lse * (1.0 / LOG2E), float("-inf")) + spoilt)
         tl.store(CERTIFICATE + place_out * 3, first_sum)
         tl.store(CERTIFICATE + place_out * 3 + 1, second_sum)
@@ -112,21 +105,19 @@ def merge(
         tl.store(EVIDENCE + place_out * 3 + 1, tl.where(counted, estimate / tl.maximum(square, 1.1754944e-38), 0.0))
         tl.store(EVIDENCE + place_out * 3 + 2, bad.to(tl.float32))
         if row == 0:
-            base = META + (place * slots + slot) * FIELDS * GP
-            live = tl.sum(tl.load(base + 11 * GP, mask=hot, other=0.0), 0)
-            refined = tl.sum(tl.load(base + 12 * GP, mask=hot, other=0.0), 0)
             counts = COUNTS + (bg.to(tl.int64) * all_blocks + block) * 2
-            tl.store(counts, live)
-            tl.store(counts + 1, refined)
+            tl.store(counts, tl.sum(tl.load(meta + 9 * GP, mask=inside, other=0.0), 0))
+            tl.store(counts + 1, tl.sum(tl.load(meta + 10 * GP, mask=inside, other=0.0), 0))
 
 
 @triton.jit
 def guard_step(
     EVIDENCE, COUNTS, STATE, STATS, FLOOR, BUDGET, floor_b, budget_b, kv_heads, rows, blocks, window, hold, hysteresis,
-    ROWS: tl.constexpr,
+    ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``runtime.guard.step`` for one sequence and kv head, in place. Its heads are neighbours, so EVIDENCE is read as
     ``[B*G, rows, 3]``; COUNTS ``[B*G, blocks, 2]``."""
+    wait_for_launch(PDL)
     bg = tl.program_id(0)
     b, g = bg // kv_heads, bg % kv_heads
     count = 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lamp_compile.runtime.kernels._device import round_even
+from lamp_compile.runtime.kernels._device import rotated, round_even
 
 
 @triton.jit
@@ -13,11 +13,14 @@ def prepare_query(
     Q, BALANCE, SIGNS, Q8, ROWINFO,
     stride_b, stride_h, stride_s, balance_b, kv_heads, queries, first_token, root,
     GROUP: tl.constexpr, GP: tl.constexpr, TOKENS: tl.constexpr, HALF: tl.constexpr, HP: tl.constexpr,
-    ROTATE: tl.constexpr, BALANCED: tl.constexpr, PRECISION: tl.constexpr,
+    ROTATE: tl.constexpr, BALANCED: tl.constexpr, PARTS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Q ``[B, H, S, D]`` -> Q8 int8 ``[B*G, blocks, GP, 2*HP]``, ROWINFO ``[B*G, blocks, 4, GP]``: rounding step,
-    sum of q8, squared norm of the prepared query, sum of q8 over the lower nibbles' channels. SIGNS int8 ``[D, D]`` is the rotation times sqrt(D) = 1 / root."""
+    sum of q8, squared norm of the prepared query, sum of q8 over the lower nibbles' channels. SIGNS and root as of ``rotated``."""
     bg, block = tl.program_id(0), tl.program_id(1)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     b, g = bg // kv_heads, bg % kv_heads
     rows, half = tl.arange(0, GP), tl.arange(0, HP)
     token = first_token + block * TOKENS + rows // GROUP
@@ -30,10 +33,7 @@ def prepare_query(
         x = x.to(tl.float32)
         if BALANCED:
             x = x * tl.load(BALANCE + b * balance_b + g * 2 * HALF + channels, mask=channels < 2 * HALF, other=0.0)[None, :]
-        inside = (channels < 2 * HALF)[:, None] & (half < HALF)[None, :]
-        at = SIGNS + channels[:, None] * (2 * HALF) + half[None, :]
-        upper = tl.dot(x, tl.load(at, mask=inside, other=0).to(tl.float32), input_precision=PRECISION) * root
-        lower = tl.dot(x, tl.load(at + HALF, mask=inside, other=0).to(tl.float32), input_precision=PRECISION) * root
+        upper, lower = rotated(x, SIGNS, root, HALF, HP, PARTS)
     else:
         mask = valid[:, None] & (half < HALF)[None, :]
         upper = tl.load(source[:, None] + half[None, :], mask=mask, other=0.0).to(tl.float32)

@@ -20,12 +20,13 @@ from lamp_compile.runtime.kernels._device import (
     MAGIC_BITS,
     finite_scale,
     key_range,
-    lower_bytes,
     lower_nibbles,
+    lower_nibbles16,
     over_parts,
     to_columns,
-    upper_bytes,
     upper_nibbles,
+    upper_nibbles8,
+    wait_for_launch,
     weigh,
 )
 from lamp_compile.runtime.kernels.look_ahead import (
@@ -79,8 +80,10 @@ def refine(
     RULE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_START: tl.constexpr, HAS_LENGTHS: tl.constexpr, PAGED: tl.constexpr, ASM: tl.constexpr,
     FIELDS: tl.constexpr, SPLITS_P2: tl.constexpr, SEGMENT: tl.constexpr, HAS_SINKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Corrections of one segment for one block of rows, as one more partial result."""
+    wait_for_launch(PDL)
     segment, bg, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, g = bg // kv_heads, bg % kv_heads
     COLUMNS: tl.constexpr = PACK * GP
@@ -135,7 +138,8 @@ def refine(
     info = ROWINFO + place * 4 * GP + row
     factor = tl.load(info) * (scale * LOG2E)
     query_sum = tl.load(info + GP)
-    cold_offset = query_sum * 0.5 + tl.load(info + 3 * GP) * 128.0
+    lower_sum = tl.load(info + 3 * GP) * 128.0
+    cold_offset, offset = query_sum * 0.5 + lower_sum, query_sum * 8.0 + lower_sum
     half_k = tl.arange(0, HP_K)
     query = Q8 + place * GP * 2 * HP_K + row[None, :] * (2 * HP_K) + half_k[:, None]
     q_upper, q_lower = tl.load(query), tl.load(query + HP_K)
@@ -155,19 +159,19 @@ def refine(
     thresholds = dither(BN)
     key, parts = tl.arange(0, BN), tl.arange(0, PACK)
 
-    top = tl.full((COLUMNS,), EMPTY, tl.float32)
+    # This segment's share of the look-ahead's own partial results is joined at the end, relative to the same maximum.
+    base = tl.full((GP,), EMPTY, tl.float32)
+    for split in range(segment, splits, segments):
+        base = tl.maximum(base, tl.load(META + (place * slots + split) * FIELDS * GP + rows))
+    top = tl.reshape(tl.broadcast_to(base[None, :], (PACK, GP)), (COLUMNS,))
     upper = tl.zeros((HP_V, COLUMNS), tl.float32)
     lower = tl.zeros((HP_V, COLUMNS), tl.float32)
-    rounded_cold = tl.zeros((BN, COLUMNS), tl.float32)
-    rounded = tl.zeros((BN, COLUMNS), tl.float32)
+    shift = tl.zeros((BN, COLUMNS), tl.float32)
     mass = tl.zeros((BN, COLUMNS), tl.float32)
-    mass_cold = tl.zeros((BN, COLUMNS), tl.float32)
-    value_cold = tl.zeros((BN, COLUMNS), tl.float32)
-    key_mass = tl.zeros((BN, COLUMNS), tl.float32)
-    both_mass = tl.zeros((BN, COLUMNS), tl.float32)
-    hot_key = tl.zeros((COLUMNS,), tl.float32)
-    hot_value = tl.zeros((COLUMNS,), tl.float32)
-    hot_both = tl.zeros((COLUMNS,), tl.float32)
+    value_mass = tl.zeros((BN, COLUMNS), tl.float32)
+    square = tl.zeros((BN, COLUMNS), tl.float32)
+    value_square = tl.zeros((BN, COLUMNS), tl.float32)
+    k_most = tl.zeros((BN, PACK), tl.float32)
     seen_tiles = tl.zeros((COLUMNS,), tl.float32)
     next_tiles = picked(0, order, hot, tile, PACK)
     at_scale = key_places(key[:, None] + next_tiles[None, :] * BN, hi, TABLE, TILE, PAGED)
@@ -180,7 +184,7 @@ def refine(
         next_k, next_v = tl.load(KS + at_scale), tl.load(VS + at_scale)
         product = tl.full((BN, COLUMNS), MAGIC_BITS, tl.int32)
         low_product = tl.zeros((BN, COLUMNS), tl.int32)
-        full = tl.full((BN, COLUMNS), MAGIC_BITS, tl.int32)
+        residual = tl.zeros((BN, COLUMNS), tl.int32)
         for u in tl.static_range(PACK):
             n0 = tl.sum(tl.where(parts == u, tiles, 0), 0) * BN
             at_key = key_places(n0 + key, hi, TABLE, TILE, PAGED)
@@ -190,24 +194,31 @@ def refine(
             q_up, q_down = tl.where(mine, q_upper, 0), tl.where(mine, q_lower, 0)
             product = tl.dot(upper_nibbles(k_high, ASM), q_up, product, out_dtype=tl.int32)
             low_product = tl.dot(lower_nibbles(k_high, ASM), q_down, low_product, out_dtype=tl.int32)
-            full = tl.dot(upper_bytes(k_high, k_low, ASM), q_up, full, out_dtype=tl.int32)
-            full = tl.dot(lower_bytes(k_high, k_low, ASM), q_down, full, out_dtype=tl.int32)
+            residual = tl.dot(upper_nibbles8(k_low, ASM), q_up, residual, out_dtype=tl.int32)
+            residual = tl.dot(lower_nibbles(k_low, ASM), q_down, residual, out_dtype=tl.int32)
+        product += low_product << 4
         k_scale, v_scale = to_columns(k_narrow, PACK, GP), to_columns(v_narrow, PACK, GP)
-        y_cold = scores_of(product + (low_product << 4), k_scale, cold_offset, factor, softcap, SOFTCAP)
-        y = scores_of(full, k_scale, query_sum * 8.0, factor, softcap, SOFTCAP)
+        y_cold = scores_of(product, k_scale, cold_offset, factor, softcap, SOFTCAP)
+        y = scores_of(product + residual, k_scale, offset, factor, softcap, SOFTCAP)
         # Keys beyond the ends, and all of a part without a sub-tile, are seen by nobody.
         starts = tl.where(i + parts < count, tiles * BN, hi)
         j_all = to_columns(key[:, None] + starts[None, :], PACK, GP)
-        v_scale = tl.where((j_all >= lo) & (j_all < hi), v_scale, 0.0)
-        k_scale = tl.where((j_all >= lo) & (j_all < hi), k_scale, 0.0)
-        y_cold = seen_scores(
-            y_cold, j_all, lo, hi, row_position, MASK, mask_key, BIAS, bias_key, mask_rows, bias_rows, CAUSAL, WINDOW,
-            TOKENS, HAS_MASK, HAS_BIAS,
-        )  # fmt: skip
-        y = seen_scores(
-            y, j_all, lo, hi, row_position, MASK, mask_key, BIAS, bias_key, mask_rows, bias_rows, CAUSAL, WINDOW,
-            TOKENS, HAS_MASK, HAS_BIAS,
-        )  # fmt: skip
+        if CROSSED:
+            y_cold = seen_scores(
+                y_cold, j_all, lo, hi, row_position, MASK, mask_key, BIAS, bias_key, mask_rows, bias_rows, CAUSAL,
+                WINDOW, TOKENS, HAS_MASK, HAS_BIAS,
+            )  # fmt: skip
+            y = seen_scores(
+                y, j_all, lo, hi, row_position, MASK, mask_key, BIAS, bias_key, mask_rows, bias_rows, CAUSAL,
+                WINDOW, TOKENS, HAS_MASK, HAS_BIAS,
+            )  # fmt: skip
+        if (tl.min(starts, 0) < lo) | (tl.max(starts, 0) + BN > hi):
+            inside_all = (j_all >= lo) & (j_all < hi)
+            y, y_cold = tl.where(inside_all, y, DEAD), tl.where(inside_all, y_cold, DEAD)
+            v_scale = tl.where(inside_all, v_scale, 0.0)
+            narrow = key[:, None] + starts[None, :]
+            k_narrow = tl.where((narrow >= lo) & (narrow < hi), k_narrow, 0.0)
+        k_most = tl.maximum(k_most, k_narrow)
         local, local_cold = tl.max(y, 0), tl.max(y_cold, 0)
         p, p_cold = tl.exp2(y - local[None, :]), tl.exp2(y_cold - local_cold[None, :])
         v_peak = tl.max(v_scale, 0)
@@ -215,84 +226,91 @@ def refine(
         if tl.max(above - top, 0) > HEADROOM:
             new = tl.maximum(top, above)
             keep = tl.exp2(top - new)
-            upper, lower, mass, mass_cold = upper * keep, lower * keep, mass * keep, mass_cold * keep
-            rounded, rounded_cold, value_cold = rounded * keep, rounded_cold * keep, value_cold * keep
-            key_mass, both_mass = key_mass * keep, both_mass * keep
-            hot_key, hot_value, hot_both = hot_key * keep * keep, hot_value * keep * keep, hot_both * keep * keep
+            upper, lower, shift = upper * keep, lower * keep, shift * keep
+            mass, value_mass = mass * keep, value_mass * keep
+            square, value_square = square * keep * keep, value_square * keep * keep
             top = new
         gain, back = tl.exp2(local - top), tl.exp2(local_cold - top) * delta
 
-        # The refined row takes two int8 products, 15 bits of weight; the row to take back is rounded as it was.
-        x = weigh(p, v_scale * (16256.0 / tl.maximum(v_peak, 1e-30))[None, :], MASKED) + MAGIC
-        steps = x.to(tl.int32, bitcast=True)
-        coarse, fine = ((steps >> 7) & 127).to(tl.int8), (steps & 127).to(tl.int8)
-        p8_cold, whole_cold = round_row(p_cold, v_scale, v_peak, thresholds, MASKED)
-        unit, unit_cold = (gain * (v_peak / 16256.0))[None, :], (back * (v_peak / 127.0))[None, :]
+        # What to add and what to take back (rounded as it was) in whole numbers of one unit, 15 bits and a sign: on the
+        # high plane only their difference counts, on the residual plane only what to add, in 7 bits.
+        _, whole_cold = round_row(p_cold, v_scale, v_peak, thresholds, MASKED)
+        larger = tl.maximum(tl.maximum(gain, back), 1e-30)
+        step = 16256.0 / tl.maximum(v_peak, 1e-30) * (gain / larger)
+        add = (weigh(p, v_scale * step[None, :], MASKED) + MAGIC).to(tl.int32, bitcast=True)
+        take = (whole_cold * (128.0 * (back / larger))[None, :] + MAGIC).to(tl.int32, bitcast=True)
+        change = add - take
+        coarse = (change + 64) >> 7
+        fine = (change - (coarse << 7)).to(tl.int8)
+        coarse = coarse.to(tl.int8)
+        add = (add - (MAGIC_BITS - 64)) >> 7
+        added = add.to(tl.int8)
+        unit = (larger * (v_peak / 16256.0))[None, :]
         a = tl.zeros((HP_V, COLUMNS), tl.int32)
         c = tl.zeros((HP_V, COLUMNS), tl.int32)
         a_fine = tl.zeros((HP_V, COLUMNS), tl.int32)
         c_fine = tl.zeros((HP_V, COLUMNS), tl.int32)
-        a_cold = tl.full((HP_V, COLUMNS), MAGIC_BITS, tl.int32)
-        c_cold = tl.full((HP_V, COLUMNS), MAGIC_BITS, tl.int32)
         for u in tl.static_range(PACK):
             n0 = tl.sum(tl.where(parts == u, tiles, 0), 0) * BN
             at_value = key_places(n0 + key, hi, TABLE, TILE, PAGED)
             v_high = load_values(VH, at_value, TILE, HALF_V, HP_V)
             v_low = load_values(VL, at_value, TILE, HALF_V, HP_V)
             mine = (part == u)[None, :]
-            my_coarse, my_fine, my_cold = tl.where(mine, coarse, 0), tl.where(mine, fine, 0), tl.where(mine, p8_cold, 0)
-            up, down = upper_bytes(v_high, v_low, ASM), lower_bytes(v_high, v_low, ASM)
+            my_coarse, my_fine, my_added = tl.where(mine, coarse, 0), tl.where(mine, fine, 0), tl.where(mine, added, 0)
+            up, down = upper_nibbles(v_high, ASM), lower_nibbles16(v_high, ASM)
             a = tl.dot(up, my_coarse, a, out_dtype=tl.int32)
+            a = tl.dot(upper_nibbles8(v_low, ASM), my_added, a, out_dtype=tl.int32)
             a_fine = tl.dot(up, my_fine, a_fine, out_dtype=tl.int32)
             c = tl.dot(down, my_coarse, c, out_dtype=tl.int32)
+            c = tl.dot(lower_nibbles(v_low, ASM), my_added, c, out_dtype=tl.int32)
             c_fine = tl.dot(down, my_fine, c_fine, out_dtype=tl.int32)
-            a_cold = tl.dot(upper_nibbles(v_high, ASM), my_cold, a_cold, out_dtype=tl.int32)
-            c_cold = tl.dot(lower_nibbles(v_high, ASM), my_cold, c_cold, out_dtype=tl.int32)
         upper += ((a << 7) + a_fine).to(tl.float32) * unit
-        upper -= (a_cold.to(tl.float32, bitcast=True) - MAGIC) * unit_cold
         lower += ((c << 7) + c_fine).to(tl.float32) * unit
-        lower -= (c_cold.to(tl.float32, bitcast=True) - MAGIC) * (unit_cold * 16.0)
-        rounded += (x - MAGIC) * unit
-        rounded_cold += whole_cold * unit_cold
-        weight, weight_cold = p * gain[None, :], p_cold * back[None, :]
-        mass += weight
-        mass_cold += weight_cold
-        kk, vv = k_scale * k_scale, v_scale * v_scale
-        value_cold += weigh(weight_cold, vv, MASKED)
-        weighed_key = weigh(weight, kk, MASKED)
-        key_mass += weighed_key
-        both_mass += weigh(weighed_key, vv, MASKED)
-        square_key = weighed_key * weight
-        hot_key += tl.sum(square_key, 0)
-        hot_value += tl.sum(weigh(weight * weight, vv, MASKED), 0)
-        hot_both += tl.sum(weigh(square_key, vv, MASKED), 0)
+        # The residual bytes carry + 8; lo averages -1/2, which was taken off what is taken back.
+        shift += (0.5 * (take - MAGIC_BITS).to(tl.float32) - 1024.0 * add.to(tl.float32)) * unit
+        weight, less = p * gain[None, :], p_cold * back[None, :]
+        vv = v_scale * v_scale
+        mass += weight - less
+        value_mass += weigh(weight, vv, MASKED) - weigh(less, vv, MASKED)
+        square += weight * weight
+        value_square += weigh(weight * weight, vv, MASKED)
         seen_tiles += ((local < EMPTY) == 0).to(tl.float32)
 
-    # Columns of the same row into one; lo averages -1/2 and the lower nibbles carry + 8, the bytes carry + 8.
-    together = tl.max(over_parts(top, PACK, GP), 0)
-    to_row = tl.exp2(top - tl.reshape(tl.broadcast_to(together[None, :], (PACK, GP)), (COLUMNS,)))
-    less, more = tl.sum(rounded, 0)[None, :] * 8.0, tl.sum(rounded_cold, 0)[None, :]
-    upper = tl.sum(tl.reshape((upper - less + 0.5 * more) * to_row[None, :], (HP_V, PACK, GP)), 1)
-    lower = tl.sum(tl.reshape((lower - less + 128.5 * more) * to_row[None, :], (HP_V, PACK, GP)), 1)
+    # Columns of the same row into one.
+    base = tl.max(over_parts(top, PACK, GP), 0)
+    to_row = tl.exp2(top - tl.reshape(tl.broadcast_to(base[None, :], (PACK, GP)), (COLUMNS,)))
+    moved = tl.sum(shift, 0)[None, :]
+    upper_rows = tl.sum(tl.reshape((upper + moved) * to_row[None, :], (HP_V, PACK, GP)), 1)
+    lower_rows = tl.sum(tl.reshape((lower + moved) * to_row[None, :], (HP_V, PACK, GP)), 1)
+    masses = tl.sum(over_parts(tl.sum(mass, 0) * to_row, PACK, GP), 0)
+    value_masses = tl.sum(over_parts(tl.sum(value_mass, 0) * to_row, PACK, GP), 0)
+    most = tl.max(tl.max(k_most, 0), 0)
+    half_v = tl.arange(0, HP_V)
+    stored = (rows < GROUP * TOKENS)[None, :] & (half_v < HALF_V)[:, None]
+    for split in range(segment, splits, segments):
+        slot = place * slots + split
+        meta = META + slot * FIELDS * GP + rows
+        share = tl.exp2(tl.load(meta) - base)
+        masses += tl.load(meta + GP) * share
+        value_masses += tl.load(meta + 2 * GP) * share
+        most = tl.maximum(most, tl.max(tl.load(meta + 3 * GP), 0))
+        source = PARTIAL + (slot * GP + rows)[None, :] * (2 * HALF_V) + half_v[:, None]
+        upper_rows += tl.load(source, mask=stored, other=0.0) * share[None, :]
+        lower_rows += tl.load(source + HALF_V, mask=stored, other=0.0) * share[None, :]
     slot = place * slots + splits + segment
     meta = META + slot * FIELDS * GP + rows
-    masses, taken = tl.sum(mass, 0) * to_row, tl.sum(mass_cold, 0) * to_row
-    tl.store(meta, together)
-    tl.store(meta + GP, tl.sum(over_parts(masses - taken, PACK, GP), 0))
-    tl.store(meta + 2 * GP, -tl.sum(over_parts(tl.sum(value_cold, 0) * to_row, PACK, GP), 0))
-    tl.store(meta + 3 * GP, tl.sum(over_parts(masses, PACK, GP), 0))
-    tl.store(meta + 4 * GP, tl.sum(over_parts(tl.sum(key_mass, 0) * to_row, PACK, GP), 0))
-    tl.store(meta + 5 * GP, tl.sum(over_parts(tl.sum(both_mass, 0) * to_row, PACK, GP), 0))
-    tl.store(meta + 6 * GP, tl.sum(over_parts(hot_key * to_row * to_row, PACK, GP), 0))
-    tl.store(meta + 7 * GP, tl.sum(over_parts(hot_value * to_row * to_row, PACK, GP), 0))
-    tl.store(meta + 8 * GP, tl.sum(over_parts(hot_both * to_row * to_row, PACK, GP), 0))
-    tl.store(meta + 9 * GP, cold_square)
-    tl.store(meta + 10 * GP, cold_value)
-    all_count = tl.sum(tl.where(row % GROUP == 0, tl.where(row < GROUP * TOKENS, seen_tiles, 0.0), 0.0), 0)
-    tl.store(meta + 11 * GP, tl.where(all_refined, all_count, live_count.to(tl.float32)) + tl.zeros((GP,), tl.float32))
-    tl.store(meta + 12 * GP, tl.where(all_refined, all_count, hot_count.to(tl.float32)) + tl.zeros((GP,), tl.float32))
-    half_v = tl.arange(0, HP_V)
+    tl.store(meta, base)
+    tl.store(meta + GP, masses)
+    tl.store(meta + 2 * GP, value_masses)
+    tl.store(meta + 3 * GP, most + tl.zeros((GP,), tl.float32))
+    tl.store(meta + 4 * GP, lse)
+    tl.store(meta + 5 * GP, tl.sum(over_parts(tl.sum(square, 0) * to_row * to_row, PACK, GP), 0))
+    tl.store(meta + 6 * GP, tl.sum(over_parts(tl.sum(value_square, 0) * to_row * to_row, PACK, GP), 0))
+    tl.store(meta + 7 * GP, cold_square)
+    tl.store(meta + 8 * GP, cold_value)
+    all_count = tl.sum(tl.where((row % GROUP == 0) & (row < GROUP * TOKENS), seen_tiles, 0.0), 0)
+    tl.store(meta + 9 * GP, tl.where(all_refined, all_count, live_count.to(tl.float32)) + tl.zeros((GP,), tl.float32))
+    tl.store(meta + 10 * GP, tl.where(all_refined, all_count, hot_count.to(tl.float32)) + tl.zeros((GP,), tl.float32))
     target = PARTIAL + (slot * GP + rows)[None, :] * (2 * HALF_V) + half_v[:, None]
-    stored = (rows < GROUP * TOKENS)[None, :] & (half_v < HALF_V)[:, None]
-    tl.store(target, upper, mask=stored)
-    tl.store(target + HALF_V, lower, mask=stored)
+    tl.store(target, upper_rows, mask=stored)
+    tl.store(target + HALF_V, lower_rows, mask=stored)

@@ -16,14 +16,14 @@ class Target:
     Attributes:
         name: As compilers call it ("sm_90", "gfx942"), or "interpreter".
         asm: Inline PTX unpacks four nibbles at a time; plain operations elsewhere.
-        precision: How Triton multiplies float32 (rotations only; scores and values are exact int8 products).
+        pdl: Programmatic dependent launch: a launch may begin while the one ahead of it ends.
         columns: Of the smallest matrix instruction.
         processors: Multiprocessors or compute units.
     """
 
     name: str
     asm: bool
-    precision: str
+    pdl: bool
     columns: int
     processors: int
 
@@ -41,6 +41,7 @@ class Launch:
         most_splits: Splits of one kv head's keys at most.
         merge_chunk, merge_warps: Partial results joined at a time, and warps that do it.
         most_rows: Rows (tokens x group) of one program when there are several new tokens.
+        pdl: Use programmatic dependent launch where there is one.
     """
 
     warps: int = 1
@@ -48,12 +49,13 @@ class Launch:
     refine_warps: int = 1
     refine_stages: int = 2
     programs: int = 8
-    refine_programs: int = 16
+    refine_programs: int = 8
     least_subtiles: int = 8
     most_splits: int = 128
     merge_chunk: int = 32
     merge_warps: int = 4
     most_rows: int = 32
+    pdl: bool = True
 
 
 @dataclass(frozen=True)
@@ -82,11 +84,11 @@ class Cut:
 def target_of(device: torch.device) -> Target:
     """The target of a device; the interpreter for a CPU."""
     if device.type != "cuda":
-        return Target("interpreter", False, "ieee", 8, 1)
+        return Target("interpreter", False, False, 8, 1)
     found = torch.cuda.get_device_properties(device)
     if torch.version.hip:
-        return Target(found.gcnArchName.split(":")[0], False, "ieee", 16, found.multi_processor_count)
-    return Target(f"sm_{found.major}{found.minor}", True, "tf32x3", 8, found.multi_processor_count)
+        return Target(found.gcnArchName.split(":")[0], False, False, 16, found.multi_processor_count)
+    return Target(f"sm_{found.major}{found.minor}", True, found.major >= 9, 8, found.multi_processor_count)
 
 
 def launch_for(target: Target) -> Launch:
