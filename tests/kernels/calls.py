@@ -143,7 +143,7 @@ def importance_of(call: Call, *, kernels: bool = True) -> Tensor:
              "site")  # fmt: skip
     options = {name: call.options[name] for name in names}
     rule = STRICT if kernels and options["rule"] == "lamp_strict" else lookahead.get(options["rule"])
-    with mock.patch.object(reference.lookahead, "get", lambda name: rule):
+    with mock.patch.object(reference.lookahead, "get", return_value=rule):
         made = torch.ops.lamp.look_ahead(call.q, call.planes[0], call.planes[2], call.balance, *call.seen, **options)
     assert isinstance(made, Tensor)
     return made

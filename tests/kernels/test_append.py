@@ -104,9 +104,10 @@ CASES = {
 
 
 def inputs(
-    dim=64, value_dim=None, count=1, positions=AT([5, 17, 60]), kind="hadamard", balance=None, table=None, tile=TILE,
+    dim=64, value_dim=None, count=1, positions=None, kind="hadamard", balance=None, table=None, tile=TILE,
     pages=PAGES,
 ):  # fmt: skip
+    positions = torch.tensor([5, 17, 60]) if positions is None else positions
     k, v = rows(3, 2, count, dim, kind, balance), rows(3, 2, count, value_dim or dim, kind)
     batch, pages = (1, 12) if table is not None else (3, pages)
     return k, v, planes(batch, 2, dim, value_dim or dim, pages, tile), balance, positions, table, kind

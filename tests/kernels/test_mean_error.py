@@ -6,6 +6,7 @@ both planes. Values: the mean error of the output. Keys: how far the log-sum-exp
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -56,6 +57,16 @@ def test_no_mean_error_at_any_length(sharpness, kind, device):
         assert abs(of_values) < KERNELS["drift"].bound, keys
         if sharpness == USUAL:
             assert abs(of_keys) < KERNELS["drift"].bound, keys
+
+
+@pytest.mark.parametrize("sharpness", [USUAL, 3.0])
+def test_no_mean_error_where_everything_is_refined(sharpness, device):
+    """Weights below half a step of the residual plane's row are lost there; their sum must not be felt."""
+    call = case(256, sharpness, "hadamard")
+    call = replace(call, hot=(torch.zeros(2), *call.hot[1:]))
+    got = calls.by_kernels(call, device)
+    assert torch.equal(got.stats[..., 1], got.stats[..., 2])
+    assert all(abs(x) < KERNELS["refined drift"].bound for x in drift(call, got.out, got.lse))
 
 
 def test_the_measure_sees_a_missing_correction(monkeypatch):
