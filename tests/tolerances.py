@@ -76,3 +76,29 @@ FP8_PRODUCTS = Tolerance(
     0.12, "query and weights in e4m3 besides, 6 % the largest step; the interpreter cuts off where a device rounds"
 )
 """The rival kernel of the benchmarks where it multiplies in e4m3, against float32 over the same stored keys."""
+
+
+class Limit(NamedTuple):
+    """A bound, and why it is that number."""
+
+    bound: float
+    reason: str
+
+
+KERNELS = {
+    "lse": Limit(1e-5, "absolute; integer products are exact, the rest is float32 at log-sum-exps of up to 40"),
+    "rows": Limit(4e-2, "a row of cold sub-tiles: int8 softmax weights, 0.3 steps rms of 127, where few keys matter"),
+    "output": Limit(1.5e-2, "all rows together, cold sub-tiles among them: the same, independent between rows"),
+    "refined": Limit(3e-3, "every sub-tile refined: weights of 15 bits on the high plane, 7 on a plane 16 times finer"),
+    "truth": Limit(1.06, "error against float64 over the reference's: 0.5 % of the output joins 5 % in squares"),
+    "understated": Limit(0.9, "certificate over the reference's: it may only be larger, but for float32"),
+    "overstated": Limit(
+        4.0, "error estimate over the reference's: cold keys count with the largest scale, and rows vary"
+    ),
+    "guard": Limit(1e-4, "the guard's mean error in float32, from the same certificate"),
+    "drift": Limit(0.15, "mean signed error of cold attention in steps of both planes: noise, and 0.09 of row peaks"),
+    "refined drift": Limit(0.03, "the same where everything is refined: a sixteenth of the noise"),
+    "planted": Limit(0.35, "the same where the high plane is read as 16 hi: lo averages half a step"),
+    "bytes": Limit(2e-3, "share of stored bytes one step away: sums in another order tip what is near a middle"),
+}
+"""Kernels against the reference with the same decisions (``tests/kernels``)."""

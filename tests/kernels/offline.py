@@ -6,6 +6,9 @@ own launcher does it (None and 1 become constants, multiples of 16 are marked), 
 
 from __future__ import annotations
 
+import re
+import subprocess
+import tempfile
 from typing import Any
 
 import torch
@@ -59,3 +62,16 @@ def compile_call(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tar
             signature[name] = "fp32"
     assert not given, f"{kernel.__name__} has no arguments {sorted(given)}"
     return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
+
+
+def spilled(made: Any, target: GPUTarget) -> int:
+    """Bytes of registers that a compiled kernel keeps in memory."""
+    if target.backend == "hip":
+        found = re.search(r"\.private_segment_fixed_size: (\d+)", made.asm["amdgcn"])
+        return int(found.group(1)) if found else -1
+    tool = triton.knobs.nvidia.cuobjdump.path
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        report = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    return sum(int(number) for number in re.findall(r"(?:LOCAL|STACK):(\d+)", report.stdout))

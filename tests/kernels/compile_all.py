@@ -1,0 +1,123 @@
+"""Compiles the launches of representative calls for GPUs that are not here; prints one JSON line per kernel.
+
+Run as a program, without TRITON_INTERPRET: a process that interprets kernels cannot compile them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from lamp_compile.runtime import ops as _ops  # noqa: F401 (registers torch.ops.lamp)
+from lamp_compile.runtime.kernels import append_rows, decode, targets
+from tests.kernels import offline
+
+CALLS: dict[str, dict[str, Any]] = {
+    "plain": {"batch": 32, "keys": 32768},
+    "tokens": {"tokens": 9, "window": 512},
+    "paged": {"paged": True},
+    "softcap": {"softcap": 30.0, "rule": "lamp_strict"},
+    "dim 80": {"dim": 80},
+    "dim 256": {"dim": 256},
+    "group 16": {"heads": 16, "kv_heads": 1},
+}
+KERNELS = ("prepare_query", "look_ahead", "refine", "merge", "guard_step")
+READERS = ("look_ahead", "refine")
+EVERYWHERE, ON_SM_90 = ("plain",), tuple(CALLS)
+SMALL = ("plain", "dim 80", "dim 256")
+"""Calls of which the small kernels are compiled too; the others do not change them."""
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def planes(batch: int, kv_heads: int, keys: int, dim: int, tile: int = 32) -> tuple[Tensor, ...]:
+    lead = (batch, kv_heads, keys // tile)
+    k, v = empty(*lead, tile, dim // 2), empty(*lead, dim // 2, tile)
+    scale = empty(batch, kv_heads, keys, dtype=torch.float16)
+    return k, torch.empty_like(k), scale, v, torch.empty_like(v), torch.empty_like(scale)
+
+
+def target(name: str) -> targets.Target:
+    """As ``target_of`` describes such a device."""
+    nvidia = name.startswith("sm_")
+    made = replace(targets.target_of(torch.device("cpu")), name=name, asm=nvidia, columns=8 if nvidia else 16)
+    if hasattr(made, "precision"):
+        made = replace(made, precision="tf32x3" if nvidia else "ieee")
+    return replace(made, processors=132 if nvidia else 304)
+
+
+def signs(dim: int, device: torch.device) -> Tensor:
+    from lamp_compile.runtime.kernels import _tensors
+
+    return _tensors.signs(dim, torch.device("cpu")).to("meta")
+
+
+def record(module: Any, names: tuple[str, ...], name: str, run: Any) -> dict[str, offline.Recorder]:
+    """What the kernels of a module are launched with on this target."""
+    recorders = {kernel: offline.Recorder(getattr(module, kernel)) for kernel in names}
+    patches: dict[str, Any] = {**recorders, "signs": signs}
+    if hasattr(module, "target_of"):
+        patches["target_of"] = lambda device: target(name)
+    with mock.patch.multiple(module, **patches):
+        run()
+    return recorders
+
+
+def decoded(
+    batch: int = 4, heads: int = 32, kv_heads: int = 8, tokens: int = 1, keys: int = 4096, dim: int = 128,
+    paged: bool = False, **given: Any,
+) -> None:  # fmt: skip
+    options = {
+        "causal": "bottom_right", "window": 0, "scale": None, "softcap": 0.0, "keys": keys, "rotation": "hadamard",
+        "rule": "energy", "query_bits": 8, "subtile": 32, "guard_window": 16, "guard_hold": 64, "hysteresis": 0.5,
+        **given,
+    }  # fmt: skip
+    q = empty(batch, heads, tokens, dim, dtype=torch.bfloat16)
+    setting = empty(kv_heads, dtype=torch.float32)
+    state = empty(batch, kv_heads, 4, dtype=torch.float32), empty(batch, kv_heads, 7, dtype=torch.int64)
+    table = empty(batch, keys // 32, dtype=torch.int32) if paged else None
+    stored = planes(1 if paged else batch, kv_heads, keys * (2 if paged else 1), dim)
+    seen = (None, None, None, None, empty(batch, dtype=torch.int64), table)
+    decode.decode(q, stored, (setting, setting, setting, *state), None, seen, options)
+
+
+def appended() -> None:
+    k = empty(4, 8, 1, 128, dtype=torch.bfloat16)
+    positions = empty(4, dtype=torch.int64)
+    append_rows.append(k, k, planes(4, 8, 4096, 128), None, positions, None, "hadamard")
+
+
+def compiled(name: str, case: str, recorders: dict[str, offline.Recorder]) -> None:
+    for kernel, recorder in recorders.items():
+        if kernel not in (*READERS, "append_rows") and (case not in SMALL or name != "sm_90"):
+            continue
+        _, args, kwargs = recorder.calls[0]
+        made = offline.compile_call(recorder.kernel, args, kwargs, offline.TARGETS[name])
+        text = made.asm["ptx" if name.startswith("sm_") else "amdgcn"]
+        row = {
+            "target": name, "case": case, "kernel": kernel,
+            "int8_products": text.count(".s8.s8.s32") + text.count("v_mfma_i32"),
+            "asynchronous": text.count("cp.async.c") + text.count("cp.async.bulk"),
+            "spilled": offline.spilled(made, offline.TARGETS[name]),
+        }  # fmt: skip
+        print(json.dumps(row), flush=True)
+
+
+def main(names: list[str]) -> None:
+    """Everything for sm_90, the plain call for the others."""
+    for name in names:
+        for case in ON_SM_90 if name == "sm_90" else EVERYWHERE:
+            compiled(name, case, record(decode, KERNELS, name, lambda case=case: decoded(**CALLS[case])))
+        compiled(name, "append", record(append_rows, ("append_rows",), name, appended))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,154 @@
+"""When kernels run: a reason for every case they leave to the reference, and the same arguments for both."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lamp_compile.errors import InputError
+from lamp_compile.runtime import fused_ops as _fused  # noqa: F401 (registers torch.ops.lamp.fused_attention)
+from lamp_compile.runtime import kernels
+from tests.kernels import calls
+
+OPTIONS = {"k_format": "nested8", "v_format": "nested8", "rule": "energy", "query_bits": 8, "subtile": 32}
+
+
+def planes(dim: int = 128, value_dim: int = 128) -> list[torch.Tensor]:
+    """Of two sequences, as if on a device with kernels."""
+    k, v = torch.empty(2, 2, 4, 32, dim // 2), torch.empty(2, 2, 4, value_dim // 2, 32)
+    scale = torch.empty(2, 2, 128)
+    return [x.to("meta") for x in (k, k, scale, v, v, scale)]
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+@pytest.fixture
+def any_device(monkeypatch) -> None:
+    """As if kernels ran wherever tensors are."""
+    monkeypatch.setattr(kernels, "why_not_device", lambda kind: None)
+
+
+def why_not(q=None, stored=None, state=None, **options) -> str | None:
+    q = meta(2, 8, 1, 128) if q is None else q
+    state = meta(2, 2, 4) if state is None else state
+    return kernels.why_not_attend(q, tuple(stored or planes()), state, {**OPTIONS, **options})
+
+
+def test_other_devices_have_a_reason(monkeypatch):
+    assert "this is cpu" in str(kernels.why_not_device("cpu"))
+    assert "this is meta" in str(kernels.why_not_store(tuple(planes()), "nested8", "nested8"))
+    assert "CUDA" in str(why_not())
+    monkeypatch.setattr(kernels, "_TRITON", False)
+    assert kernels.why_not_device("cuda") == "triton is not installed"
+    monkeypatch.setattr(kernels, "_TRITON", True)
+    assert kernels.why_not_device("cuda") is None
+
+
+@pytest.mark.usefixtures("any_device")
+def test_what_kernels_can_do_has_no_reason():
+    assert kernels.why_not_store(tuple(planes()), "nested8", "nested8") is None
+    assert why_not() is None
+    for rule in ("energy", "lamp_strict", "lamp_relaxed"):
+        for subtile in (32, 64, 128):
+            assert why_not(rule=rule, subtile=subtile) is None
+    for dtype in (torch.float16, torch.float32):
+        assert why_not(q=meta(2, 8, 5, 256, dtype=dtype), stored=planes(256, 256)) is None
+
+
+def not_contiguous(index: int) -> list[torch.Tensor]:
+    stored = planes()
+    stored[index] = stored[index].transpose(-1, -2).contiguous().transpose(-1, -2)
+    return stored
+
+
+REASONS = {
+    "k_format": ({"k_format": "int8"}, "int8 and nested8"),
+    "v_format": ({"v_format": "fp8"}, "nested8 and fp8"),
+    "mass": ({"rule": "mass"}, "'mass' needs all sub-tiles"),
+    "control": ({"rule": "static_tiles"}, "'static_tiles'"),
+    "query as it is": ({"query_bits": 0}, "query_bits 0"),
+    "query in bfloat16": ({"query_bits": 16}, "query_bits 16"),
+    "sub-tile": ({"subtile": 16}, "subtile 16"),
+    "float64": ({"q": meta(2, 8, 1, 128, dtype=torch.float64)}, "float64"),
+    "shared state": ({"state": meta(1, 2, 4)}, "sequences share"),
+    "wide keys": ({"stored": planes(320, 128)}, "head dimension of 320"),
+    "wide values": ({"stored": planes(128, 512)}, "head dimension of 512"),
+    "keys not contiguous": ({"stored": not_contiguous(0)}, "not contiguous"),
+    "values not contiguous": ({"stored": not_contiguous(4)}, "not contiguous"),
+}
+
+
+@pytest.mark.usefixtures("any_device")
+@pytest.mark.parametrize("name", REASONS)
+def test_what_kernels_cannot_do_has_a_reason(name):
+    arguments, reason = REASONS[name]
+    assert reason in str(why_not(**arguments))
+    if "stored" in arguments or "format" in name:
+        formats = [arguments.get(key, "nested8") for key in ("k_format", "v_format")]
+        assert reason in str(kernels.why_not_store(tuple(arguments.get("stored") or planes()), *formats))
+
+
+def on_cpu(**given) -> tuple[calls.Call, tuple, tuple]:
+    """(call, arguments of the operators, its state and statistics)."""
+    call = calls.make(tokens=2, causal="bottom_right", lengths=torch.tensor([150, 70]), budget=1e-6, **given)
+    hot = tuple(x.clone() for x in call.hot)
+    return call, (call.q, *call.planes, *hot, call.balance, *call.seen), hot[3:]
+
+
+def test_on_the_cpu_it_is_attention_and_two_copies():
+    call, arguments, (state, stats) = on_cpu()
+    wanted = torch.ops.lamp.attention.cached(*arguments, **call.options)
+    assert not state.any()
+    out = torch.ops.lamp.fused_attention(*arguments, **call.options)
+    for one, other in zip((out, state, stats), wanted, strict=True):
+        assert torch.equal(one, other)
+    assert state[..., 1].eq(1).all()
+    assert stats[..., 0].eq(1).all()
+
+
+@pytest.mark.usefixtures("any_device")
+def test_where_there_are_kernels_both_operators_use_them(device, monkeypatch):
+    """In the interpreter, as if it were a device: the same bits by decode, fused_attention and attention.cached."""
+    call, arguments, (state, stats) = on_cpu()
+    made = calls.by_kernels(call, device)
+    if device.type == "cuda":
+        q, stored, hot, balance, seen, _ = call.arguments(device)
+        arguments, (state, stats) = (q, *stored, *hot, balance, *seen), hot[3:]
+    cached = torch.ops.lamp.attention.cached(*arguments, **call.options)
+    assert not state.any()
+    out = torch.ops.lamp.fused_attention(*arguments, **call.options)
+    for got in (cached, (out, state, stats)):
+        for one, other in zip(got, (made.out, made.state, made.stats), strict=True):
+            assert torch.equal(one.cpu(), other)
+    by_reference = calls.by_reference(call, calls.levels_of(call))
+    assert not torch.equal(made.out, by_reference.out)
+
+
+@pytest.mark.usefixtures("any_device")
+@pytest.mark.parametrize(
+    ("index", "bad"),
+    [(0, torch.zeros(2, 3, 1, 64)), (0, torch.zeros(1, 4, 1, 64)), (0, torch.zeros(2, 4, 1, 32)),
+     (13, torch.zeros(2, 1, 1, 150)), (14, torch.zeros(2, 4, 2, 9))],
+    ids=["heads", "batch", "head_dim", "mask dtype", "bias keys"],
+)  # fmt: skip
+def test_bad_input_is_refused_before_any_kernel(index, bad, monkeypatch):
+    monkeypatch.setattr(kernels, "attend", lambda *args: pytest.fail("a kernel was launched"))
+    call, arguments, _ = on_cpu()
+    arguments = list(arguments)
+    arguments[index] = bad
+    with pytest.raises(InputError):
+        torch.ops.lamp.fused_attention(*arguments, **call.options)
+
+
+def test_opcheck_of_fused_attention():
+    call, arguments, _ = on_cpu()
+    torch.library.opcheck(torch.ops.lamp.fused_attention.default, arguments, call.options)
+
+
+def test_opcheck_of_append():
+    call, _, _ = on_cpu()
+    arguments = (call.k[:, :, :3], call.v[:, :, :3], *call.planes, None, torch.tensor([7, 150 - 3]), None)
+    options = {name: call.options[name] for name in ("k_format", "v_format", "rotation", "site")}
+    torch.library.opcheck(torch.ops.lamp.append.default, arguments, options)

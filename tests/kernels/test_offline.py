@@ -1,0 +1,69 @@
+"""Every kernel compiles for GPUs that are not here, and uses what they have."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")
+READERS = ("look_ahead", "refine")
+
+
+def run(name: str) -> list[dict]:
+    """One row per kernel of each call; in a process of its own, which does not interpret."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.compile_all", name], cwd=ROOT, capture_output=True, text=True,
+        env={**environment, "PYTHONPATH": str(ROOT)}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@cache
+def all_compiled() -> dict[str, Future]:
+    """Two processes at a time, the longest first."""
+    pool = ThreadPoolExecutor(2)
+    return {name: pool.submit(run, name) for name in ("sm_90", *(name for name in NAMES if name != "sm_90"))}
+
+
+def compiled(name: str) -> list[dict]:
+    return all_compiled()[name].result()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_kernel_compiles(name):
+    """Seven calls of the large kernels and three of the small ones for Hopper, one call of the large ones elsewhere."""
+    rows = compiled(name)
+    assert len(rows) == (7 * 2 + 3 * 3 if name == "sm_90" else 2) + 1
+    assert {row["kernel"] for row in rows} >= {*READERS, "append_rows"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_planes_are_multiplied_as_int8(name):
+    for row in compiled(name):
+        assert (row["int8_products"] > 0) == (row["kernel"] in READERS), row
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("sm_")])
+def test_planes_are_loaded_asynchronously(name):
+    for row in compiled(name):
+        if row["kernel"] in READERS:
+            assert row["asynchronous"] > 0, row
+
+
+def test_the_look_ahead_of_one_token_keeps_its_registers():
+    """The loop that reads every key: what it spilled would cost more than it reads."""
+    rows = [row for row in compiled("sm_90") if row["kernel"] == "look_ahead" and row["case"] != "tokens"]
+    assert len(rows) == 6
+    assert all(row["spilled"] == 0 for row in rows), rows
