@@ -192,15 +192,17 @@ def by_kernels(call: Call, device: torch.device) -> Outcome:
 
 def decided_together(call: Call, device: torch.device) -> int:
     """Tokens of one program."""
+    from lamp_compile.plan import LaunchPlan
     from lamp_compile.runtime.kernels import targets
 
     pages = call.planes[0].shape[2] if call.seen[5] is None else call.seen[5].shape[1]
     room = min(call.keys, pages * call.planes[0].shape[3])
-    return targets.cut(targets.target_of(device), call.q, call.planes, room, call.options["subtile"]).tokens
+    return targets.cut(targets.target_of(device), LaunchPlan(), call.q, call.planes, room, call.options["subtile"]).tokens
 
 
 def use_launch(patch: Any, **choices: Any) -> None:
     """Cut calls otherwise than by default, so that small ones meet in several programs."""
+    from lamp_compile.plan import LaunchPlan
     from lamp_compile.runtime.kernels import targets
 
     launch: Callable[..., Any] = targets.launch_for

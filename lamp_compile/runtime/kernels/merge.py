@@ -44,7 +44,7 @@ def merge(
         keys_total = tl.sum(tl.load(meta + GP, mask=inside, other=0.0) * share, 0)
         total = keys_total
         if HAS_SINKS:
-            total += tl.exp2(sink - most)
+            total += tl.where(seen, tl.exp2(sink - most), 0.0)
         # A NaN among the maxima is not seen by a maximum; it is by a sum.
         spoilt = tl.sum(tl.where(inside, top * 0.0, 0.0), 0) + total * 0.0
         inverse = tl.where(seen, 1.0 / total, 0.0) + spoilt
@@ -58,7 +58,7 @@ def merge(
             at = PARTIAL + ((first_slot + part) * GP + row)[:, None] * VALUE_DIM + columns[None, :]
             got = tl.load(at, mask=there[:, None] & (columns < VALUE_DIM)[None, :], other=0.0)
             x += tl.sum(got * weight[:, None], 0)
-        x = tl.where(seen, x * inverse, 0.0)
+        x = tl.where(seen, x * inverse, spoilt)
         square = tl.sum(x * x, 0)
         place_out = ((b * heads + head) * queries + token).to(tl.int64)
         target = OUT + place_out * VALUE_DIM

@@ -128,9 +128,11 @@ def refine(
     hot = tl.where(all_refined, inside.to(tl.int32), hot)
     order = tl.cumsum(hot, 0)
     count = tl.sum(hot, 0)
-    one_per_token = ((rows % GROUP == 0) & row_valid)[None, :]
-    live_count = tl.sum(tl.sum((live & one_per_token).to(tl.int32), 1), 0)
-    hot_count = tl.sum(tl.sum((live & one_per_token & (hot != 0)[:, None]).to(tl.int32), 1), 0)
+    if TOKENS == 1:
+        tokens_live = tl.max(live.to(tl.int32), 1)
+    else:  # several tokens: the first head stands for its group
+        tokens_live = tl.sum((live & ((rows % GROUP == 0) & row_valid)[None, :]).to(tl.int32), 1)
+    live_count, hot_count = tl.sum(tokens_live, 0), tl.sum(tokens_live * hot, 0)
     # What stays at the high plane: its share of the certificate, from energies and largest value scales.
     z = tl.where(live & (hot == 0)[:, None], tl.exp2(2.0 * (energy - lse[None, :])), 0.0)
     v_peaks = tl.load(PEAK + place * subtiles + tile, mask=looked, other=0.0)
@@ -174,7 +176,8 @@ def refine(
     square = tl.zeros((BN, COLUMNS), tl.float32)
     value_square = tl.zeros((BN, COLUMNS), tl.float32)
     k_most = tl.zeros((BN, PACK), tl.float32)
-    seen_tiles = tl.zeros((COLUMNS,), tl.float32)
+    seen_tiles = tl.zeros((PACK,), tl.float32)
+    counted = (row < GROUP * TOKENS) & ((row % GROUP == 0) | (TOKENS == 1))
     if KEY_MASK:
         MASK += b.to(tl.int64) * mask_b
     next_tiles = picked(0, order, hot, tile, PACK)
@@ -275,15 +278,18 @@ def refine(
             c_fine = tl.dot(down, my_fine, c_fine, out_dtype=tl.int32)
         upper += ((a << 7) + a_fine).to(tl.float32) * unit
         lower += ((c << 7) + c_fine).to(tl.float32) * unit
-        # The residual bytes carry + 8; lo averages -1/2, which was taken off what is taken back.
+        # The residual bytes carry + 8; lo averages -1/2, which was taken off what is taken back. Whole numbers know no
+        # NaN: the last term brings in those of value scales.
         shift += (0.5 * (take - MAGIC_BITS).to(tl.float32) - 1024.0 * add.to(tl.float32)) * unit
+        shift += weigh(p, v_scale * 0.0, MASKED)
         weight, less = p * gain[None, :], p_cold * back[None, :]
         vv = v_scale * v_scale
         mass += weight - less
         value_mass += weigh(weight, vv, MASKED) - weigh(less, vv, MASKED)
         square += weight * weight
         value_square += weigh(weight * weight, vv, MASKED)
-        seen_tiles += ((local < EMPTY) == 0).to(tl.float32)
+        seen = over_parts((((local < EMPTY) == 0) & counted).to(tl.float32), PACK, GP)
+        seen_tiles += tl.max(seen, 1) if TOKENS == 1 else tl.sum(seen, 1)
 
     # Columns of the same row into one.
     base = tl.max(over_parts(top, PACK, GP), 0)
@@ -317,7 +323,7 @@ def refine(
     tl.store(meta + 6 * GP, tl.sum(over_parts(tl.sum(value_square, 0) * to_row * to_row, PACK, GP), 0))
     tl.store(meta + 7 * GP, cold_square)
     tl.store(meta + 8 * GP, cold_value)
-    all_count = tl.sum(tl.where((row % GROUP == 0) & (row < GROUP * TOKENS), seen_tiles, 0.0), 0)
+    all_count = tl.sum(seen_tiles, 0)
     tl.store(meta + 9 * GP, tl.where(all_refined, all_count, live_count.to(tl.float32)) + tl.zeros((GP,), tl.float32))
     tl.store(meta + 10 * GP, tl.where(all_refined, all_count, hot_count.to(tl.float32)) + tl.zeros((GP,), tl.float32))
     target = PARTIAL + (slot * GP + rows)[None, :] * (2 * HALF_V) + half_v[:, None]
