@@ -132,9 +132,9 @@ def check_certificate(got, wanted, seen) -> None:
 
 
 def check_guard(call, got, levels) -> None:
-    """The guard's own step, taken from what the kernel certified."""
+    """The guard's own step, taken from what the kernel certified; it squares the rounded output, the kernel its own."""
     state, stats = calls.guarded(call, got.out, got.lse, got.certificate, levels)
-    error = ARITHMETIC[call.q.dtype].relative + KERNELS["guard"].bound
+    error = 2 * ARITHMETIC[call.q.dtype].relative + KERNELS["guard"].bound
     torch.testing.assert_close(got.state, state, rtol=error, atol=0)
     assert torch.equal(got.stats, stats)
 
