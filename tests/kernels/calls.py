@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
@@ -197,16 +196,15 @@ def decided_together(call: Call, device: torch.device) -> int:
 
     pages = call.planes[0].shape[2] if call.seen[5] is None else call.seen[5].shape[1]
     room = min(call.keys, pages * call.planes[0].shape[3])
-    return targets.cut(targets.target_of(device), LaunchPlan(), call.q, call.planes, room, call.options["subtile"]).tokens
+    launch = LaunchPlan.parse("")
+    return targets.cut(targets.target_of(device), launch, call.q, call.planes, room, call.options["subtile"]).tokens
 
 
 def use_launch(patch: Any, **choices: Any) -> None:
     """Cut calls otherwise than by default, so that small ones meet in several programs."""
     from lamp_compile.plan import LaunchPlan
-    from lamp_compile.runtime.kernels import targets
 
-    launch: Callable[..., Any] = targets.launch_for
-    patch.setattr(targets, "launch_for", lambda target: replace(launch(target), **choices))
+    patch.setattr(LaunchPlan, "parse", staticmethod(lambda text: LaunchPlan(**choices)))
 
 
 def worst(got: Tensor, wanted: Tensor) -> float:

@@ -149,18 +149,7 @@ def sequences(case) -> int:
     return 2 if 2 in given.values() else 1
 
 
-EMPTY_WITH_SINKS = pytest.mark.xfail(
-    strict=True,
-    reason="merge: a row without a live key gets NaN for a log-sum-exp where there are sinks, and is flagged",
-)
-COUNTED_BY_HEAD_0 = pytest.mark.xfail(
-    strict=True, reason="refine: live sub-tiles are counted from the first head of a group, which sees fewer here"
-)
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=EMPTY_WITH_SINKS if n == "sinks of empty rows" else ()) for n in CASES]
-)
+@pytest.mark.parametrize("name", CASES)
 def test_kernels_do_what_the_reference_does(name, device):
     check(calls.make(**{"batch": sequences(CASES[name]), **CASES[name]}), device)
 
@@ -183,7 +172,6 @@ def test_what_the_reference_refines_is_refined(rule, tokens, device):
         assert torch.equal(own, ours)
 
 
-@COUNTED_BY_HEAD_0
 def test_heads_of_a_group_that_see_different_keys(device):
     call = calls.make(mask=split_mask(), tau=calls.COLD)
     check(call, device)
