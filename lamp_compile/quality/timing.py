@@ -20,20 +20,21 @@ def milliseconds(calls: Sequence[Call], repeats: int, device: torch.device) -> f
     if device.type != "cuda":
         return _on_the_host(calls, repeats)
     turns = [*calls] * -(-LEAST_CALLS // len(calls))
-    side: Any = torch.cuda.Stream()
+    cuda: Any = torch.cuda
+    side = cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for call in (*turns, *turns)[: max(3, len(calls))]:
             call()
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
-    graph: Any = torch.cuda.CUDAGraph()
+    graph = cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for call in turns:
             call()
     for _ in range(2):
         graph.replay()
-    marks: list[Any] = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(repeats)]
+    marks = [tuple(cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(repeats)]
     for began, ended in marks:
         began.record()
         graph.replay()

@@ -19,6 +19,20 @@ from lamp_compile.runtime.growable_layer import rounded_capacity
 __all__ = ["CacheSpec", "FloatLayer", "LayerSpec", "NestedCache", "NestedLayer", "rounded_capacity"]
 
 
+class Unmasked(int):
+    """A mask over no keys: ``lamp_mask`` makes none, or one over ``keys`` keys where the model wants a pattern of its
+    own."""
+
+    keys: int
+
+    @staticmethod
+    def over(keys: int) -> Unmasked:
+        """Zero, knowing how many keys there are."""
+        made = Unmasked(0)
+        made.keys = keys
+        return made
+
+
 @dataclass(frozen=True)
 class CacheSpec:
     """All layers of one compiled model; None = this layer keeps float keys and values."""
@@ -52,6 +66,8 @@ class NestedCache(Cache):  # type: ignore[misc]
         super().__init__(layers=_new_layers(spec, rounded_capacity(capacity)) if layers is None else layers)
         self.spec = spec
         self._longest = 0
+        self.unpadded = False
+        """Set while a ``generate`` without padding uses this cache: lengths and causality say all, no mask is made."""
 
     @property
     def capacity(self) -> int:
@@ -112,8 +128,8 @@ class NestedCache(Cache):  # type: ignore[misc]
             self.ensure_capacity(int(layer.cumulative_length) + rows)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Keys and offset of the mask for new queries. Grows first if they need it, because the mask is as wide as
-        the cache."""
+        """Keys and offset of the mask for new queries; no keys where none is needed. Grows first if they need it: the
+        mask is as wide as the cache."""
         if torch.compiler.is_compiling():
             self._longest = self.capacity  # the graph does not count: the next eager call reads the length
         elif isinstance(query_length, int):
@@ -121,8 +137,10 @@ class NestedCache(Cache):  # type: ignore[misc]
             if self._longest > self.capacity:
                 self._longest = int(self.get_seq_length()) + query_length
                 self.ensure_capacity(self._longest)
-        sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
-        return sizes
+        keys, offset = super().get_mask_sizes(query_length, layer_idx)
+        if not self.unpadded:
+            return keys, offset
+        return (0 if torch.compiler.is_compiling() else Unmasked.over(keys)), 0
 
     @property
     def nbytes(self) -> int:

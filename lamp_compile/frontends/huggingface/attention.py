@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from lamp_compile.errors import InputError
+from lamp_compile.runtime.kv_cache import Unmasked
 from lamp_compile.runtime.plane_handle import PlaneHandle
 
 NAME = "lamp"
@@ -137,18 +138,29 @@ def original_attention(
 
 
 def lamp_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """The boolean mask ``[B, 1, S, keys]``, spelled out because the planes are longer than the queries; None for a
-    cache of slots (its mask has no keys), where lengths, causality and window say it all.
+    """The boolean mask ``[B, 1, S, keys]``, spelled out because the planes are longer than the queries; None where it
+    would have no keys (``SlotCache``, ``NestedCache.unpadded``): lengths, causality and window say it all.
 
     Raises:
         InputError: Slots would need a mask: padding, or a model's own pattern over its causal mask.
     """
-    if kwargs.get("kv_length") == 0:
+    keys = kwargs.get("kv_length")
+    if isinstance(keys, Unmasked):
+        if _is_plain(kwargs):
+            return None
+        kwargs["kv_length"] = keys.keys
+    elif keys == 0:
         _refuse_mask_of_slots(kwargs)
         return None
     kwargs["allow_is_causal_skip"] = False
     mask: Tensor | None = sdpa_mask(*args, **kwargs)
     return mask
+
+
+def _is_plain(kwargs: dict[str, Any]) -> bool:
+    """Whether the mask that is asked for is causality, and a window at most."""
+    windowed = kwargs.get("local_size") is not None
+    return not kwargs.get("use_vmap") and (windowed or kwargs.get("mask_function") is causal_mask_function)
 
 
 def _refuse_mask_of_slots(kwargs: dict[str, Any]) -> None:
@@ -159,8 +171,7 @@ def _refuse_mask_of_slots(kwargs: dict[str, Any]) -> None:
             where="attention_mask",
             fix="leave it out: every slot holds its own tokens only, from position 0",
         )
-    plain = kwargs.get("local_size") is not None or kwargs.get("mask_function") is causal_mask_function
-    if kwargs.get("use_vmap") or not plain:
+    if not _is_plain(kwargs):
         raise InputError(
             "the model lays a pattern of its own over the causal mask",
             where="slot cache",

@@ -11,6 +11,7 @@ import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from types import MethodType
 from typing import Any
 
@@ -23,7 +24,7 @@ from lamp_compile.frontends.huggingface.many import ManyPrompts, sizes_for, stop
 from lamp_compile.frontends.huggingface.notes import notes_for
 from lamp_compile.frontends.huggingface.sampling import Sampling
 from lamp_compile.frontends.huggingface.sites import ProbedSite
-from lamp_compile.frontends.huggingface.slots import make_slots, positions_for
+from lamp_compile.frontends.huggingface.slots import make_slots, positions_for, why_masked
 from lamp_compile.ir import Refusal
 from lamp_compile.plan import Plan
 from lamp_compile.report import Report, SiteSummary
@@ -156,6 +157,11 @@ class Lamp:
         weakref.finalize(cache, _take_back, self._idle, cache.layers).atexit = False
         return cache
 
+    def maskless(self, config: Any) -> bool:
+        """Whether attention of this model needs no mask where nothing is padded."""
+        planes = all(layer is not None for layer in self.spec.layers)
+        return planes and all(why_masked(site, config) is None for site in self._sites if not site.reason)
+
     @property
     def sites(self) -> tuple[ProbedSite, ...]:
         """What the probe saw of each site."""
@@ -192,6 +198,10 @@ def _take_back(idle: list[list[Any]], layers: list[Any]) -> None:
     idle[:] = [layers]
 
 
+_unpadded: ContextVar[list[NestedCache]] = ContextVar("lamp_unpadded")
+"""Caches of the running ``generate`` that need no mask."""
+
+
 def attach(model: nn.Module, lamp: Lamp) -> None:
     """Bind the hooks to the model."""
     hooked: Any = model
@@ -226,7 +236,13 @@ def attach(model: nn.Module, lamp: Lamp) -> None:
             return self.lamp.original.generate(*args, **kwargs)
         _refuse_training(self)
         _drop_foreign_step(self)
-        return type(self).generate(self, *args, **kwargs)
+        token = _unpadded.set([])
+        try:
+            return type(self).generate(self, *args, **kwargs)
+        finally:
+            for cache in _unpadded.get():
+                cache.unpadded = False  # whoever goes on with it may pad
+            _unpadded.reset(token)
 
     lamp._model = weakref.ref(model)
     hooked.lamp = lamp
@@ -313,6 +329,8 @@ def _prepare_cache_for_generation(
     elif generation_config.use_cache is not False:
         model_kwargs["past_key_values"] = lamp.borrow(max_cache_length, rows)
         ours = True
+    if ours:
+        _leave_out_masks(self, model_kwargs)
     if ours and generation_config.compile_config is None:
         generation_config.compile_config = lamp.compile_config
         generation_config.disable_compile = lamp.compile_config is None or bool(generation_config.disable_compile)
@@ -321,6 +339,18 @@ def _prepare_cache_for_generation(
     return type(self)._prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     )
+
+
+def _leave_out_masks(model: Any, model_kwargs: dict[str, Any]) -> None:
+    """Without padding, and without patterns of the model's own, length, causality and window say what may be seen: then
+    neither ``[B, 1, S, keys]`` masks are made for a prompt nor ``[B, 1, 1, keys]`` at every step."""
+    lamp: Lamp = model.lamp
+    cache, padding = model_kwargs["past_key_values"], model_kwargs.get("attention_mask")
+    if not isinstance(cache, NestedCache) or isinstance(cache, SlotView) or not lamp.maskless(model.config):
+        return
+    cache.unpadded = padding is None or (padding.dim() == 2 and bool((padding != 0).all()))
+    if cache.unpadded:
+        _unpadded.get([]).append(cache)
 
 
 def summary(site: ProbedSite) -> SiteSummary:

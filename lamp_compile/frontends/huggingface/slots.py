@@ -27,7 +27,8 @@ def make_slots(
     text = config.get_text_config(decoder=True)
     by_layer = {site.layer: site for site in sites if not site.reason}
     for site in by_layer.values():
-        _check_mask(site, text)
+        if reason := why_masked(site, config):
+            raise CacheError(reason, where=site.name, fix="fast.lamp.cache() and generate, which take any mask")
     first = next(iter(by_layer.values()))
     shapes = [_shape(by_layer.get(index, first)) for index in range(len(spec.layers))]
     if max_length is None:
@@ -59,8 +60,10 @@ def positions_for(cache: SlotView, parameters: Sequence[str], args: Sequence[Any
         kwargs["position_ids"] = cache.next_positions(ids.shape[1])
 
 
-def _check_mask(site: ProbedSite, text: Any) -> None:
-    """The operator applies the window that the module passes on; the model's own masks must mean the same."""
+def why_masked(site: ProbedSite, config: Any) -> str | None:
+    """Why length, causality and the window that the module passes on do not say all that the model's own mask of this
+    site says without padding; None where they do."""
+    text = config.get_text_config(decoder=True)
     kinds = getattr(text, "layer_types", None)
     if kinds is not None:
         kind = kinds[site.layer]
@@ -71,11 +74,8 @@ def _check_mask(site: ProbedSite, text: Any) -> None:
         windowed = None if chunked else getattr(text, "sliding_window", None) is not None
     passed = any(feature.startswith("window") for feature in site.features)
     if windowed is None or windowed != passed:
-        raise CacheError(
-            f"{kind} is not causality {'and a window ' if passed else ''}alone",
-            where=site.name,
-            fix="fast.lamp.cache() and generate, which take any mask",
-        )
+        return f"{kind} is not causality {'and a window ' if passed else ''}alone"
+    return None
 
 
 def _shape(site: ProbedSite) -> LayerShape:
