@@ -1,0 +1,214 @@
+"""A queue served by ``fast.lamp.generate_many``, observed from outside: times, idle slots, refined shares, equality."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from _requests import Clock, Request, Served, spread
+from torch import Tensor
+
+import lamp_compile
+from lamp_compile.frontends.huggingface import compiled
+from lamp_compile.frontends.huggingface.many import ManyPrompts
+from lamp_compile.runtime import guard
+
+WARM_NEW = 8
+CHECKED_NEW = 48
+KEPT_LOGITS = 4
+TOLERANCE = 0.06
+"""Of logits, root mean square over their spread: keys and values are rounded on the way, sums taken in another order."""
+ROUNDS = 14
+SAMPLE = 8
+CHECK = (
+    f"up to {CHECKED_NEW} tokens of each checked request against the request alone in the same slots at temperature 0; "
+    f"the logits of its first {KEPT_LOGITS} tokens against that, and against a cache of its own, fed the same tokens"
+)
+
+
+class Log:
+    """What the loop did."""
+
+    def __init__(self, watched: Sequence[int] = ()) -> None:
+        self.watched = set(watched)
+        self.first: dict[int, float] = {}
+        self.admitted: dict[int, float] = {}
+        self.logits: dict[int, list[Tensor]] = {index: [] for index in watched}
+        self.steps, self.busy, self.refills = 0, 0, 0
+        self.used: set[int] = set()
+        self.stats: Tensor | None = None
+
+
+class Observed(ManyPrompts):
+    """The loop of ``generate_many``, which tells a log what it does."""
+
+    def __init__(self, log: Log, *args: Any) -> None:
+        super().__init__(*args)
+        self.log = log
+
+    def _start(self, sequence: Any) -> Iterator[tuple[int, Tensor]]:
+        self.log.admitted[sequence.index] = time.perf_counter()
+        return super()._start(sequence)
+
+    def _take(self, slots: list[int], logits: Tensor) -> list[tuple[int, Tensor]]:
+        log, streams = self.log, [self._running[slot] for slot in slots]
+        for slot, stream in zip(slots, streams, strict=True):
+            if stream.index in log.watched and len(stream.made) < KEPT_LOGITS:
+                log.logits[stream.index].append(logits[slot if logits.shape[0] > 1 else 0].float().cpu())
+        begins = not streams[0].made
+        done = super()._take(slots, logits)
+        if begins:
+            log.first[streams[0].index] = time.perf_counter()
+            log.refills += slots[0] in log.used
+            log.used.add(slots[0])
+        else:
+            log.steps += 1
+            log.busy += len(slots)
+        return done
+
+    def _finish(self, slot: int) -> Any:
+        counts = torch.stack([layer.stats[slot].sum(0) for layer in self.cache.layers])
+        self.log.stats = counts if self.log.stats is None else self.log.stats + counts
+        return super()._finish(slot)
+
+
+@contextmanager
+def observing(log: Log) -> Iterator[None]:
+    """``generate_many`` runs the observed loop for a while."""
+    before: Any = compiled.ManyPrompts
+    compiled.ManyPrompts = functools.partial(Observed, log)  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        compiled.ManyPrompts = before  # type: ignore[misc]
+
+
+def run(fast: Any, cache: Any, requests: Sequence[Request], log: Log, most: int | None = None) -> Iterator[Any]:
+    """(index in ``requests``, new tokens) in the order they finish."""
+    new = [request.new if most is None else min(most, request.new) for request in requests]
+    with observing(log):
+        loop = fast.lamp.generate_many(
+            [request.prompt for request in requests], max_new_tokens=new, cache=cache, eos_token_id=None
+        )
+    for index, row in loop:
+        yield index, row[requests[index].length :].tolist()
+
+
+def serve(model: Any, requests: Sequence[Request], setup: Any, clock: Clock) -> Served:
+    """Compile, impose the shares, warm, serve, check. ``setup``: see ``serving.Setup``."""
+    options = {} if setup.shares is None else {"guard_budget": math.inf}
+    fast = lamp_compile.compile(model, mode=setup.mode, **options)
+    cache = fast.lamp.slots(setup.streams, setup.pool, max(request.tokens for request in requests))
+    if setup.shares is not None:
+        impose(fast, cache, requests, setup.shares)
+    for _ in run(fast, cache, spread(requests, 4), Log(), WARM_NEW):
+        pass
+    watched = [request.index for request in spread(requests, 3)]
+    log, made = Log([*watched, requests[-1].index]), Served()
+    clock.start()
+    began, loop = time.perf_counter(), run(fast, cache, requests, log)
+    for index, tokens in loop:
+        made.tokens[index] = tokens
+        if time.perf_counter() - began > setup.row_seconds:
+            break
+    loop.close()  # type: ignore[attr-defined]
+    cache.reset()
+    clock.stop()
+    made.first = {index: moment - began for index, moment in log.first.items()}
+    made.admitted = {index: moment - began for index, moment in log.admitted.items()}
+    made.steps, made.busy, made.slot_steps = log.steps, log.busy, log.steps * cache.streams
+    made.kv_bytes, made.kv_tokens = cache.nbytes, cache.capacity
+    shares = [] if log.stats is None else [c[guard.REFINED] / max(1, c[guard.LIVE]) for c in log.stats.tolist()]
+    made.extra = {
+        "refills": log.refills,
+        "refined_share": sum(shares) / len(shares) if shares else None,
+        "layer_shares": [round(share, 4) for share in shares],
+        "fused": "fused_attention" in fast.lamp.report().after if setup.mode != "eager" else None,
+        "check": lambda: check(fast, cache, requests, made, log),
+    }
+    return made
+
+
+def impose(fast: Any, cache: Any, requests: Sequence[Request], shares: Sequence[float]) -> None:
+    """Bisect tau of every layer at once on a sample of the queue, until layer i refines share ``i`` modulo their
+    number."""
+    layers, device = cache.layers, cache.lengths.device
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = fast.config.get_text_config(decoder=True).vocab_size
+    room = 2 * ROUNDS
+    for request in spread(requests, min(SAMPLE, cache.streams)):
+        prompt = request.prompt[: max(1, cache.max_length - room)]
+        if cache.fits(len(prompt) + room):
+            view = cache.view(cache.admit(len(prompt) + room))
+            forward(fast, prompt[None].to(device), view)
+    low, high = [math.log(1e-7)] * len(layers), [0.0] * len(layers)
+    for _ in range(ROUNDS):
+        middle = [(a + b) / 2 for a, b in zip(low, high, strict=True)]
+        for layer, value in zip(layers, middle, strict=True):
+            fast.lamp.controls.set(tau=math.exp(value), sites=layer.name)
+            layer.stats.zero_()
+        for _ in range(2):
+            ids = torch.randint(vocabulary, (cache.streams, 1), generator=generator)
+            forward(fast, ids.to(device), cache)
+        for index, layer in enumerate(layers):
+            count = layer.stats.sum((0, 1)).tolist()
+            if count[guard.REFINED] / max(1, count[guard.LIVE]) > shares[index % len(shares)]:
+                low[index] = middle[index]
+            else:
+                high[index] = middle[index]
+    cache.reset()
+
+
+@torch.no_grad()
+def forward(fast: Any, ids: Tensor, cache: Any) -> Tensor:
+    """Logits ``[B, V]`` of the last position, without a graph."""
+    logits: Tensor = fast(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+    return logits
+
+
+def check(fast: Any, cache: Any, requests: Sequence[Request], made: Served, log: Log) -> dict[str, Any]:
+    """See ``CHECK``. Not ok when tokens differ and logits do too, or when a cache of its own says otherwise."""
+    by_index = {request.index: request for request in requests}
+    indices = [index for index in log.logits if index in made.tokens]
+    equal, compared, alone, own = 0, 0, [], []
+    for index in indices:
+        again = Log([0])
+        ((_, tokens),) = run(fast, cache, [by_index[index]], again, CHECKED_NEW)
+        served = made.tokens[index][: len(tokens)]
+        same = next((i for i, (a, b) in enumerate(zip(tokens, served, strict=True)) if a != b), len(tokens))
+        equal, compared = equal + same, compared + len(tokens)
+        alone += [difference(a, b) for a, b in list(zip(again.logits[0], log.logits[index], strict=True))[: same + 1]]
+        own += own_cache(fast, by_index[index], served, log.logits[index])
+    found = {"largest_to_alone": max(alone, default=math.nan), "largest_to_own_cache": max(own, default=math.nan)}
+    near = [value <= TOLERANCE for value in found.values()]
+    return {
+        "what": CHECK,
+        "requests": len(indices),
+        "tokens_compared": compared,
+        "tokens_equal": equal,
+        **found,
+        "tolerance": TOLERANCE,
+        "ok": bool(indices) and near[1] and (equal == compared or near[0]),
+    }
+
+
+def own_cache(fast: Any, request: Request, fed: list[int], wanted: list[Tensor]) -> list[float]:
+    """Differences to the logits of an ordinary cache of planes that reads the prompt and is fed the same tokens."""
+    cache, ids, found = fast.lamp.cache(request.tokens), request.prompt[None], []
+    for step, logits in enumerate(wanted):
+        got = forward(fast, ids.to(fast.device), cache)[0].float().cpu()
+        found.append(difference(got, logits))
+        ids = torch.tensor([fed[step : step + 1]])
+    return found
+
+
+def difference(got: Tensor, wanted: Tensor) -> float:
+    """Root mean square over the spread of what was wanted."""
+    return float((got - wanted).square().mean().sqrt() / wanted.std().clamp_min(1e-9))
+
+
