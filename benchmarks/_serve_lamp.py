@@ -22,7 +22,7 @@ WARM_NEW = 8
 CHECKED_NEW = 48
 KEPT_LOGITS = 4
 TOLERANCE = 0.06
-"""Of logits, root mean square over their spread: keys and values are rounded on the way, sums taken in another order."""
+"""Of logits, root mean square over their spread: keys and values are rounded, sums are taken in another order."""
 ROUNDS = 14
 SAMPLE = 8
 CHECK = (
@@ -210,5 +210,3 @@ def own_cache(fast: Any, request: Request, fed: list[int], wanted: list[Tensor])
 def difference(got: Tensor, wanted: Tensor) -> float:
     """Root mean square over the spread of what was wanted."""
     return float((got - wanted).square().mean().sqrt() / wanted.std().clamp_min(1e-9))
-
-

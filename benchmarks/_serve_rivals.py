@@ -163,9 +163,7 @@ def serve_paged(model: Any, requests: Sequence[Request], setup: Any, clock: Cloc
         max_batch_tokens=PAGED_BATCH_TOKENS, allow_block_sharing=False,
     )  # fmt: skip
     longest_prompt, longest_answer = max(r.length for r in requests), max(r.new for r in requests)
-    generation = GenerationConfig(
-        max_new_tokens=longest_answer, do_sample=False, eos_token_id=NO_TOKEN, pad_token_id=0
-    )
+    generation = GenerationConfig(max_new_tokens=longest_answer, do_sample=False, eos_token_id=NO_TOKEN, pad_token_id=0)
     hints = WorkloadHints(longest_prompt, longest_answer, len(requests))
     before, made = model.config._attn_implementation, Served()
     try:

@@ -1,4 +1,4 @@
-"""A queue of requests with mixed lengths, served with 16, 64 and 128 streams: lamp and what transformers has, in one run.
+"""A queue of requests with mixed lengths, served with 16, 64 and 128 streams by lamp and by what transformers has.
 
     python benchmarks/serving.py --shape 8b --shares-from results/DATE-decode_kernel-DEVICE.json --out
     python benchmarks/serving.py --model DIR --text FILE --streams 16 --out
@@ -172,9 +172,20 @@ def line(row: dict[str, Any]) -> str:
     """One row as printed."""
     if "seconds" not in row:
         return f"{row['case']:12s} {row['name']:10s} failed: {row['failed'][:120]}"
-    keys = ("requests_per_s", "tokens_per_s", "tokens_per_joule", "ttft_median_s", "peak_memory_gb", "kv_gb", "idle_share")
+    keys = (
+        "requests_per_s",
+        "tokens_per_s",
+        "tokens_per_joule",
+        "ttft_median_s",
+        "peak_memory_gb",
+        "kv_gb",
+        "idle_share",
+    )
     forms = ("7.2f", "8.1f", "7.3f", "7.2f", "7.1f", "7.2f", "6.1%")
-    words = [f"{row[k]:{f}}" if row[k] is not None else "-".rjust(int(f.split(".")[0])) for k, f in zip(keys, forms, strict=True)]
+    words = [
+        f"{row[k]:{f}}" if row[k] is not None else "-".rjust(int(f.split(".")[0]))
+        for k, f in zip(keys, forms, strict=True)
+    ]
     tail = f"{row['finished']}/{row['requests']}, graphs {row['graphs']}, skips {row['cudagraph_skips']}"
     if row.get("refined_share") is not None:
         tail += f", refined {row['refined_share']:.1%}"
@@ -219,7 +230,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shares", type=_real.parse_shares, help="refined shares of layers, in turn: 0.05,0.1")
     parser.add_argument("--shares-from", type=Path, help="take them from the JSON of decode_kernel.py")
     parser.add_argument("--mode", help="eager, default or reduce-overhead (the default on CUDA)")
-    parser.add_argument("--row-seconds", type=float, default=120.0, help="served seconds after which a row is cut short")
+    parser.add_argument(
+        "--row-seconds", type=float, default=120.0, help="served seconds after which a row is cut short"
+    )
     parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no row is begun")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--keep", type=Path, help="JSON of an earlier run whose rows of other cases stay")
