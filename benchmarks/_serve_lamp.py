@@ -184,8 +184,8 @@ def check(fast: Any, cache: Any, requests: Sequence[Request], made: Served, log:
         equal, compared = equal + same, compared + len(tokens)
         alone += [difference(a, b) for a, b in list(zip(again.logits[0], log.logits[index], strict=True))[: same + 1]]
         own += own_cache(fast, by_index[index], served, log.logits[index])
-    found = {"largest_to_alone": max(alone, default=math.nan), "largest_to_own_cache": max(own, default=math.nan)}
-    near = [value <= TOLERANCE for value in found.values()]
+    found = {"largest_to_alone": max(alone, default=None), "largest_to_own_cache": max(own, default=None)}
+    near = [value is not None and value <= TOLERANCE for value in found.values()]
     return {
         "what": CHECK,
         "requests": len(indices),

@@ -76,7 +76,7 @@ def serve_static(model: Any, requests: Sequence[Request], setup: Any, clock: Clo
             cache = StaticCache(config=model.config, max_cache_len=capacity)
             forward = _models.compiled(model, setup.mode, CompileConfig(mode=setup.mode, dynamic=False))
             group = [batch for batch in plan if (batch.capacity, batch.rows) == shape]
-            run_batch(model, forward, cache, group[0], Served(), Clock(model.device, setup.energy), WARM_STEPS)
+            run_batch(model, forward, cache, warm(group[0]), Served(), Clock(model.device, setup.energy), WARM_STEPS)
             for batch in group:
                 if clock.seconds <= setup.row_seconds:
                     run_batch(model, forward, cache, batch, made, clock)
@@ -86,6 +86,17 @@ def serve_static(model: Any, requests: Sequence[Request], setup: Any, clock: Clo
             del cache, forward
     made.extra = {"refills": 0, "batches": sizes, "attention": attention}
     return made
+
+
+def warm(batch: Batch) -> Batch:
+    """The same shape, with prompts that are read in one piece."""
+    most = prefill_columns(batch.rows)
+    return Batch([Request(r.index, r.prompt[:most], r.new) for r in batch.requests], batch.rows, batch.capacity)
+
+
+def prefill_columns(rows: int) -> int:
+    """Tokens of each row that a padded prefill reads at once."""
+    return max(16, PREFILL_TOKENS // rows)
 
 
 @torch.no_grad()
@@ -135,7 +146,7 @@ def run_batch(
 
 def prefill(model: Any, cache: Any, ids: Tensor, mask: Tensor, rows: int) -> Tensor:
     """First new token ``[B]``; the padded prompts ``[B, n]`` go in by columns, as many as memory likes."""
-    width, columns = ids.shape[1], max(16, PREFILL_TOKENS // rows)
+    width, columns = ids.shape[1], prefill_columns(rows)
     positions = (mask[:, :width].cumsum(-1) - 1).clamp_min(0)
     out = None
     for begin in range(0, width, columns):
@@ -170,7 +181,7 @@ def serve_paged(model: Any, requests: Sequence[Request], setup: Any, clock: Cloc
         with model.continuous_batching_context_manager(
             generation_config=generation, continuous_batching_config=config, timeout=60, workload_hints=hints
         ) as manager:
-            collect(manager, spread(requests, 2), 4, math.inf)
+            collect(manager, spread(requests, 2), 4, time.perf_counter() + setup.row_seconds)
             made.kv_bytes, made.kv_tokens = paged_bytes(manager), config.num_blocks * PAGE
             made.extra = {"attention": model.config._attn_implementation, "refills": None}
             clock.start()

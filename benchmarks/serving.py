@@ -160,9 +160,9 @@ def compare(rows: list[dict[str, Any]]) -> None:
     for (case, _), row in named.items():
         for name in ROWS[1:]:
             other = named.get((case, name))
-            row[f"requests_per_s_to_{name}"] = other and row["requests_per_s"] / other["requests_per_s"]
-            both = other and row["tokens_per_joule"] and other["tokens_per_joule"]
-            row[f"tokens_per_joule_to_{name}"] = both and row["tokens_per_joule"] / other["tokens_per_joule"]
+            for key in ("requests_per_s", "tokens_per_s", "tokens_per_joule"):
+                measured = other and row[key] is not None and other[key]
+                row[f"{key}_to_{name}"] = row[key] / other[key] if other and measured else None
             shared = set(row["first_tokens"]) & set(other["first_tokens"]) if other else ()
             same = sum(row["first_tokens"][i] == other["first_tokens"][i] for i in shared) if other else 0
             row[f"same_first_token_as_{name}"] = same / len(shared) if shared else None

@@ -120,7 +120,7 @@ def test_lengths_are_mixed_and_repeat(scripts):
     assert min(prompts) >= 64
     assert max(prompts) == 8192
     assert 900 < sorted(prompts)[250] < 1150
-    assert (min(new), max(new)) == (32, 512)
+    assert 32 <= min(new) < 40 < 500 < max(new) <= 512
 
 
 def test_batches_hold_similar_lengths_in_few_capacities_and_fit(scripts, requests_of):
