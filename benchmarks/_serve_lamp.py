@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from _requests import Clock, Request, Served, spread
+from _requests import Clock, Request, Served, mean, spread
 from torch import Tensor
 
 import lamp_compile
@@ -41,7 +41,8 @@ class Log:
         self.logits: dict[int, list[Tensor]] = {index: [] for index in watched}
         self.steps, self.busy, self.refills = 0, 0, 0
         self.used: set[int] = set()
-        self.stats: Tensor | None = None
+        self.read: Tensor | int = 0
+        self.decoded: Tensor | int = 0
 
 
 class Observed(ManyPrompts):
@@ -61,6 +62,9 @@ class Observed(ManyPrompts):
             if stream.index in log.watched and len(stream.made) < KEPT_LOGITS:
                 log.logits[stream.index].append(logits[slot if logits.shape[0] > 1 else 0].float().cpu())
         begins = not streams[0].made
+        if begins:
+            counts = self._counts(slots[0])
+            log.read, log.decoded = log.read + counts, log.decoded - counts
         done = super()._take(slots, logits)
         if begins:
             log.first[streams[0].index] = time.perf_counter()
@@ -72,9 +76,12 @@ class Observed(ManyPrompts):
         return done
 
     def _finish(self, slot: int) -> Any:
-        counts = torch.stack([layer.stats[slot].sum(0) for layer in self.cache.layers])
-        self.log.stats = counts if self.log.stats is None else self.log.stats + counts
+        self.log.decoded = self.log.decoded + self._counts(slot)
         return super()._finish(slot)
+
+    def _counts(self, slot: int) -> Tensor:
+        """Statistics of a slot since it was admitted, a row for each layer."""
+        return torch.stack([layer.stats[slot].sum(0) for layer in self.cache.layers])
 
 
 @contextmanager
@@ -123,15 +130,21 @@ def serve(model: Any, requests: Sequence[Request], setup: Any, clock: Clock) -> 
     made.admitted = {index: moment - began for index, moment in log.admitted.items()}
     made.steps, made.busy, made.slot_steps = log.steps, log.busy, log.steps * cache.streams
     made.kv_bytes, made.kv_tokens = cache.nbytes, cache.capacity
-    shares = [] if log.stats is None else [c[guard.REFINED] / max(1, c[guard.LIVE]) for c in log.stats.tolist()]
+    shares = refined(log.decoded)
     made.extra = {
         "refills": log.refills,
-        "refined_share": sum(shares) / len(shares) if shares else None,
+        "refined_share": mean(shares),
+        "refined_share_of_prefill": mean(refined(log.read)),
         "layer_shares": [round(share, 4) for share in shares],
         "fused": "fused_attention" in fast.lamp.report().after if setup.mode != "eager" else None,
         "check": lambda: check(fast, cache, requests, made, log),
     }
     return made
+
+
+def refined(counts: Tensor | int) -> list[float]:
+    """Share of live sub-tiles that were refined, per layer."""
+    return [] if isinstance(counts, int) else [c[guard.REFINED] / max(1, c[guard.LIVE]) for c in counts.tolist()]
 
 
 def impose(fast: Any, cache: Any, requests: Sequence[Request], shares: Sequence[float]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -239,8 +238,3 @@ def graphs() -> dict[str, int]:
         "cudagraph_skips": int(counters["inductor"]["cudagraph_skips"]),
         "graph_breaks": sum(counters["graph_break"].values()),
     }
-
-
-def median(values: Sequence[float]) -> float | None:
-    """The median; None of nothing."""
-    return statistics.median(values) if values else None
