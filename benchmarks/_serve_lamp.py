@@ -150,15 +150,15 @@ def refined(counts: Tensor | int) -> list[float]:
 def impose(fast: Any, cache: Any, requests: Sequence[Request], shares: Sequence[float]) -> None:
     """Bisect tau of every layer at once on a sample of the queue, until layer i refines share ``i`` modulo their
     number."""
-    layers, device = cache.layers, cache.lengths.device
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = fast.config.get_text_config(decoder=True).vocab_size
-    room = 2 * ROUNDS
-    for request in spread(requests, min(SAMPLE, cache.streams)):
+    layers, room = cache.layers, 2 * ROUNDS
+    ids = torch.zeros(cache.streams, 1, dtype=torch.long, device=cache.lengths.device)
+    ranked = sorted(requests, key=lambda request: request.length)
+    count = min(SAMPLE, cache.streams, len(ranked))
+    for request in (ranked[(2 * i + 1) * len(ranked) // (2 * count)] for i in range(count)):
         prompt = request.prompt[: max(1, cache.max_length - room)]
         if cache.fits(len(prompt) + room):
-            view = cache.view(cache.admit(len(prompt) + room))
-            forward(fast, prompt[None].to(device), view)
+            slot = cache.admit(len(prompt) + room)
+            ids[slot] = forward(fast, prompt[None].to(ids.device), cache.view(slot)).argmax(-1)
     low, high = [math.log(1e-7)] * len(layers), [0.0] * len(layers)
     for _ in range(ROUNDS):
         middle = [(a + b) / 2 for a, b in zip(low, high, strict=True)]
@@ -166,11 +166,9 @@ def impose(fast: Any, cache: Any, requests: Sequence[Request], shares: Sequence[
             fast.lamp.controls.set(tau=math.exp(value), sites=layer.name)
             layer.stats.zero_()
         for _ in range(2):
-            ids = torch.randint(vocabulary, (cache.streams, 1), generator=generator)
-            forward(fast, ids.to(device), cache)
+            ids = forward(fast, ids, cache).argmax(-1)[:, None]
         for index, layer in enumerate(layers):
-            count = layer.stats.sum((0, 1)).tolist()
-            if count[guard.REFINED] / max(1, count[guard.LIVE]) > shares[index % len(shares)]:
+            if refined(layer.stats.sum((0, 1))[None])[0] > shares[index % len(shares)]:
                 low[index] = middle[index]
             else:
                 high[index] = middle[index]
