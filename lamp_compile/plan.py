@@ -45,8 +45,8 @@ class GuardPlan:
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """How kernels cut one attention on one kind of GPU: choices of speed, none of numbers. ``lamp-compile tune``
-    measures them."""
+    """How kernels cut one attention on one kind of GPU, for speed: it changes the order of sums, and with ``most_rows``
+    which new tokens decide together. ``lamp-compile tune`` measures it."""
 
     warps: int = 1
     """Of the look-ahead, where few rows share a kv head."""
@@ -69,6 +69,7 @@ class LaunchPlan:
     dependent: int = 1
     """1: a launch may begin while the one ahead of it ends, where the GPU can do that."""
 
+    SMALL = ("warps", "refine_warps", "merge_warps", "stages", "refine_stages")
     POWERS = ("warps", "refine_warps", "merge_chunk", "merge_warps", "most_rows")
 
     def validate(self, where: str) -> None:
@@ -80,8 +81,9 @@ class LaunchPlan:
         for f in fields(self):
             value = getattr(self, f.name)
             least = 0 if f.name == "dependent" else 1
-            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MOST_LAUNCH:
-                raise PlanError(f"{f.name} is {value!r}", where=where, fix=f"a whole number, {least} to {MOST_LAUNCH}")
+            most = 1 if f.name == "dependent" else 8 if f.name in self.SMALL else MOST_LAUNCH
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+                raise PlanError(f"{f.name} is {value!r}", where=where, fix=f"a whole number, {least} to {most}")
             if f.name in self.POWERS and value & (value - 1):
                 raise PlanError(f"{f.name} is {value}", where=where, fix="a power of two")
 

@@ -1,6 +1,6 @@
 """Which way of cutting the kernels' work is fastest for a shape on this device, and whether it beats bf16 there.
 
-Planes are random and a given share of the sub-tiles is refined; the cut changes no number that comes out.
+Planes are random and a given share of the sub-tiles is refined; the cut changes the order of sums, no more.
 """
 
 from __future__ import annotations

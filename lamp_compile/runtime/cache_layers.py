@@ -14,9 +14,9 @@ from torch import Tensor
 from lamp_compile.errors import CacheError
 from lamp_compile.plan import SitePlan
 from lamp_compile.runtime import formats, guard, kernels, layout
-from lamp_compile.runtime import fused_ops as _fused_ops  # noqa: F401  (registers torch.ops.lamp)
 from lamp_compile.runtime.attend_in_parts import attend_in_parts
 from lamp_compile.runtime.controls import SiteControls
+from lamp_compile.runtime.fused_ops import inference_only  # importing it registers torch.ops.lamp
 from lamp_compile.runtime.growable_layer import GrowableLayer
 from lamp_compile.runtime.plane_handle import PlaneHandle
 
@@ -152,7 +152,7 @@ class NestedLayer(GrowableLayer):
         """
         rows = self.admit(key_states, value_states)
         plan = self.plan
-        if kernels.why_not_store(self.planes, plan.k_format, plan.v_format) is None:
+        if kernels.why_not_store(self.planes, plan.k_format, plan.v_format, key_states.dtype) is None:
             torch.ops.lamp.append(
                 key_states, value_states, *self.planes, self.balance, self.cumulative_length.reshape(1), None,
                 k_format=plan.k_format, v_format=plan.v_format, rotation=plan.rotation, site=self.name,
@@ -202,8 +202,9 @@ class NestedLayer(GrowableLayer):
         elif torch.compiler.is_compiling() or kernels.why_not_attend(q, self.planes, self.state, options) is not None:
             out, state, stats = torch.ops.lamp.attention.cached(q, *self.planes, *hot, self.balance, *seen, **options)
         else:
-            out = torch.ops.lamp.fused_attention(q, *self.planes, *hot, self.balance, *seen, **options)
-            return out
+            return inference_only(
+                torch.ops.lamp.fused_attention(q, *self.planes, *hot, self.balance, *seen, **options), q
+            )
         self.state.copy_(state)
         self.stats.copy_(stats)
         return out

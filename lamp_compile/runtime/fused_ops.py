@@ -50,7 +50,7 @@ def _append(
     checks.keys_and_values(site, k, v)
     checks.one_device(site, k, v=v, k_planes=k_high, v_planes=v_high, balance=balance, positions=positions)
     planes = (k_high, k_residual, k_scale, v_high, v_residual, v_scale)
-    if kernels.why_not_store(planes, k_format, v_format) is None and k.dtype.itemsize < 8:
+    if kernels.why_not_store(planes, k_format, v_format, k.dtype) is None:
         return kernels.append(k, v, planes, balance, positions, block_table, rotation)
     rows = reference.quantize(k, v, balance, k_format, v_format, rotation, tile=0)
     place = layout.places(positions, k.shape[0], k.shape[2], k_high.shape[3], block_table)
@@ -63,11 +63,32 @@ def _append(
     return None
 
 
+class _Inference(torch.autograd.Function):
+    """An output that says, on the way back, that there is none."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, q: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        ops.no_backward()
+
+
+def inference_only(out: Tensor, q: Tensor) -> Tensor:
+    """The output of an operator that writes in place, for which torch registers no backward pass: asked for gradients,
+    it raises instead of leaving them out."""
+    if not (torch.is_grad_enabled() and q.requires_grad):
+        return out
+    marked: Tensor = _Inference.apply(out, q)  # type: ignore[no-untyped-call]
+    return marked
+
+
 def _fused_attention(q: Tensor, *args: Any, **options: Any) -> Tensor:
     planes, hot, balance, seen = args[:6], args[6:11], args[11], args[12:]
     state, stats = hot[3:]
     if kernels.why_not_attend(q, planes, state, options) is None:
-        ops.check_attention(q, planes, seen, options)
+        ops.check_attention(q, planes, (*hot, balance), seen, options)
         return kernels.attend(q, planes, hot, balance, seen, options)
     out, new_state, new_stats = torch.ops.lamp.attention.cached(q, *args, **options)
     state.copy_(new_state)

@@ -132,8 +132,22 @@ class GrowableLayer(StaticLayer):  # type: ignore[misc]
 
     def exceeds(self, rows: int) -> bool:
         """Whether new rows need growth. Asks the device only where the host's upper bound of the length says they
-        might."""
-        return self._longest + rows > self.max_cache_len and int(self.cumulative_length) + rows > self.max_cache_len
+        might.
+
+        Raises:
+            CacheError: A captured step went on past the end: rows were lost.
+        """
+        if self._longest + rows <= self.max_cache_len:
+            return False
+        held = int(self.cumulative_length)
+        if held > self.max_cache_len:
+            raise CacheError(
+                f"{held} tokens went into a cache of {self.max_cache_len}: a compiled step cannot grow it, "
+                "and what came last is lost",
+                where=self.name,
+                fix="cache.ensure_capacity(tokens) ahead of the loop, and cache.reset() or crop(...) now",
+            )
+        return held + rows > self.max_cache_len
 
     def widened(self, keys: int) -> dict[str, Tensor]:
         """Copies of the layer's tensors with room for ``keys`` keys, for ``widen``; none if nothing is held."""

@@ -20,17 +20,8 @@ __all__ = ["CacheSpec", "FloatLayer", "LayerSpec", "NestedCache", "NestedLayer",
 
 
 class Unmasked(int):
-    """A mask over no keys: ``lamp_mask`` makes none, or one over ``keys`` keys where the model wants a pattern of its
-    own."""
-
-    keys: int
-
-    @staticmethod
-    def over(keys: int) -> Unmasked:
-        """Zero, knowing how many keys there are."""
-        made = Unmasked(0)
-        made.keys = keys
-        return made
+    """How many keys there are, saying that they need no mask: ``lamp_mask`` makes none, unless the model wants a
+    pattern of its own."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +131,7 @@ class NestedCache(Cache):  # type: ignore[misc]
         keys, offset = super().get_mask_sizes(query_length, layer_idx)
         if not self.unpadded:
             return keys, offset
-        return (0 if torch.compiler.is_compiling() else Unmasked.over(keys)), 0
+        return (0 if torch.compiler.is_compiling() else Unmasked(keys)), offset
 
     @property
     def nbytes(self) -> int:

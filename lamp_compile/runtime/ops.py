@@ -288,16 +288,21 @@ def _cached(
         k_format=k_format, v_format=v_format, launch=launch,
     )  # fmt: skip
     if kernels.why_not_attend(q, planes, state, options) is None:
-        check_attention(q, planes, seen[1:], options)
+        check_attention(q, planes, (tau, floor, budget, state, stats, balance), seen[1:], options)
         state, stats = state.clone(), stats.clone()
         return kernels.attend(q, planes, (tau, floor, budget, state, stats), balance, seen[1:], options), state, stats
     return attend_in_parts(q, planes, (tau, floor, budget, state, stats), seen, options)
 
 
 def check_attention(
-    q: Tensor, planes: tuple[Tensor, ...], seen: tuple[Tensor | None, ...], options: dict[str, Any]
+    q: Tensor,
+    planes: tuple[Tensor, ...],
+    hot: tuple[Tensor | None, ...],
+    seen: tuple[Tensor | None, ...],
+    options: dict[str, Any],
 ) -> None:
-    """What the operators check one by one, for an attention that runs as one kernel.
+    """What the operators check one by one, for an attention that runs as one kernel; ``hot`` are tau, floor, budget,
+    state, stats and balance.
 
     Raises:
         InputError: Shapes, dtypes or devices do not fit together.
@@ -310,6 +315,11 @@ def check_attention(
         site, q, k_planes=k_high, v_planes=planes[3], mask=mask, bias=bias, sinks=sinks, start=start, lengths=lengths,
         table=table,
     )  # fmt: skip
+    names = ("tau", "floor", "budget", "state", "stats", "balance")
+    checks.one_device(site, q, **dict(zip(names, hot, strict=True)))
+    for name, setting in zip(names[:3], hot, strict=False):
+        assert setting is not None
+        checks.heads_of_setting(site, name, setting, k_high.shape[1])
     room = (k_high.shape[2] if table is None else table.shape[1]) * k_high.shape[3]
     checks.visibility(site, q, mask, bias, (int(options["keys"]), room), options["causal"], options["window"])
 
@@ -372,7 +382,8 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 }
 
 
-def _no_backward(ctx: Any, *grads: Any) -> Any:
+def no_backward(*args: Any) -> Any:
+    """Raise ModelError: asked for gradients."""
     raise ModelError(
         "lamp operators have no backward pass",
         where="torch.ops.lamp",
@@ -386,4 +397,4 @@ for _name, _schema in SCHEMAS.items():
     LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lamp::{_name}", _fake, lib=LIBRARY)
-    torch.library.register_autograd(f"lamp::{_name}", _no_backward, lib=LIBRARY)
+    torch.library.register_autograd(f"lamp::{_name}", no_backward, lib=LIBRARY)

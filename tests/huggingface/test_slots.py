@@ -347,7 +347,7 @@ def test_what_does_not_fit_or_belong_is_refused_before_anything_runs() -> None:
         fast.generate(torch.tensor([[5], [6]]), past_key_values=cache, **reference.GREEDY)
     slot = cache.admit(9)
     mask = torch.tensor([[0, 1, 1]])
-    with says(InputError, "a padding mask came with a slot cache"):
+    with says(InputError, "a padding mask came with a cache that takes none"):
         fast(row([5, 6, 7]), attention_mask=mask, past_key_values=cache.view(slot))
     with says(CacheError, "a mask came with a slot cache"):
         fast(row([5]), attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool), past_key_values=cache.view(slot))

@@ -51,8 +51,7 @@ def test_what_kernels_can_do_has_no_reason():
     assert kernels.why_not_store(tuple(planes()), "nested8", "nested8") is None
     assert why_not() is None
     for rule in ("energy", "lamp_strict", "lamp_relaxed"):
-        for subtile in (32, 64, 128):
-            assert why_not(rule=rule, subtile=subtile) is None
+        assert why_not(rule=rule) is None
     for dtype in (torch.float16, torch.float32):
         assert why_not(q=meta(2, 8, 5, 256, dtype=dtype), stored=planes(256, 256)) is None
 
@@ -75,6 +74,9 @@ REASONS = {
     "shared state": ({"state": meta(1, 2, 4)}, "sequences share"),
     "wide keys": ({"stored": planes(320, 128)}, "head dimension of 320"),
     "wide values": ({"stored": planes(128, 512)}, "head dimension of 512"),
+    "wide sub-tile": ({"subtile": 64}, "sub-tiles of 64 keys in storage tiles of 32"),
+    "views of a state": ({"state": meta(2, 4, 2).transpose(1, 2)}, "state that is not contiguous"),
+    "many heads": ({"q": meta(65536, 4, 1, 128), "state": meta(65536, 2, 4)}, "more than 65535 sequences"),
     "keys not contiguous": ({"stored": not_contiguous(0)}, "not contiguous"),
     "values not contiguous": ({"stored": not_contiguous(4)}, "not contiguous"),
 }
@@ -152,3 +154,26 @@ def test_opcheck_of_append():
     arguments = (call.k[:, :, :3], call.v[:, :, :3], *call.planes, None, torch.tensor([7, 150 - 3]), None)
     options = {name: call.options[name] for name in ("k_format", "v_format", "rotation", "site")}
     torch.library.opcheck(torch.ops.lamp.append.default, arguments, options)
+
+
+@pytest.mark.usefixtures("any_device")
+def test_settings_of_another_model_are_refused_not_read(device):
+    """Kernels read settings by head: one number too few would be somebody else's."""
+    call, arguments, _ = on_cpu()
+    for index, name in ((7, "tau"), (8, "floor"), (9, "budget")):
+        wrong = [*arguments]
+        wrong[index] = wrong[index][:1]
+        with pytest.raises(InputError, match=f"{name} has shape"):
+            torch.ops.lamp.fused_attention(*wrong, **call.options)
+
+
+def test_a_gpu_that_kernels_are_not_compiled_for_is_refused(monkeypatch):
+    """Asked once, ahead of graphs; the reference runs there."""
+    old = type("Properties", (), {"major": 7, "minor": 0, "name": "Old"})()
+    monkeypatch.setattr(kernels, "_TRITON", True)
+    monkeypatch.setattr(kernels, "_refused", {})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: old)
+    gpu = torch.device("cuda", 0)
+    assert kernels.target_name(gpu) == ""
+    kernels.prepare(gpu, "hadamard", 128)
+    assert kernels._refused == {gpu: "kernels need compute capability 8.0, this is 7.0"}

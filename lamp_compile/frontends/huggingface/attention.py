@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import and_masks, causal_mask_function, sdpa_mask, sliding_window_overlay
 
 from lamp_compile.errors import InputError
 from lamp_compile.runtime.kv_cache import Unmasked
@@ -148,7 +148,7 @@ def lamp_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     if isinstance(keys, Unmasked):
         if _is_plain(kwargs):
             return None
-        kwargs["kv_length"] = keys.keys
+        kwargs["kv_length"] = int(keys)
     elif keys == 0:
         _refuse_mask_of_slots(kwargs)
         return None
@@ -159,22 +159,44 @@ def lamp_mask(*args: Any, **kwargs: Any) -> Tensor | None:
 
 def _is_plain(kwargs: dict[str, Any]) -> bool:
     """Whether the mask that is asked for is causality, and a window at most."""
-    windowed = kwargs.get("local_size") is not None
-    return not kwargs.get("use_vmap") and (windowed or kwargs.get("mask_function") is causal_mask_function)
+    asked = kwargs.get("mask_function")
+    if kwargs.get("use_vmap"):
+        return False
+    if torch.compiler.is_compiling():  # a graph cannot look into functions; the step before it, outside, has
+        return kwargs.get("local_size") is not None or asked is causal_mask_function
+    return all(part is causal_mask_function or _named(part, _WINDOW) for part in _parts(asked))
+
+
+_WINDOW, _BOTH = sliding_window_overlay(1).__qualname__, and_masks(causal_mask_function).__qualname__
+
+
+def _parts(function: Any) -> Iterator[Any]:
+    """The functions that transformers joined with ``and_masks``; itself otherwise."""
+    if not _named(function, _BOTH):
+        yield function
+        return
+    for cell in function.__closure__:
+        for part in cell.cell_contents:
+            yield from _parts(part)
+
+
+def _named(function: Any, name: str) -> bool:
+    own = getattr(function, "__module__", None) == causal_mask_function.__module__
+    return own and getattr(function, "__qualname__", "") == name
 
 
 def _refuse_mask_of_slots(kwargs: dict[str, Any]) -> None:
     padding = kwargs.get("attention_mask")
     if padding is not None and (torch.compiler.is_compiling() or not bool(padding.all())):
         raise InputError(
-            "a padding mask came with a slot cache",
+            "a padding mask came with a cache that takes none",
             where="attention_mask",
-            fix="leave it out: every slot holds its own tokens only, from position 0",
+            fix="leave it out: a slot holds its own tokens only, and generate without padding makes no masks",
         )
     if not _is_plain(kwargs):
         raise InputError(
             "the model lays a pattern of its own over the causal mask",
-            where="slot cache",
+            where="a cache that takes no mask",
             fix="fast.lamp.cache() and generate, which take any mask",
         )
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lamp_compile.errors import InputError, ModelError
+from lamp_compile.errors import CacheError, InputError, ModelError
 from lamp_compile.frontends import switch
 from lamp_compile.frontends.huggingface.many import ManyPrompts, sizes_for, stop_tokens, streams_of
 from lamp_compile.frontends.huggingface.notes import notes_for
@@ -28,7 +28,7 @@ from lamp_compile.frontends.huggingface.slots import make_slots, positions_for, 
 from lamp_compile.ir import Refusal
 from lamp_compile.plan import Plan
 from lamp_compile.report import Report, SiteSummary
-from lamp_compile.runtime import layout
+from lamp_compile.runtime import kernels, layout
 from lamp_compile.runtime.controls import Controls
 from lamp_compile.runtime.growable_layer import rounded_capacity
 from lamp_compile.runtime.kv_cache import CacheSpec, NestedCache
@@ -85,9 +85,17 @@ class Lamp:
             max_length: Longest sequence; None takes what the model is made for.
 
         Raises:
-            CacheError: A layer keeps float keys and values or needs a mask of its own, or memory is short.
+            CacheError: A layer keeps float keys and values or needs a mask of its own, memory is short, or rows would
+                be stored by operations that a CUDA graph cannot hold.
             OptionError: A size is no whole number above 0.
         """
+        formats = {(row.k_format, row.v_format) for row in self.plan.sites if row.apply}
+        if self.mode == "reduce-overhead" and formats - {(kernels.FORMAT, kernels.FORMAT)}:
+            raise CacheError(
+                f"slots under mode 'reduce-overhead' store {kernels.FORMAT} only",
+                where="fast.lamp.slots",
+                fix="mode='default' or 'eager', or nested8 for keys and values",
+            )
         return make_slots(self.original.config, self.spec, self._sites, streams, tokens, max_length)
 
     def generate_many(
@@ -341,12 +349,18 @@ def _prepare_cache_for_generation(
     )
 
 
+PATTERNS = ("token_type_ids", "mm_token_type_ids", "block_sequence_ids")
+"""Inputs from which models make masks of their own."""
+
+
 def _leave_out_masks(model: Any, model_kwargs: dict[str, Any]) -> None:
     """Without padding, and without patterns of the model's own, length, causality and window say what may be seen: then
     neither ``[B, 1, S, keys]`` masks are made for a prompt nor ``[B, 1, 1, keys]`` at every step."""
     lamp: Lamp = model.lamp
     cache, padding = model_kwargs["past_key_values"], model_kwargs.get("attention_mask")
     if not isinstance(cache, NestedCache) or isinstance(cache, SlotView) or not lamp.maskless(model.config):
+        return
+    if any(model_kwargs.get(name) is not None for name in PATTERNS):
         return
     cache.unpadded = padding is None or (padding.dim() == 2 and bool((padding != 0).all()))
     if cache.unpadded:

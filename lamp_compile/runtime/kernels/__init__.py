@@ -7,6 +7,7 @@ and ``why_not`` says so.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,7 +20,14 @@ SUBTILES = (32, 64, 128)
 LARGEST_DIM = 256
 
 
+MOST_HEADS = 65535
+"""Sequences times kv heads: one axis of a grid."""
+OLDEST = (8, 0)
+"""Compute capability of the oldest NVIDIA GPU that kernels are compiled for."""
+ROCM = ("gfx942", "gfx950")
+
 _TRITON = find_spec("triton") is not None
+_refused: dict[torch.device, str] = {}
 
 
 def why_not_device(kind: str) -> str | None:
@@ -31,10 +39,31 @@ def why_not_device(kind: str) -> str | None:
     return None
 
 
-def why_not_store(planes: tuple[Tensor, ...], k_format: str, v_format: str) -> str | None:
-    """Why rows cannot be appended to these planes by a kernel, or None."""
+def why_not_model(device: torch.device) -> str | None:
+    """Why no kernel runs on this very GPU, or None. Asks the driver: not for graphs."""
+    if reason := why_not_device(device.type):
+        return reason
+    if device.type != "cuda":
+        return None
+    found: Any = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        name = str(found.gcnArchName).split(":")[0]
+        return None if name in ROCM else f"kernels are compiled for {' and '.join(ROCM)}, this is {name}"
+    if (found.major, found.minor) < OLDEST:
+        return f"kernels need compute capability {OLDEST[0]}.{OLDEST[1]}, this is {found.major}.{found.minor}"
+    return None
+
+
+def why_not_store(
+    planes: tuple[Tensor, ...], k_format: str, v_format: str, dtype: torch.dtype = torch.float32
+) -> str | None:
+    """Why rows of that dtype cannot be appended to these planes by a kernel, or None."""
     if reason := why_not_device(planes[0].device.type):
         return reason
+    if planes[0].device in _refused:
+        return _refused[planes[0].device]
+    if dtype.itemsize == 8:
+        return "float64 keys"
     if (k_format, v_format) != (FORMAT, FORMAT):
         return f"kernels store {FORMAT}, this is {k_format} and {v_format}"
     widest = 2 * max(planes[0].shape[4], planes[3].shape[3])
@@ -55,8 +84,14 @@ def why_not_attend(q: Tensor, planes: tuple[Tensor, ...], state: Tensor, options
         return f"query_bits {options['query_bits']}: kernels multiply int8 queries"
     if options["subtile"] not in SUBTILES:
         return f"subtile {options['subtile']}; kernels decide on {', '.join(map(str, SUBTILES))} keys"
+    if planes[0].shape[3] % options["subtile"]:
+        return f"sub-tiles of {options['subtile']} keys in storage tiles of {planes[0].shape[3]}"
     if state.shape[0] != q.shape[0]:
         return "a guard state that sequences share"
+    if not state.is_contiguous():
+        return "a guard state that is not contiguous"
+    if q.shape[0] * planes[0].shape[1] > MOST_HEADS:
+        return f"more than {MOST_HEADS} sequences times kv heads"
     if q.dtype.itemsize == 8:
         return "float64 queries"
     return None
@@ -64,7 +99,7 @@ def why_not_attend(q: Tensor, planes: tuple[Tensor, ...], state: Tensor, options
 
 def target_name(device: torch.device) -> str:
     """What ``Plan.launch`` calls this device ("sm_90"); empty where no kernel runs."""
-    if why_not_device(device.type) is not None:
+    if why_not_model(device) is not None:
         return ""
     from lamp_compile.runtime.kernels.targets import target_of
 
@@ -73,8 +108,12 @@ def target_name(device: torch.device) -> str:
 
 def prepare(device: torch.device, rotation: str, *dims: int) -> None:
     """Make what kernels keep for these head dimensions, on a device that they run on. Made at the first call instead,
-    it would lie in a CUDA graph's private memory."""
-    if rotation != "none" and why_not_device(device.type) is None:
+    it would lie in a CUDA graph's private memory. Also where it is found out that this very GPU is not served."""
+    if reason := why_not_model(device):
+        if why_not_device(device.type) is None:
+            _refused[device] = reason
+        return
+    if rotation != "none":
         from lamp_compile.runtime.kernels._tensors import signs
 
         for dim in dims:
@@ -88,7 +127,8 @@ def append(
     """``lamp::append`` by kernel; the caller has asked ``why_not_store``."""
     from lamp_compile.runtime.kernels import append_rows as kernel
 
-    kernel.append(k, v, planes, balance, positions, table, rotation)
+    with _on(k.device):
+        kernel.append(k, v, planes, balance, positions, table, rotation)
 
 
 def attend(
@@ -99,4 +139,10 @@ def attend(
     in ``hot`` are written in place."""
     from lamp_compile.runtime.kernels import decode
 
-    return decode.decode(q, planes, hot, balance, seen, options).out
+    with _on(q.device):
+        return decode.decode(q, planes, hot, balance, seen, options).out
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, whatever the tensors are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

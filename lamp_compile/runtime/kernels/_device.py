@@ -16,8 +16,9 @@ DEAD = tl.constexpr(-1e37)
 """Added to the score of a key that a row does not see."""
 EMPTY = tl.constexpr(-1e20)
 """Running maximum before any live key; what lies below counts as dead."""
-HEADROOM = tl.constexpr(60.0)
-"""Powers of two that a maximum may lie above the one sums are relative to, before they are moved."""
+HEADROOM = tl.constexpr(40.0)
+"""Powers of two that a maximum may lie above the one sums are relative to, before they are moved: squares of weights
+are summed too, and must stay finite."""
 MAGIC = tl.constexpr(12582912.0)
 """1.5 * 2^23: x + MAGIC is a float whose low bits are x rounded to a whole number, for |x| < 2^22."""
 MAGIC_BITS = tl.constexpr(0x4B400000)
@@ -161,7 +162,7 @@ def key_range(
         end = tl.minimum(end, tl.load(LENGTHS + b * length_stride).to(tl.int32))
     first = 0
     if HAS_START:
-        first = tl.maximum(first, tl.load(START + b * start_stride).to(tl.int32))
+        first = tl.minimum(tl.maximum(first, tl.load(START + b * start_stride).to(tl.int32)), end)
     position = 0
     if CAUSAL == 2:
         position = end - queries
@@ -170,4 +171,5 @@ def key_range(
         stop = tl.minimum(stop, position + last_token + 1)
         if WINDOW > 0:
             first = tl.maximum(first, position + first_token - WINDOW + 1)
+    first = tl.minimum(first, end)  # an empty range lies inside the planes too
     return first, tl.maximum(stop, first), position

@@ -126,6 +126,7 @@ def append(
     shared = balance is None or balance.dim() == 2 or balance.shape[0] == 1
     programs = triton.cdiv(batch * count, ROWS) if shared else batch * triton.cdiv(count, ROWS)
     rotate = rotation != "none"
+    balance = None if balance is None else balance.contiguous()
     matrices = [signs(d, k.device) if rotate else k for d in (head_dim, 2 * half_v)]
     append_rows[(programs, kv_heads, 2)](
         k, v, *planes, balance, positions, table, *matrices, *k.stride(), *v.stride(),

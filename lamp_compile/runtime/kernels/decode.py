@@ -128,6 +128,8 @@ def decode(
     target = target_of(q.device)
     if q.stride(-1) != 1:
         q = q.contiguous()
+    hot = (*(setting.contiguous() for setting in hot[:3]), *hot[3:])
+    balance = None if balance is None else balance.contiguous()
     pages = planes[0].shape[2] if seen[5] is None else seen[5].shape[1]
     room = min(int(options["keys"]), pages * planes[0].shape[3])
     launch = LaunchPlan.parse(options.get("launch", ""))

@@ -147,7 +147,7 @@ def look_ahead(
     share = tl.cdiv(tl.cdiv(hi, STEP) - lo // STEP, splits)
     first = (lo // STEP + split * share) * STEP
     last = tl.minimum(first + share * STEP, hi)
-    final = tl.maximum(lo, hi - 1) // BN  # the last sub-tile there is
+    final = tl.maximum(hi - 1, 0) // BN  # the last sub-tile there is
     all_refined = (tl.load(FLOOR + b * floor_b + g) >= 1.0) | (tl.load(STATE + bg * 4 + 1) >= 1.0)
     all_refined = all_refined | (tl.load(TAU + b * tau_b + g) <= 0.0)
     if all_refined:
@@ -156,7 +156,9 @@ def look_ahead(
     place = bg.to(tl.int64) * tl.num_programs(2) + block
     info = ROWINFO + place * 4 * GP + row
     factor = tl.load(info) * (scale * LOG2E)
-    offset = tl.load(info + GP) * 0.5 + tl.load(info + 3 * GP) * 128.0
+    offset = tl.load(info + GP) * 0.5
+    # The lower nibbles carry + 8: taken off beforehand, products of up to 256 channels stay exact as floats.
+    origin = MAGIC_BITS - (tl.load(info + 3 * GP) * 128.0).to(tl.int32)
     half_k = tl.arange(0, HP_K)
     query = Q8 + place * GP * 2 * HP_K + row[None, :] * (2 * HP_K) + half_k[:, None]
     q_upper, q_lower = tl.load(query), tl.load(query + HP_K)
@@ -196,7 +198,7 @@ def look_ahead(
         ahead = key[:, None] + tl.minimum((n0 + STEP) // BN + parts, final)[None, :] * BN
         at = key_places(ahead, hi, TABLE, TILE, PAGED)
         next_k, next_v, next_allowed = tl.load(KS + at), tl.load(VS + at), key_mask(MASK, ahead, mask_key, hi, KEY_MASK)
-        product = tl.full((BN, COLUMNS), MAGIC_BITS, tl.int32)
+        product = tl.broadcast_to(origin[None, :], (BN, COLUMNS))
         low_product = tl.zeros((BN, COLUMNS), tl.int32)
         for u in tl.static_range(PACK):
             j = tl.minimum(n0 // BN + u, final) * BN + key

@@ -129,13 +129,13 @@ def guard_step(
         count += tl.sum(tl.load(at, mask=row < rows, other=0.0), 0)
         error += tl.sum(tl.load(at + 1, mask=row < rows, other=0.0), 0)
         bad_rows += tl.sum(tl.load(at + 2, mask=row < rows, other=0.0), 0)
-    live = 0.0
-    refined = 0.0
+    live = tl.full((), 0, tl.int64)
+    refined = tl.full((), 0, tl.int64)
     for first in range(0, blocks, ROWS):
         block = first + tl.arange(0, ROWS)
         at = COUNTS + (bg.to(tl.int64) * blocks + block) * 2
-        live += tl.sum(tl.load(at, mask=block < blocks, other=0.0), 0)
-        refined += tl.sum(tl.load(at + 1, mask=block < blocks, other=0.0), 0)
+        live += tl.sum(tl.load(at, mask=block < blocks, other=0.0).to(tl.int64), 0)
+        refined += tl.sum(tl.load(at + 1, mask=block < blocks, other=0.0).to(tl.int64), 0)
 
     state = STATE + bg * 4
     level = tl.load(state + 1)
@@ -163,8 +163,8 @@ def guard_step(
         tl.store(state + 3, flags)
     stats = STATS + bg * 7
     tl.store(stats, tl.load(stats) + stepped.to(tl.int64))
-    tl.store(stats + 1, tl.load(stats + 1) + live.to(tl.int64))
-    tl.store(stats + 2, tl.load(stats + 2) + refined.to(tl.int64))
+    tl.store(stats + 1, tl.load(stats + 1) + live)
+    tl.store(stats + 2, tl.load(stats + 2) + refined)
     tl.store(stats + 4, tl.load(stats + 4) + (raised > level).to(tl.int64))
     tl.store(stats + 5, tl.load(stats + 5) + (raised < level).to(tl.int64))
     tl.store(stats + 6, tl.load(stats + 6) + bad.to(tl.int64))

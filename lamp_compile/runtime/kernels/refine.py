@@ -142,8 +142,8 @@ def refine(
     info = ROWINFO + place * 4 * GP + row
     factor = tl.load(info) * (scale * LOG2E)
     query_sum = tl.load(info + GP)
-    lower_sum = tl.load(info + 3 * GP) * 128.0
-    cold_offset, offset = query_sum * 0.5 + lower_sum, query_sum * 8.0 + lower_sum
+    cold_offset, offset = query_sum * 0.5, query_sum * 8.0
+    origin = MAGIC_BITS - (tl.load(info + 3 * GP) * 128.0).to(tl.int32)  # as in the look-ahead
     half_k = tl.arange(0, HP_K)
     query = Q8 + place * GP * 2 * HP_K + row[None, :] * (2 * HP_K) + half_k[:, None]
     q_upper, q_lower = tl.load(query), tl.load(query + HP_K)
@@ -191,7 +191,7 @@ def refine(
         ahead = key[:, None] + next_tiles[None, :] * BN
         at = key_places(ahead, hi, TABLE, TILE, PAGED)
         next_k, next_v, next_allowed = tl.load(KS + at), tl.load(VS + at), key_mask(MASK, ahead, mask_key, hi, KEY_MASK)
-        product = tl.full((BN, COLUMNS), MAGIC_BITS, tl.int32)
+        product = tl.broadcast_to(origin[None, :], (BN, COLUMNS))
         low_product = tl.zeros((BN, COLUMNS), tl.int32)
         residual = tl.zeros((BN, COLUMNS), tl.int32)
         for u in tl.static_range(PACK):

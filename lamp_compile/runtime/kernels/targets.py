@@ -55,7 +55,9 @@ class Cut:
         """Of the look-ahead and of the refinement: more where a program holds more numbers than one warp's registers.
         ``value_width`` is half the value dimension, padded."""
         held = self.rows * self.pack * value_width
-        return self.launch.warps * max(1, held // 1024), self.launch.refine_warps * max(1, held // 512)
+        return min(16, self.launch.warps * max(1, held // 1024)), min(
+            16, self.launch.refine_warps * max(1, held // 512)
+        )
 
 
 @cache
