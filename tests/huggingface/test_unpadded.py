@@ -8,13 +8,31 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+from transformers.masking_utils import (
+    and_masks,
+    causal_mask_function,
+    or_masks,
+    sliding_window_causal_mask_function,
+    sliding_window_overlay,
+)
 
 import lamp_compile
-from lamp_compile.frontends.huggingface.attention import observing
+from lamp_compile.errors import CacheError, InputError
+from lamp_compile.frontends.huggingface.attention import lamp_mask, observing
 from lamp_compile.frontends.huggingface.compiled import Lamp
+from lamp_compile.runtime.kv_cache import Unmasked
 from tests.huggingface import reference
 from tests.huggingface.reference import EXACT
 
+TINY_TEXT = {
+    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
+TINY_VISION = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16,
+    "patch_size": 4,
+}  # fmt: skip
 MASKLESS = ["Llama", "Mistral", "Qwen3", "Gemma 2", "Gemma 3", "gpt-oss", "GPT-2", "Phi-3", "Mixtral"]
 
 
@@ -82,3 +100,56 @@ def test_the_compiled_step_takes_no_mask(model: Any, ids: Tensor, greedy: dict[s
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
     assert "mask=" not in fast.lamp.backend.reports[0].after
+
+
+def test_a_models_own_pattern_keeps_its_masks(ids: Tensor) -> None:
+    """Gemma 3 lets image tokens see each other: token types make masks, and generate as it did."""
+    config = Gemma3Config(
+        text_config=TINY_TEXT, vision_config=TINY_VISION, mm_tokens_per_image=4,
+        image_token_index=127, boi_token_index=125, eoi_token_index=126,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Gemma3ForConditionalGeneration(config).eval()
+    model.generation_config.eos_token_id = None
+    fast = lamp_compile.compile(model, mode="eager", **EXACT)
+    types = torch.zeros_like(ids)
+    types[:, 3:7] = 1
+    given = {"token_type_ids": types, "attention_mask": torch.ones_like(ids), **reference.GREEDY}
+    tokens, masked = generated(fast, ids, **given)
+    assert masked == {True}
+    assert tokens.shape[1] == ids.shape[1] + reference.GREEDY["max_new_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "plain"),
+    [
+        (causal_mask_function, True),
+        (sliding_window_causal_mask_function(5), True),
+        (and_masks(causal_mask_function, lambda b, h, q, k: k > 2), False),
+        (and_masks(sliding_window_causal_mask_function(5), lambda b, h, q, k: k > 2), False),
+        (or_masks(causal_mask_function, sliding_window_overlay(3)), False),
+        (lambda b, h, q, k: q >= k, False),
+    ],
+)
+def test_only_causality_and_a_window_need_no_mask(asked: Any, plain: bool) -> None:
+    """Whatever else is laid over a window, ``local_size`` says nothing of it."""
+    sizes = {"batch_size": 1, "q_length": 3, "q_offset": 0, "kv_offset": 0, "local_size": 5, "device": "cpu"}
+    mask = lamp_mask(kv_length=Unmasked(8), mask_function=asked, attention_mask=None, **sizes)
+    assert (mask is None) == plain
+    if not plain:
+        assert mask is not None
+        assert mask.shape[-1] == 8
+        with pytest.raises(InputError, match="a pattern of its own"):
+            lamp_mask(kv_length=0, mask_function=asked, attention_mask=None, **sizes)
+
+
+def test_a_compiled_loop_past_the_end_is_told(fast: Any, ids: Tensor) -> None:
+    """A captured step cannot grow its cache; the next eager call says that rows were lost."""
+    cache = fast.lamp.cache(128)
+    with torch.no_grad():
+        fast(ids, past_key_values=cache)
+    for layer in cache.layers:
+        layer.cumulative_length.fill_(130)
+        layer._longest = layer.max_cache_len
+    with pytest.raises(CacheError, match="130 tokens went into a cache of 128"), torch.no_grad():
+        fast(ids[:, :1], past_key_values=cache)
