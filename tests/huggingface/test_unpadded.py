@@ -27,7 +27,8 @@ from tests.huggingface.reference import EXACT
 
 TINY_TEXT = {
     "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"],
+    "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"],
 }  # fmt: skip
 TINY_VISION = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16,
