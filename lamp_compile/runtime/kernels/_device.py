@@ -126,6 +126,19 @@ def to_columns(x, PACK: tl.constexpr, GP: tl.constexpr):
 
 
 @triton.jit
+def query_of(Q8, ROWINFO, place, row, scale, GP: tl.constexpr, HP: tl.constexpr):
+    """Of the columns: both halves of the query ``[HP, columns]``; the factor from products to scores in log2 units; the
+    sum of q8; where products of the high plane start, so that the + 8 of lower nibbles is taken off beforehand (the
+    products of 256 channels then stay exact as floats)."""
+    half = tl.arange(0, HP)
+    query = Q8 + place * GP * 2 * HP + row[None, :] * (2 * HP) + half[:, None]
+    info = ROWINFO + place * 4 * GP + row
+    factor = tl.load(info) * (scale * LOG2E)
+    origin = MAGIC_BITS - (tl.load(info + 3 * GP) * 128.0).to(tl.int32)
+    return tl.load(query), tl.load(query + HP), factor, tl.load(info + GP), origin
+
+
+@triton.jit
 def key_mask(MASK, j, step, hi, PRESENT: tl.constexpr):
     """Whether a mask of one number per key allows keys j; 1 without one."""
     if PRESENT:

@@ -22,6 +22,7 @@ from lamp_compile.runtime.kernels._device import (
     key_range,
     lower_nibbles,
     over_parts,
+    query_of,
     tanh,
     to_columns,
     upper_nibbles,
@@ -154,14 +155,8 @@ def look_ahead(
         last = first  # everything is refined: nothing is read here
 
     place = bg.to(tl.int64) * tl.num_programs(2) + block
-    info = ROWINFO + place * 4 * GP + row
-    factor = tl.load(info) * (scale * LOG2E)
-    offset = tl.load(info + GP) * 0.5
-    # The lower nibbles carry + 8: taken off beforehand, products of up to 256 channels stay exact as floats.
-    origin = MAGIC_BITS - (tl.load(info + 3 * GP) * 128.0).to(tl.int32)
-    half_k = tl.arange(0, HP_K)
-    query = Q8 + place * GP * 2 * HP_K + row[None, :] * (2 * HP_K) + half_k[:, None]
-    q_upper, q_lower = tl.load(query), tl.load(query + HP_K)
+    q_upper, q_lower, factor, query_sum, origin = query_of(Q8, ROWINFO, place, row, scale, GP, HP_K)
+    offset = query_sum * 0.5  # lo averages -1/2
     row_position = position + token
     head = (g * GROUP + row % GROUP).to(tl.int64)
     mask_rows = b.to(tl.int64) * mask_b + head * mask_h + token.to(tl.int64) * mask_s

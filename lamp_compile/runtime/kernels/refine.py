@@ -24,6 +24,7 @@ from lamp_compile.runtime.kernels._device import (
     lower_nibbles,
     lower_nibbles16,
     over_parts,
+    query_of,
     to_columns,
     upper_nibbles,
     upper_nibbles8,
@@ -60,6 +61,63 @@ def looked_ahead(META, SINKS, place, slots, splits, head, valid,
         most = new
     largest = tl.max(tl.load(meta + 4 * GP, mask=inside, other=DEAD), 0)
     return most + tl.log2(total), largest
+
+
+@triton.jit
+def decide(
+    ENERGY, OTHER, PEAK, place, subtiles, tile, end, row_valid, tau, lse, largest,
+    GROUP: tl.constexpr, GP: tl.constexpr, TOKENS: tl.constexpr, BN: tl.constexpr, RULE: tl.constexpr,
+):  # fmt: skip
+    """Which sub-tiles ``[SEGMENT]`` of those looked at (they begin before ``end``) to refine: one decision for all rows
+    that share them. Also, by how many tokens each is seen; and what the others, which stay at the high plane, add to
+    the certificate: sums of squared weights, and of these times squared value scales ``[GP]``."""
+    rows = tl.arange(0, GP)
+    looked = tile * BN < end
+    read = looked[:, None] & row_valid[None, :]
+    at = (place * subtiles + tile)[:, None] * GP + rows[None, :]
+    energy = tl.load(ENERGY + at, mask=read, other=DEAD)
+    bar = tl.log2(tau)
+    # Not "above the bar" but "not below it": what is NaN cannot be judged and is refined.
+    if RULE == 0:
+        hot = (energy <= (bar + lse)[None, :]) == 0
+    else:
+        other = tl.load(OTHER + at, mask=read, other=DEAD)
+        if RULE == 1:
+            hot = (other + 1.0 <= (bar + lse)[None, :]) == 0
+        else:
+            hot = (other <= (bar + largest)[None, :]) == 0
+    live = ((energy < EMPTY) == 0) & read
+    hot = tl.max((hot & live).to(tl.int32), 1)
+    if TOKENS == 1:
+        tokens_live = tl.max(live.to(tl.int32), 1)
+    else:  # several tokens: the first head stands for its group
+        tokens_live = tl.sum((live & ((rows % GROUP == 0) & row_valid)[None, :]).to(tl.int32), 1)
+    z = tl.where(live & (hot == 0)[:, None], tl.exp2(2.0 * (energy - lse[None, :])), 0.0)
+    v_peaks = tl.load(PEAK + place * subtiles + tile, mask=looked, other=0.0)
+    return hot, tokens_live, tl.sum(z, 0), tl.sum(z * (v_peaks * v_peaks)[:, None], 0)
+
+
+@triton.jit
+def differences(p, gain, whole_cold, back, v_scale, v_peak, MASKED: tl.constexpr):
+    """What to add (weights p times gain) and what to take back (rounded as it was: whole_cold times back) in whole
+    numbers of one unit, 15 bits and a sign. On the high plane only their difference counts: its coarse and fine 7
+    bits; on the residual plane what to add, in 7 bits. Then both as whole numbers, and the unit."""
+    larger = tl.maximum(tl.maximum(gain, back), 1e-30)
+    step = 16256.0 / tl.maximum(v_peak, 1e-30) * (gain / larger)
+    add = (weigh(p, v_scale * step[None, :], MASKED) + MAGIC).to(tl.int32, bitcast=True)
+    take = (whole_cold * (128.0 * (back / larger))[None, :] + MAGIC).to(tl.int32, bitcast=True)
+    change = add - take
+    coarse = (change + 64) >> 7
+    fine = change - (coarse << 7)
+    add = (add - (MAGIC_BITS - 64)) >> 7
+    unit = larger * (v_peak / 16256.0)
+    return coarse.to(tl.int8), fine.to(tl.int8), add.to(tl.int8), add, take - MAGIC_BITS, unit
+
+
+@triton.jit
+def by_rows(x, to_row, PACK: tl.constexpr, GP: tl.constexpr):
+    """``[n, columns]`` -> ``[n, GP]``: columns of the same row into one, each by its factor."""
+    return tl.sum(tl.reshape(x * to_row[None, :], (x.shape[0], PACK, GP)), 1)
 
 
 @triton.jit
@@ -107,46 +165,17 @@ def refine(
         META, SINKS, place, slots, splits, g * GROUP + rows % GROUP, row_valid, GP, FIELDS, SPLITS_P2, HAS_SINKS
     )
 
-    # Which sub-tiles of this segment: one decision for all rows that share them.
     tile = lo // BN + segment + tl.arange(0, SEGMENT) * segments
-    inside = tile * BN < hi
-    at = (place * subtiles + tile)[:, None] * GP + rows[None, :]
-    looked = tile * BN < tl.where(all_refined, 0, hi)  # what the look-ahead has seen
-    read = looked[:, None] & row_valid[None, :]
-    energy = tl.load(ENERGY + at, mask=read, other=DEAD)
-    bar = tl.log2(tau)
-    if RULE == 0:
-        hot = (energy <= (bar + lse)[None, :]) == 0
-    else:
-        other = tl.load(OTHER + at, mask=read, other=DEAD)
-        if RULE == 1:
-            hot = (other + 1.0 <= (bar + lse)[None, :]) == 0
-        else:
-            hot = (other <= (bar + largest)[None, :]) == 0
-    live = ((energy < EMPTY) == 0) & read
-    hot = tl.max((hot & live).to(tl.int32), 1)
-    hot = tl.where(all_refined, inside.to(tl.int32), hot)
-    order = tl.cumsum(hot, 0)
-    count = tl.sum(hot, 0)
-    if TOKENS == 1:
-        tokens_live = tl.max(live.to(tl.int32), 1)
-    else:  # several tokens: the first head stands for its group
-        tokens_live = tl.sum((live & ((rows % GROUP == 0) & row_valid)[None, :]).to(tl.int32), 1)
+    hot, tokens_live, cold_square, cold_value = decide(
+        ENERGY, OTHER, PEAK, place, subtiles, tile, tl.where(all_refined, 0, hi), row_valid, tau, lse, largest,
+        GROUP, GP, TOKENS, BN, RULE,
+    )  # fmt: skip
     live_count, hot_count = tl.sum(tokens_live, 0), tl.sum(tokens_live * hot, 0)
-    # What stays at the high plane: its share of the certificate, from energies and largest value scales.
-    z = tl.where(live & (hot == 0)[:, None], tl.exp2(2.0 * (energy - lse[None, :])), 0.0)
-    v_peaks = tl.load(PEAK + place * subtiles + tile, mask=looked, other=0.0)
-    cold_square = tl.sum(z, 0)
-    cold_value = tl.sum(z * (v_peaks * v_peaks)[:, None], 0)
+    hot = tl.where(all_refined, (tile * BN < hi).to(tl.int32), hot)
+    order, count = tl.cumsum(hot, 0), tl.sum(hot, 0)
 
-    info = ROWINFO + place * 4 * GP + row
-    factor = tl.load(info) * (scale * LOG2E)
-    query_sum = tl.load(info + GP)
+    q_upper, q_lower, factor, query_sum, origin = query_of(Q8, ROWINFO, place, row, scale, GP, HP_K)
     cold_offset, offset = query_sum * 0.5, query_sum * 8.0
-    origin = MAGIC_BITS - (tl.load(info + 3 * GP) * 128.0).to(tl.int32)  # as in the look-ahead
-    half_k = tl.arange(0, HP_K)
-    query = Q8 + place * GP * 2 * HP_K + row[None, :] * (2 * HP_K) + half_k[:, None]
-    q_upper, q_lower = tl.load(query), tl.load(query + HP_K)
     row_position = position + token
     head = (g * GROUP + row % GROUP).to(tl.int64)
     mask_rows = b.to(tl.int64) * mask_b + head * mask_h + token.to(tl.int64) * mask_s
@@ -244,20 +273,8 @@ def refine(
             top = new
         gain, back = tl.exp2(local - top), tl.exp2(local_cold - top) * delta
 
-        # What to add and what to take back (rounded as it was) in whole numbers of one unit, 15 bits and a sign: on the
-        # high plane only their difference counts, on the residual plane only what to add, in 7 bits.
         _, whole_cold = round_row(p_cold, v_scale, v_peak, thresholds, MASKED)
-        larger = tl.maximum(tl.maximum(gain, back), 1e-30)
-        step = 16256.0 / tl.maximum(v_peak, 1e-30) * (gain / larger)
-        add = (weigh(p, v_scale * step[None, :], MASKED) + MAGIC).to(tl.int32, bitcast=True)
-        take = (whole_cold * (128.0 * (back / larger))[None, :] + MAGIC).to(tl.int32, bitcast=True)
-        change = add - take
-        coarse = (change + 64) >> 7
-        fine = (change - (coarse << 7)).to(tl.int8)
-        coarse = coarse.to(tl.int8)
-        add = (add - (MAGIC_BITS - 64)) >> 7
-        added = add.to(tl.int8)
-        unit = (larger * (v_peak / 16256.0))[None, :]
+        coarse, fine, added, add, take, unit = differences(p, gain, whole_cold, back, v_scale, v_peak, MASKED)
         a = tl.zeros((HP_V, COLUMNS), tl.int32)
         c = tl.zeros((HP_V, COLUMNS), tl.int32)
         a_fine = tl.zeros((HP_V, COLUMNS), tl.int32)
@@ -276,11 +293,11 @@ def refine(
             c = tl.dot(down, my_coarse, c, out_dtype=tl.int32)
             c = tl.dot(lower_nibbles(v_low, ASM), my_added, c, out_dtype=tl.int32)
             c_fine = tl.dot(down, my_fine, c_fine, out_dtype=tl.int32)
-        upper += ((a << 7) + a_fine).to(tl.float32) * unit
-        lower += ((c << 7) + c_fine).to(tl.float32) * unit
+        upper += ((a << 7) + a_fine).to(tl.float32) * unit[None, :]
+        lower += ((c << 7) + c_fine).to(tl.float32) * unit[None, :]
         # The residual bytes carry + 8; lo averages -1/2, which was taken off what is taken back. Whole numbers know no
         # NaN: the last term brings in those of value scales.
-        shift += (0.5 * (take - MAGIC_BITS).to(tl.float32) - 1024.0 * add.to(tl.float32)) * unit
+        shift += (0.5 * take.to(tl.float32) - 1024.0 * add.to(tl.float32)) * unit[None, :]
         shift += weigh(p, v_scale * 0.0, MASKED)
         weight, less = p * gain[None, :], p_cold * back[None, :]
         vv = v_scale * v_scale
@@ -295,10 +312,9 @@ def refine(
     base = tl.max(over_parts(top, PACK, GP), 0)
     to_row = tl.exp2(top - tl.reshape(tl.broadcast_to(base[None, :], (PACK, GP)), (COLUMNS,)))
     moved = tl.sum(shift, 0)[None, :]
-    upper_rows = tl.sum(tl.reshape((upper + moved) * to_row[None, :], (HP_V, PACK, GP)), 1)
-    lower_rows = tl.sum(tl.reshape((lower + moved) * to_row[None, :], (HP_V, PACK, GP)), 1)
-    masses = tl.sum(over_parts(tl.sum(mass, 0) * to_row, PACK, GP), 0)
-    value_masses = tl.sum(over_parts(tl.sum(value_mass, 0) * to_row, PACK, GP), 0)
+    upper_rows, lower_rows = by_rows(upper + moved, to_row, PACK, GP), by_rows(lower + moved, to_row, PACK, GP)
+    masses = tl.sum(by_rows(mass, to_row, PACK, GP), 0)
+    value_masses = tl.sum(by_rows(value_mass, to_row, PACK, GP), 0)
     most = tl.max(tl.max(k_most, 0), 0)
     half_v = tl.arange(0, HP_V)
     stored = (rows < GROUP * TOKENS)[None, :] & (half_v < HALF_V)[:, None]
@@ -319,8 +335,8 @@ def refine(
     tl.store(meta + 2 * GP, value_masses)
     tl.store(meta + 3 * GP, most + tl.zeros((GP,), tl.float32))
     tl.store(meta + 4 * GP, lse)
-    tl.store(meta + 5 * GP, tl.sum(over_parts(tl.sum(square, 0) * to_row * to_row, PACK, GP), 0))
-    tl.store(meta + 6 * GP, tl.sum(over_parts(tl.sum(value_square, 0) * to_row * to_row, PACK, GP), 0))
+    tl.store(meta + 5 * GP, tl.sum(by_rows(square, to_row * to_row, PACK, GP), 0))
+    tl.store(meta + 6 * GP, tl.sum(by_rows(value_square, to_row * to_row, PACK, GP), 0))
     tl.store(meta + 7 * GP, cold_square)
     tl.store(meta + 8 * GP, cold_value)
     all_count = tl.sum(seen_tiles, 0)
