@@ -75,6 +75,8 @@ class NestedLayer(GrowableLayer):
     v_scale: Tensor
     state: Tensor
     stats: Tensor
+    by_kernel: bool
+    """Whether a kernel stores new rows; found when the planes are made, outside any graph."""
 
     def __init__(self, spec: LayerSpec, capacity: int) -> None:
         super().__init__(capacity, spec.plan.name)
@@ -101,6 +103,13 @@ class NestedLayer(GrowableLayer):
     def planes(self) -> tuple[Tensor, ...]:
         """The six tensors of keys and values, in the operators' order."""
         return (self.k_high, self.k_residual, self.k_scale, self.v_high, self.v_residual, self.v_scale)
+
+    def _install(self, tensors: dict[str, Tensor]) -> None:
+        super()._install(tensors)
+        if not tensors:
+            return
+        plan = self.plan
+        self.by_kernel = kernels.why_not_store(self.planes, plan.k_format, plan.v_format, self.dtype) is None
 
     def _check_device(self) -> None:
         tau = self.controls.tau
@@ -152,7 +161,7 @@ class NestedLayer(GrowableLayer):
         """
         rows = self.admit(key_states, value_states)
         plan = self.plan
-        if kernels.why_not_store(self.planes, plan.k_format, plan.v_format, key_states.dtype) is None:
+        if self.by_kernel:
             torch.ops.lamp.append(
                 key_states, value_states, *self.planes, self.balance, self.cumulative_length.reshape(1), None,
                 k_format=plan.k_format, v_format=plan.v_format, rotation=plan.rotation, site=self.name,

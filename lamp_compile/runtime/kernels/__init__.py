@@ -62,7 +62,7 @@ def why_not_store(
         return reason
     if planes[0].device in _refused:
         return _refused[planes[0].device]
-    if dtype.itemsize == 8:
+    if dtype == torch.float64:
         return "float64 keys"
     if (k_format, v_format) != (FORMAT, FORMAT):
         return f"kernels store {FORMAT}, this is {k_format} and {v_format}"
@@ -92,7 +92,7 @@ def why_not_attend(q: Tensor, planes: tuple[Tensor, ...], state: Tensor, options
         return "a guard state that is not contiguous"
     if q.shape[0] * planes[0].shape[1] > MOST_HEADS:
         return f"more than {MOST_HEADS} sequences times kv heads"
-    if q.dtype.itemsize == 8:
+    if q.dtype == torch.float64:
         return "float64 queries"
     return None
 
