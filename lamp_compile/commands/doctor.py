@@ -82,9 +82,11 @@ def _kernels(devices: int, no_gpu: str, version: str | None) -> dict[str, Any]:
         return {"name": "GPU kernels", "available": False, "detail": "; ".join(missing)}
     from lamp_compile.runtime.kernels.targets import target_of
 
-    names = [target_of(torch.device("cuda", index)).name for index in range(devices)]
+    found = [torch.device("cuda", index) for index in range(devices)]
+    refused = [kernels.why_not_model(device) for device in found]
+    served = [reason or target_of(device).name for device, reason in zip(found, refused, strict=True)]
     return {
         "name": "GPU kernels",
-        "available": True,
-        "detail": f"triton {version or 'of torch'}, for {', '.join(names)}",
+        "available": None in refused,
+        "detail": f"triton {version or 'of torch'}, for {', '.join(served)}",
     }

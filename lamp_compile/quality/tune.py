@@ -98,6 +98,11 @@ class Bench:
             guard.new_stats(shape.batch, heads, device),
         )  # fmt: skip
 
+    def why_not(self) -> str | None:
+        """Why no kernel attends to these planes, or None."""
+        options = {**self._common(), "v_format": self.site.v_format}
+        return kernels.why_not_attend(self.q, self.planes, self.hot[3], options)
+
     def milliseconds(self, launch: LaunchPlan) -> float:
         """Attention over the planes, cut this way."""
         sets = [self.planes, *(tuple(p.clone() for p in self.planes) for _ in range(self.copies - 1))]
@@ -163,7 +168,7 @@ def tune(bench: Bench, progress: Callable[[str], None] = lambda text: None) -> T
     Raises:
         InputError: No kernel runs on that device.
     """
-    if reason := kernels.why_not_attend(bench.q, bench.planes, bench.hot[3], bench._common() | _formats(bench.site)):
+    if reason := bench.why_not():
         raise InputError(f"nothing to tune: {reason}", where=f"device {bench.device}", fix="a CUDA or ROCm device")
     best = LaunchPlan()
     default = time_of_best = bench.milliseconds(best)
@@ -184,19 +189,6 @@ def candidates(start: LaunchPlan) -> Iterator[dict[str, int]]:
         for value in values:
             if value != getattr(start, name):
                 yield {name: value}
-
-
-def slower(tuned: list[Tuned], least: float = 1.0) -> list[str]:
-    """In words, where bf16 is faster."""
-    return [
-        f"{one.shape.name}: {one.best_ms:.4f} ms, bf16 {one.bf16_ms:.4f} ms ({one.ratio:.2f} times as fast)"
-        for one in tuned
-        if one.ratio < least
-    ]
-
-
-def _formats(site: SitePlan) -> dict[str, Any]:
-    return {"v_format": site.v_format}
 
 
 def check_length(length: int) -> None:

@@ -186,15 +186,22 @@ def test_doctor_says_what_the_kernels_lack(call, monkeypatch):
 
 
 def test_doctor_names_the_target_of_each_device(call, monkeypatch):
-    names = ["sm_90", "sm_80"]
+    """And says which one is too old; all of them too old is a no."""
+    names, capabilities = ["sm_90", "sm_70"], [(9, 0), (7, 0)]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(targets, "target_of", lambda device: SimpleNamespace(name=names[device.index]))
     monkeypatch.setattr(kernels, "_TRITON", True)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties",
+        lambda device: SimpleNamespace(major=capabilities[device.index][0], minor=capabilities[device.index][1]),
+    )  # fmt: skip
     line = gpu_kernels(call)
     assert line.startswith("yes GPU kernels: triton ")
-    assert line.endswith(", for sm_90, sm_80")
+    assert line.endswith(", for sm_90, kernels need compute capability 8.0, this is 7.0")
+    capabilities[0] = (7, 5)
+    assert gpu_kernels(call).startswith("no  GPU kernels: triton ")
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 import lamp_compile
 from tests.huggingface import reference
+
+
+@pytest.fixture
+def fresh_graphs() -> Iterator[None]:
+    """No graph of another test, and counters from 0."""
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture

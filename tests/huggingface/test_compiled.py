@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +14,8 @@ import lamp_compile
 from lamp_compile.frontends.huggingface import route
 from tests.huggingface import reference
 
+pytestmark = pytest.mark.usefixtures("fresh_graphs")
+
 
 class Recorder:
     """A backend that lowers to eager and remembers the graphs it got."""
@@ -25,14 +26,6 @@ class Recorder:
     def __call__(self, graph: torch.fx.GraphModule, inputs: Any, **kwargs: Any) -> Any:
         self.graphs.append(graph)
         return graph.forward
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.fixture

@@ -4,28 +4,18 @@ so. The kernels themselves are stood in for by the reference, so that no GPU is 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.utils import counters
 
 import lamp_compile
 from lamp_compile.quality.engine import CompiledEngine
 from lamp_compile.runtime import kernel_notes, kernels
 from tests.huggingface.test_compiled import graphs, lowered_to_eager
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_graphs", "one_thread")
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,17 +19,9 @@ from tests.huggingface import reference
 from tests.huggingface.test_compiled import lowered_to_eager
 from tests.tolerances import MODEL, TIPPED
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("fresh_graphs", "one_thread")
 FAMILIES = ["Llama", "Mistral", "Qwen3", "Gemma 2", "Gemma 3", "gpt-oss", "GPT-2", "Phi-3", "Mixtral"]
 LENGTHS = (5, 40, 17, 90, 3, 130, 64)
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def prompts(lengths: tuple[int, ...] = LENGTHS, seed: int = 1) -> list[list[int]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -177,3 +179,22 @@ def test_a_gpu_that_kernels_are_not_compiled_for_is_refused(monkeypatch):
     assert kernels.target_name(gpu) == ""
     kernels.prepare(gpu, "hadamard", 128)
     assert kernels._refused == {gpu: "kernels need compute capability 8.0, this is 7.0"}
+
+
+@pytest.mark.usefixtures("any_device")
+def test_launches_go_to_the_device_of_their_tensors(monkeypatch, device):
+    """Triton takes the current device, which may be another."""
+    asked = []
+
+    def on(where):
+        asked.append(where)
+        return nullcontext()
+
+    monkeypatch.setattr(kernels, "_on", on)
+    call = calls.make()
+    q, stored, hot, balance, seen, options = call.arguments(device)
+    torch.ops.lamp.fused_attention(q, *stored, *hot, balance, *seen, **options)
+    store = {name: options[name] for name in ("k_format", "v_format", "rotation", "site")}
+    k, v = call.k[:, :, :1].to(device), call.v[:, :, :1].to(device)
+    torch.ops.lamp.append(k, v, *stored, None, torch.zeros(1, dtype=torch.int64, device=device), None, **store)
+    assert asked == [q.device, q.device]

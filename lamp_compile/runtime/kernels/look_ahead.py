@@ -60,6 +60,16 @@ def key_places(j, hi, TABLE, TILE: tl.constexpr, PAGED: tl.constexpr):
 
 
 @triton.jit
+def narrow_scales(
+    KS, VS, TABLE, MASK, mask_key, j, hi, TILE: tl.constexpr, PAGED: tl.constexpr, KEY_MASK: tl.constexpr
+):
+    """Of keys j ``[BN, PACK]``: both scales as stored, and what a mask of one number per key says. These are too small
+    for asynchronous copies: they are read one step ahead."""
+    at = key_places(j, hi, TABLE, TILE, PAGED)
+    return tl.load(KS + at), tl.load(VS + at), key_mask(MASK, j, mask_key, hi, KEY_MASK)
+
+
+@triton.jit
 def load_keys(plane, at, HALF: tl.constexpr, HP: tl.constexpr):
     """Bytes ``[BN, HP]`` of the keys at ``at``."""
     half = tl.arange(0, HP)
@@ -182,17 +192,14 @@ def look_ahead(
     rounded = tl.zeros((BN, COLUMNS), tl.float32)
     k_most = tl.zeros((BN, PACK), tl.float32)
     largest = tl.full((COLUMNS,), DEAD, tl.float32)
-    # Scales are too small for asynchronous copies: read them one step ahead.
     if KEY_MASK:
         MASK += b.to(tl.int64) * mask_b
     ahead = key[:, None] + tl.minimum(first // BN + parts, final)[None, :] * BN
-    at = key_places(ahead, hi, TABLE, TILE, PAGED)
-    next_k, next_v, next_allowed = tl.load(KS + at), tl.load(VS + at), key_mask(MASK, ahead, mask_key, hi, KEY_MASK)
+    next_k, next_v, next_allowed = narrow_scales(KS, VS, TABLE, MASK, mask_key, ahead, hi, TILE, PAGED, KEY_MASK)
     for n0 in range(first, last, STEP):
         k_narrow, v_narrow, allowed = finite_scale(next_k), finite_scale(next_v), next_allowed
         ahead = key[:, None] + tl.minimum((n0 + STEP) // BN + parts, final)[None, :] * BN
-        at = key_places(ahead, hi, TABLE, TILE, PAGED)
-        next_k, next_v, next_allowed = tl.load(KS + at), tl.load(VS + at), key_mask(MASK, ahead, mask_key, hi, KEY_MASK)
+        next_k, next_v, next_allowed = narrow_scales(KS, VS, TABLE, MASK, mask_key, ahead, hi, TILE, PAGED, KEY_MASK)
         product = tl.broadcast_to(origin[None, :], (BN, COLUMNS))
         low_product = tl.zeros((BN, COLUMNS), tl.int32)
         for u in tl.static_range(PACK):

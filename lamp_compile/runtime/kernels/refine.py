@@ -19,7 +19,6 @@ from lamp_compile.runtime.kernels._device import (
     MAGIC,
     MAGIC_BITS,
     finite_scale,
-    key_mask,
     key_range,
     lower_nibbles,
     lower_nibbles16,
@@ -36,6 +35,7 @@ from lamp_compile.runtime.kernels.look_ahead import (
     key_places,
     load_keys,
     load_values,
+    narrow_scales,
     round_row,
     scores_of,
     seen_scores,
@@ -211,15 +211,13 @@ def refine(
         MASK += b.to(tl.int64) * mask_b
     next_tiles = picked(0, order, hot, tile, PACK)
     ahead = key[:, None] + next_tiles[None, :] * BN
-    at = key_places(ahead, hi, TABLE, TILE, PAGED)
-    next_k, next_v, next_allowed = tl.load(KS + at), tl.load(VS + at), key_mask(MASK, ahead, mask_key, hi, KEY_MASK)
+    next_k, next_v, next_allowed = narrow_scales(KS, VS, TABLE, MASK, mask_key, ahead, hi, TILE, PAGED, KEY_MASK)
     for i in range(0, count, PACK):
         tiles = next_tiles
         k_narrow, v_narrow, allowed = finite_scale(next_k), finite_scale(next_v), next_allowed
         next_tiles = picked(i + PACK, order, hot, tile, PACK)
         ahead = key[:, None] + next_tiles[None, :] * BN
-        at = key_places(ahead, hi, TABLE, TILE, PAGED)
-        next_k, next_v, next_allowed = tl.load(KS + at), tl.load(VS + at), key_mask(MASK, ahead, mask_key, hi, KEY_MASK)
+        next_k, next_v, next_allowed = narrow_scales(KS, VS, TABLE, MASK, mask_key, ahead, hi, TILE, PAGED, KEY_MASK)
         product = tl.broadcast_to(origin[None, :], (BN, COLUMNS))
         low_product = tl.zeros((BN, COLUMNS), tl.int32)
         residual = tl.zeros((BN, COLUMNS), tl.int32)
