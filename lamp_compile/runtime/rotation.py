@@ -63,6 +63,11 @@ def sign_matrix(head_dim: int) -> NDArray[np.int8]:
     return np.rint(_matrix(head_dim) * math.sqrt(head_dim)).astype(np.int8)
 
 
+def base_order(head_dim: int) -> int:
+    """Order of the matrix that is doubled up to ``head_dim``: 1, 12 or 20."""
+    return _order(head_dim)[0]
+
+
 _ready: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
 
 

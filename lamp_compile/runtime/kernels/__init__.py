@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lamp_compile.runtime.kernels import cpu
+
 RULES = ("energy", "lamp_strict", "lamp_relaxed")
 FORMAT = "nested8"
 SUBTILES = (32, 64, 128)
@@ -32,8 +34,10 @@ _refused: dict[torch.device, str] = {}
 
 def why_not_device(kind: str) -> str | None:
     """Why no kernel runs on a type of device, or None."""
+    if kind == "cpu":
+        return cpu.why_not()
     if kind != "cuda":
-        return f"kernels run on CUDA and ROCm devices, this is {kind}"
+        return f"kernels run on CUDA and ROCm devices and on CPUs, this is {kind}"
     if not _TRITON:
         return "triton is not installed"
     return None
@@ -71,6 +75,8 @@ def why_not_store(
         return f"a head dimension of {widest}; kernels go up to {LARGEST_DIM}"
     if not all(plane.is_contiguous() for plane in planes):
         return "planes that are not contiguous"
+    if planes[0].device.type == "cpu" and (planes[0].shape[4] % 2 or planes[3].shape[3] % 2 or planes[0].shape[3] % 32):
+        return "CPU kernels take head dimensions that are multiples of 4, and storage tiles of 32 keys"
     return None
 
 
@@ -94,12 +100,14 @@ def why_not_attend(q: Tensor, planes: tuple[Tensor, ...], state: Tensor, options
         return f"more than {MOST_HEADS} sequences times kv heads"
     if q.dtype == torch.float64:
         return "float64 queries"
+    if q.device.type == "cpu" and q.shape[1] > cpu.MOST_GROUP * planes[0].shape[1]:
+        return f"{q.shape[1] // planes[0].shape[1]} query heads to a kv head; CPU kernels take {cpu.MOST_GROUP}"
     return None
 
 
 def target_name(device: torch.device) -> str:
     """What ``Plan.launch`` calls this device ("sm_90"); empty where no kernel runs."""
-    if why_not_model(device) is not None:
+    if device.type == "cpu" or why_not_model(device) is not None:
         return ""
     from lamp_compile.runtime.kernels.targets import target_of
 
@@ -113,7 +121,7 @@ def prepare(device: torch.device, rotation: str, *dims: int) -> None:
         if why_not_device(device.type) is None:
             _refused[device] = reason
         return
-    if rotation != "none":
+    if rotation != "none" and device.type != "cpu":
         from lamp_compile.runtime.kernels._tensors import signs
 
         for dim in dims:
@@ -125,10 +133,13 @@ def append(
     table: Tensor | None, rotation: str,
 ) -> None:  # fmt: skip
     """``lamp::append`` by kernel; the caller has asked ``why_not_store``."""
+    if k.device.type == "cpu":
+        return cpu.append(k, v, planes, balance, positions, table, rotation)
     from lamp_compile.runtime.kernels import append_rows as kernel
 
     with _on(k.device):
         kernel.append(k, v, planes, balance, positions, table, rotation)
+    return None
 
 
 def attend(
@@ -137,6 +148,8 @@ def attend(
 ) -> Tensor:  # fmt: skip
     """``lamp::fused_attention`` by kernels; the caller has asked ``why_not_attend``. The guard's state and statistics
     in ``hot`` are written in place."""
+    if q.device.type == "cpu":
+        return cpu.attend(q, planes, hot, balance, seen, options).out
     from lamp_compile.runtime.kernels import decode
 
     with _on(q.device):

@@ -1,0 +1,161 @@
+"""Kernels for CPUs: C++ in ``core/``, called through a plain C interface. They compute what ``runtime/reference.py``
+defines: the look-ahead from the high plane, decisions with its log-sum-exp, refinement of what is worth it.
+
+Tensors are handed over as addresses; the callers have checked shapes and dtypes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lamp_compile.runtime import rotation
+from lamp_compile.runtime.kernels.cpu import _library
+from lamp_compile.runtime.kernels.cpu._library import instruction_set, instruction_sets, why_not
+
+__all__ = ["Result", "append", "attend", "instruction_set", "instruction_sets", "why_not"]
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+RULES = {"energy": 0, "lamp_strict": 1, "lamp_relaxed": 2}
+CAUSAL = {"": 0, "top_left": 1, "bottom_right": 2}
+MOST_GROUP = 64
+"""Query heads that share a kv head, at most (``MOST_ROWS`` of ``core/rows.h``)."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one attention leaves: output ``[B, H, S, Dv]``, natural log-sum-exp ``[B, H, S]``, certificate
+    ``[B, H, S, 3]``."""
+
+    out: Tensor
+    lse: Tensor
+    certificate: Tensor
+
+
+def append(
+    k: Tensor, v: Tensor, planes: tuple[Tensor, ...], balance: Tensor | None, positions: Tensor,
+    table: Tensor | None, kind: str,
+) -> None:  # fmt: skip
+    """Store rows k ``[B, G, n, D]`` and v ``[B, G, n, Dv]`` in six planes, in place.
+
+    Raises:
+        MemoryError: None is left; nothing was written.
+    """
+    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    if v.dtype != k.dtype:
+        v = v.to(k.dtype)
+    balance = _dense(balance)
+    batch, _, rows, _ = k.shape
+    table = _table(table)
+    call = _library.Append(
+        *_planes(planes, table), *_rotation(k.shape[3], kind), *_rotation(v.shape[3], kind),
+        k.data_ptr(), v.data_ptr(), DTYPES[k.dtype], batch, rows, *k.stride()[:3], *v.stride()[:3],
+        _address(balance), _sequence_step(balance, 3), *_integers(positions), torch.get_num_threads(),
+    )  # fmt: skip
+    if _library.load().lamp_append(_library.pointer(call)):
+        raise MemoryError("no memory to append")
+
+
+def attend(
+    q: Tensor, planes: tuple[Tensor, ...], hot: tuple[Tensor, ...], balance: Tensor | None,
+    seen: tuple[Tensor | None, ...], options: Mapping[str, Any], details: bool = False,
+) -> Result:  # fmt: skip
+    """Fused attention of q ``[B, H, S, D]`` over six planes; the guard's state and statistics are written in place.
+
+    Args:
+        q: Any strides.
+        planes: As of ``lamp::attend``.
+        hot: tau, floor, budget, state, stats.
+        balance: ``[G, D]``, ``[B, G, D]`` or None.
+        seen: mask, bias, sinks, start, lengths, block table.
+        options: The keyword arguments of ``lamp::fused_attention``.
+        details: Also write log-sum-exp and certificate; without, they are empty.
+
+    Raises:
+        MemoryError: None is left for scores; nothing was written.
+    """
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    tau, floor, budget = (_dense(x) for x in hot[:3])
+    state, stats = hot[3:]
+    mask, bias, sinks, start, lengths, table = seen
+    balance, bias, sinks, table = _dense(balance), None if bias is None else bias.float(), _dense(sinks), _table(table)
+    batch, heads, queries, dim = q.shape
+    value_dim = 2 * planes[3].shape[3]
+    out = q.new_empty(batch, heads, queries, value_dim)
+    rows = (batch, heads, queries) if details else (0,)
+    lse, certificate = (torch.empty(*rows, *last, dtype=torch.float32) for last in ((), (3,) if details else ()))
+    scale = options["scale"]
+    call = _library.Attend(
+        *_planes(planes, table), *_rotation(dim, options["rotation"]), *_rotation(value_dim, options["rotation"]),
+        q.data_ptr(), DTYPES[q.dtype], batch, heads, queries, *q.stride()[:3],
+        _address(balance), _sequence_step(balance, 3),
+        _address(tau), _address(floor), _address(budget), *(_sequence_step(x, 2) for x in (tau, floor, budget)),
+        state.data_ptr(), stats.data_ptr(), *_broadcast(mask), *_broadcast(bias), _address(sinks),
+        *_integers(start), *_integers(lengths), int(options["keys"]), CAUSAL[options["causal"]], options["window"],
+        dim**-0.5 if scale is None else scale, options["softcap"], RULES[options["rule"]], options["subtile"],
+        options["guard_window"], options["guard_hold"], options["hysteresis"],
+        out.data_ptr(), lse.data_ptr() if details else None, certificate.data_ptr() if details else None,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    if _library.load().lamp_attend(_library.pointer(call)):
+        raise MemoryError(f"no memory for the scores of {heads // planes[0].shape[1]} x {options['keys']} keys")
+    return Result(out, lse, certificate)
+
+
+def _planes(planes: tuple[Tensor, ...], table: Tensor | None) -> tuple[int | None, ...]:
+    k_high, v_high = planes[0], planes[3]
+    pages = k_high.shape[2] if table is None else table.shape[1]
+    return (
+        *(plane.data_ptr() for plane in planes), _address(table), 0 if table is None else table.stride(0), pages,
+        k_high.shape[2], k_high.shape[3], k_high.shape[4], v_high.shape[3], k_high.shape[1],
+    )  # fmt: skip
+
+
+@cache
+def _signs(dim: int) -> np.ndarray[Any, np.dtype[np.int8]]:
+    """The base matrix of the rotation: the upper left corner of all doublings."""
+    base = rotation.base_order(dim)
+    return np.ascontiguousarray(rotation.sign_matrix(dim)[:base, :base])
+
+
+def _rotation(dim: int, kind: str) -> tuple[int | None, int]:
+    if kind == "none":
+        return None, 0
+    signs = _signs(dim)
+    return signs.ctypes.data, signs.shape[0]
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _dense(x: Tensor | None) -> Any:
+    return None if x is None else x.float().contiguous()
+
+
+def _table(table: Tensor | None) -> Tensor | None:
+    return None if table is None else table.to(torch.int32).contiguous()
+
+
+def _sequence_step(x: Tensor | None, axes: int) -> int:
+    """Step from one sequence to the next of a dense setting whose first of ``axes`` axes may be missing or shared."""
+    return 0 if x is None or x.dim() < axes or x.shape[0] == 1 else x.stride(0)
+
+
+def _integers(x: Tensor | None) -> tuple[int | None, int, int]:
+    """One integer per sequence, or one for all."""
+    return (None, 0, 0) if x is None else (x.data_ptr(), x.element_size(), 0 if x.numel() == 1 else x.stride(0))
+
+
+def _broadcast(x: Tensor | None) -> tuple[int | None, ...]:
+    """A mask or bias that broadcasts to ``[B, H, S, N]``: address, steps, keys."""
+    if x is None:
+        return None, 0, 0, 0, 0, 0
+    shape, steps = (1,) * (4 - x.dim()) + tuple(x.shape), (0,) * (4 - x.dim()) + x.stride()
+    return x.data_ptr(), *(0 if n == 1 else step for n, step in zip(shape, steps, strict=True)), shape[3]

@@ -1,0 +1,120 @@
+"""The compiled core: found, loaded, and asked what this machine can run. No torch headers, a plain C interface."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from functools import cache
+from pathlib import Path
+
+pointer = ctypes.byref
+VARIABLE = "LAMP_CPU"
+"""Environment variable: an instruction set to use instead of the best ("avx2"), or "none" for the reference."""
+
+_I, _P, _F = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
+_PLANES = ["k_high", "k_residual", "k_scale", "v_high", "v_residual", "v_scale", "table"]
+_PLANE_SIZES = ["table_stride", "pages", "stored_tiles", "tile", "half_k", "half_v", "kv_heads"]
+_INTEGERS = ("data", "bytes", "stride")
+
+
+def _fields(*groups: tuple[type, str]) -> list[tuple[str, type]]:
+    return [(name, kind) for kind, names in groups for name in names.split()]
+
+
+_HEAD = _fields((_P, " ".join(_PLANES)), (_I, " ".join(_PLANE_SIZES)), (_P, "k_signs"), (_I, "k_base"),
+                (_P, "v_signs"), (_I, "v_base"))  # fmt: skip
+"""Both calls begin with the planes and two rotations, written out field by field: one flat structure is filled faster
+than nested ones, and lies in memory just as they do."""
+
+
+class Append(ctypes.Structure):
+    """``LampAppend`` of ``core/lamp_core.h``."""
+
+    _fields_ = _HEAD + _fields(
+        (_P, "k v"), (_I, "dtype batch rows k0 k1 k2 v0 v1 v2"), (_P, "balance"), (_I, "balance_stride"),
+        (_P, "positions"), (_I, "positions_bytes positions_stride threads"),
+    )  # fmt: skip
+
+
+class Attend(ctypes.Structure):
+    """``LampAttend`` of ``core/lamp_core.h``."""
+
+    _fields_ = _HEAD + _fields(
+        (_P, "q"), (_I, "dtype batch heads queries q0 q1 q2"), (_P, "balance"), (_I, "balance_stride"),
+        (_P, "tau floor budget"), (_I, "tau_stride floor_stride budget_stride"), (_P, "state stats mask"),
+        (_I, "mask0 mask1 mask2 mask3 mask_keys"), (_P, "bias"), (_I, "bias0 bias1 bias2 bias3 bias_keys"),
+        (_P, "sinks start"), (_I, "start_bytes start_stride"), (_P, "lengths"), (_I, "lengths_bytes lengths_stride"),
+        (_I, "keys causal window"), (_F, "scale softcap"), (_I, "rule subtile guard_window guard_hold"),
+        (_F, "hysteresis"), (_P, "out lse certificate"), (_I, "threads"),
+    )  # fmt: skip
+
+
+@cache
+def path() -> Path | None:
+    """Where the compiled core lies, or None where the package was installed without a compiler."""
+    file = Path(__file__).parent / "_core.so"
+    return file if file.exists() else None
+
+
+@cache
+def load() -> ctypes.CDLL:
+    """The core, with its threads joined to torch's.
+
+    Raises:
+        OSError: It is not there or does not load.
+        RuntimeError: It was built from other sources than these.
+    """
+    file = path()
+    if file is None:
+        raise OSError("the core was not compiled")
+    core = ctypes.CDLL(str(file))
+    core.lamp_instruction_set.restype = core.lamp_instruction_sets.restype = ctypes.c_char_p
+    core.lamp_use_threads_of.argtypes = [_P]
+    core.lamp_append.argtypes = core.lamp_attend.argtypes = [_P]
+    for name, structure in (("append", Append), ("attend", Attend)):
+        size = getattr(core, f"lamp_size_of_{name}")
+        size.restype = _I
+        if size() != ctypes.sizeof(structure):
+            raise RuntimeError(f"{file.name} was built from other sources; install the package again")
+    core.lamp_use_threads_of(_gomp_parallel())
+    return core
+
+
+def _gomp_parallel() -> int | None:
+    """Address of ``GOMP_parallel`` in the OpenMP runtime that torch has loaded: its threads are awake already, and
+    a second set would compete with them. None where torch has another runtime; the core then starts its own."""
+    if platform.system() != "Linux":
+        return None
+    try:
+        function = ctypes.CDLL(None).GOMP_parallel
+    except AttributeError:
+        return None
+    return ctypes.cast(function, ctypes.c_void_p).value
+
+
+@cache
+def why_not() -> str | None:
+    """Why the core does not run here, or None."""
+    wanted = os.environ.get(VARIABLE, "")
+    if wanted == "none":
+        return f"{VARIABLE}=none"
+    if path() is None:
+        return "the CPU kernels were not compiled when this package was installed (no C++ compiler?)"
+    try:
+        core = load()
+    except (OSError, RuntimeError) as error:
+        return f"the CPU kernels do not load: {error}"
+    if wanted and core.lamp_use(wanted.encode()) != 0:
+        return f"{VARIABLE}={wanted}: this machine has {core.lamp_instruction_sets().decode()}"
+    return None
+
+
+def instruction_set() -> str:
+    """The one in use: "avx512", "avx2", "neon" or "portable"; empty without a core."""
+    return "" if why_not() else str(load().lamp_instruction_set().decode())
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """All that run here, best first."""
+    return () if path() is None else tuple(load().lamp_instruction_sets().decode().split(","))

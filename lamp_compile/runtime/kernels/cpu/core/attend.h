@@ -1,0 +1,158 @@
+// One attention: cut into pieces of work (a sequence, a kv head, some tokens), each of whole segments of keys. How it is
+// cut depends on shapes alone, and partial results are joined in order: any number of threads gives the same bits.
+
+constexpr int64_t SCRATCH = 1 << 24;  // bytes of scores that one piece of work may hold, unless one token needs more
+
+struct Plan {
+  const LampAttend *call;
+  int64_t pieces, tokens, per_head, bytes, segments;
+  char *scratch;
+  Evidence *evidence;  // [B * G][group * S]
+  int64_t *counts;     // [pieces][2]
+};
+
+LAMP_INLINE int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+struct Sizes {
+  int64_t z, most, weight, alive, partial, all;
+};
+
+LAMP_INLINE Sizes sizes_of(const LampAttend &call, int64_t rows, int64_t tokens, int64_t segments) {
+  const int64_t width = 2 * call.planes.half_v + SUMS, stride = rows + 4;
+  Sizes s;
+  s.z = aligned(4 * rows * segments * SEGMENT);
+  s.most = aligned(4 * segments * (SEGMENT / CHUNK) * stride);
+  s.weight = aligned(4 * segments * (SEGMENT / SUBTILE) * rows);
+  s.alive = aligned(segments * (SEGMENT / SUBTILE) * tokens);
+  s.partial = aligned(4 * segments * rows * width);
+  s.all = aligned(sizeof(Work)) + s.z + 2 * s.most + s.weight + s.alive + s.partial;
+  return s;
+}
+
+static Work &open_work(const Plan &plan, int64_t piece, char *memory) {
+  const LampAttend &call = *plan.call;
+  Work &work = *(Work *)memory;
+  Rows &rows = work.rows;
+  const int64_t bg = piece / plan.per_head;
+  work.call = &call;
+  rows.b = bg / call.planes.kv_heads;
+  rows.g = bg % call.planes.kv_heads;
+  rows.group = (int)(call.heads / call.planes.kv_heads);
+  rows.first_token = (int)(piece % plan.per_head * plan.tokens);
+  rows.tokens = (int)(call.queries - rows.first_token < plan.tokens ? call.queries - rows.first_token : plan.tokens);
+  prepare_rows(call, rows);
+  const Sizes s = sizes_of(call, plan.tokens * rows.group, plan.tokens, plan.segments);
+  char *at = memory + aligned(sizeof(Work));
+  work.span = plan.segments * SEGMENT;
+  work.stride = rows.count + 4;
+  work.z = (float *)at, at += s.z;
+  work.most = (float *)at, at += s.most;
+  work.sum = (float *)at, at += s.most;
+  work.weight = (float *)at, at += s.weight;
+  work.partial = (float *)at, at += s.partial;
+  work.alive = (uint8_t *)at;
+  __builtin_memset(work.alive, 0, s.alive);
+  work.tau = call.tau[rows.b * call.tau_stride + rows.g];
+  const float floor = call.floor[rows.b * call.floor_stride + rows.g];
+  const float guarded = call.state[(rows.b * call.planes.kv_heads + rows.g) * 4 + 1];
+  work.level = guarded > floor ? guarded : floor;
+  return work;
+}
+
+LAMP_INLINE int64_t segments_of(const Work &work) {
+  return work.rows.to > work.rows.from ? (work.rows.to - work.rows.from + SEGMENT - 1) / SEGMENT : 0;
+}
+
+static void finish_piece(const Plan &plan, int64_t piece, Work &work) {
+  const Rows &rows = work.rows;
+  const int64_t all = rows.group * plan.call->queries, segments = segments_of(work);
+  Evidence *evidence = plan.evidence + piece / plan.per_head * all + rows.first_token * rows.group;
+  for (int r = 0; r < rows.count; r++) finish_row(work, r, segments, evidence[r]);
+  const int value_dim = 2 * (int)plan.call->planes.half_v;
+  int64_t alive = 0, refined = 0;
+  for (int64_t i = 0; i < segments * rows.count; i++) {
+    alive += (int64_t)work.partial[i * (value_dim + SUMS) + value_dim + ALIVE];
+    refined += (int64_t)work.partial[i * (value_dim + SUMS) + value_dim + REFINED];
+  }
+  plan.counts[2 * piece] = alive;
+  plan.counts[2 * piece + 1] = refined;
+}
+
+// Whole pieces, each by one thread in that thread's memory.
+static void whole_piece(void *data, int64_t piece, int64_t thread) {
+  const Plan &plan = *(const Plan *)data;
+  Work &work = open_work(plan, piece, plan.scratch + thread * plan.bytes);
+  const int64_t segments = segments_of(work);
+  for (int64_t s = 0; s < segments; s++) look_at_segment(work, s);
+  join_looks(work);
+  for (int64_t s = 0; s < segments; s++) refine_segment(work, s);
+  finish_piece(plan, piece, work);
+}
+
+// Or, where there are fewer pieces than threads would like, all segments of all pieces side by side.
+LAMP_INLINE Work &work_of(const Plan &plan, int64_t piece) { return *(Work *)(plan.scratch + piece * plan.bytes); }
+static void open_piece(void *data, int64_t piece, int64_t) {
+  const Plan &plan = *(const Plan *)data;
+  open_work(plan, piece, plan.scratch + piece * plan.bytes);
+}
+static void look_task(void *data, int64_t task, int64_t) {
+  const Plan &plan = *(const Plan *)data;
+  Work &work = work_of(plan, task / plan.segments);
+  if (task % plan.segments < segments_of(work)) look_at_segment(work, task % plan.segments);
+}
+static void join_piece(void *data, int64_t piece, int64_t) { join_looks(work_of(*(const Plan *)data, piece)); }
+static void refine_task(void *data, int64_t task, int64_t) {
+  const Plan &plan = *(const Plan *)data;
+  Work &work = work_of(plan, task / plan.segments);
+  if (task % plan.segments < segments_of(work)) refine_segment(work, task % plan.segments);
+}
+static void close_piece(void *data, int64_t piece, int64_t) {
+  const Plan &plan = *(const Plan *)data;
+  finish_piece(plan, piece, work_of(plan, piece));
+}
+
+static int attend(const LampAttend *given) {
+  const LampAttend &call = *given;
+  const int64_t group = call.heads / call.planes.kv_heads, heads = call.batch * call.planes.kv_heads;
+  const int64_t room = call.planes.pages * call.planes.tile;
+  int64_t keys = call.keys < room ? call.keys : room;
+  if (call.window && call.window + call.queries + SEGMENT < keys) keys = call.window + call.queries + SEGMENT;
+  Plan plan = {given, 0, 0, 0, 0, 0, nullptr, nullptr, nullptr};
+  plan.segments = keys > 0 ? (keys + SEGMENT - 1) / SEGMENT : 1;
+  plan.tokens = MOST_ROWS / group;
+  while (plan.tokens > 1 && 4 * plan.tokens * group * plan.segments * SEGMENT > SCRATCH) plan.tokens /= 2;
+  if (plan.tokens > call.queries) plan.tokens = call.queries;
+  plan.per_head = (call.queries + plan.tokens - 1) / plan.tokens;
+  plan.pieces = heads * plan.per_head;
+  plan.bytes = sizes_of(call, plan.tokens * group, plan.tokens, plan.segments).all;
+  // Waking threads costs more than a few thousand keys.
+  const int64_t work = plan.pieces * keys * plan.tokens * group;
+  const int64_t threads = work < 8192 ? 1 : call.threads;
+  const bool split = threads > 1 && plan.segments > 1 && plan.pieces < 2 * threads && plan.pieces % threads;
+  const int64_t memories = split ? plan.pieces : threads;
+  const int64_t evidence = aligned(sizeof(Evidence) * heads * group * call.queries);
+  char *memory = scratch(memories * plan.bytes + evidence + aligned(16 * plan.pieces));
+  if (!memory) return -1;
+  plan.scratch = memory;
+  plan.evidence = (Evidence *)(memory + memories * plan.bytes);
+  plan.counts = (int64_t *)(memory + memories * plan.bytes + evidence);
+  if (split) {
+    run(open_piece, &plan, plan.pieces, threads);
+    run(look_task, &plan, plan.pieces * plan.segments, threads);
+    run(join_piece, &plan, plan.pieces, 1);
+    run(refine_task, &plan, plan.pieces * plan.segments, threads);
+    run(close_piece, &plan, plan.pieces, threads);
+  } else {
+    run(whole_piece, &plan, plan.pieces, threads);
+  }
+  for (int64_t bg = 0; bg < heads; bg++) {
+    int64_t alive = 0, refined = 0;
+    for (int64_t i = bg * plan.per_head; i < (bg + 1) * plan.per_head; i++) {
+      alive += plan.counts[2 * i];
+      refined += plan.counts[2 * i + 1];
+    }
+    guard(call, bg / call.planes.kv_heads, bg % call.planes.kv_heads, plan.evidence + bg * group * call.queries,
+          group * call.queries, alive, refined);
+  }
+  return 0;
+}

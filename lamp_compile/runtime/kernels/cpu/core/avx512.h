@@ -1,0 +1,140 @@
+// Integer products with AVX-512 VNNI. What they compute: portable.h.
+
+#define LAMP_LAMBDA __attribute__((always_inline))
+
+// The sums of 16 vectors, in order.
+LAMP_INLINE __m512i sums_of_16(__m512i *v) {
+  for (int i = 0; i < 8; i++) v[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]));
+  for (int i = 0; i < 4; i++) v[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_epi64(v[2 * i], v[2 * i + 1]));
+  for (int i = 0; i < 2; i++) v[i] = _mm512_add_epi32(_mm512_shuffle_i32x4(v[2 * i], v[2 * i + 1], 0x88), _mm512_shuffle_i32x4(v[2 * i], v[2 * i + 1], 0xdd));
+  return _mm512_add_epi32(_mm512_shuffle_i32x4(v[0], v[1], 0x88), _mm512_shuffle_i32x4(v[0], v[1], 0xdd));
+}
+
+template <int ROWS, int BLOCKS>
+LAMP_INLINE void dots_of(const uint8_t *plane, int half, const int8_t *q, const int32_t *sum8, int32_t *out) {
+  constexpr int KEYS = 16 / ROWS;
+  const __m512i low = _mm512_set1_epi8(15), flip = _mm512_set1_epi8(8);
+  const int left = half - 64 * (BLOCKS - 1);
+  const __mmask64 tail = left == 64 ? ~0ull : (1ull << left) - 1;
+  __m512i query[ROWS][2][BLOCKS];
+  for (int r = 0; r < ROWS; r++)
+    for (int part = 0; part < 2; part++)
+      for (int b = 0; b < BLOCKS; b++) query[r][part][b] = _mm512_loadu_si512(q + (2 * r + part) * PADDED + 64 * b);
+  // Nibbles are read as 0 to 15, 8 too much.
+  int32_t repeated[16];
+  for (int i = 0; i < 16; i++) repeated[i] = sum8[i / KEYS];
+  const __m512i correction = _mm512_loadu_si512(repeated);
+  for (int j = 0; j < SUBTILE; j += KEYS) {
+    __m512i acc[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < KEYS; i++) {
+      __m512i sum[ROWS];
+      for (int r = 0; r < ROWS; r++) sum[r] = _mm512_setzero_si512();
+      for (int b = 0; b < BLOCKS; b++) {
+        const uint8_t *at = plane + (j + i) * half + 64 * b;
+        const __m512i bytes = b == BLOCKS - 1 ? _mm512_maskz_loadu_epi8(tail, at) : _mm512_loadu_si512(at);
+        // (x & 15) ^ 8: a nibble of two's complement, plus 8.
+        const __m512i upper = _mm512_ternarylogic_epi32(_mm512_srli_epi16(bytes, 4), low, flip, 0x6a);
+        const __m512i lower = _mm512_ternarylogic_epi32(bytes, low, flip, 0x6a);
+        for (int r = 0; r < ROWS; r++) {
+          sum[r] = _mm512_dpbusd_epi32(sum[r], upper, query[r][0][b]);
+          sum[r] = _mm512_dpbusd_epi32(sum[r], lower, query[r][1][b]);
+        }
+      }
+      for (int r = 0; r < ROWS; r++) acc[r * KEYS + i] = sum[r];
+    }
+    const __m512i found = _mm512_sub_epi32(sums_of_16(acc), correction);
+    if (ROWS == 1) {
+      _mm512_storeu_si512(out + j, found);
+    } else if (ROWS == 2) {
+      _mm256_storeu_si256((__m256i *)(out + j), _mm512_castsi512_si256(found));
+      _mm256_storeu_si256((__m256i *)(out + SUBTILE + j), _mm512_extracti64x4_epi64(found, 1));
+    } else {
+      _mm_storeu_si128((__m128i *)(out + j), _mm512_castsi512_si128(found));
+      _mm_storeu_si128((__m128i *)(out + SUBTILE + j), _mm512_extracti32x4_epi32(found, 1));
+      _mm_storeu_si128((__m128i *)(out + 2 * SUBTILE + j), _mm512_extracti32x4_epi32(found, 2));
+      _mm_storeu_si128((__m128i *)(out + 3 * SUBTILE + j), _mm512_extracti32x4_epi32(found, 3));
+    }
+  }
+}
+
+template <int ROWS>
+LAMP_INLINE void dots(const uint8_t *plane, int half, const int8_t *q, const int32_t *sum8, int32_t *out) {
+  if (half <= 64) dots_of<ROWS, 1>(plane, half, q, sum8, out);
+  else dots_of<ROWS, 2>(plane, half, q, sum8, out);
+}
+
+// 64 bytes: 32 keys of two channels.
+LAMP_INLINE __m512i two_channels(const uint8_t *at, int64_t stride) {
+  if (stride == SUBTILE) return _mm512_loadu_si512(at);
+  return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)at)),
+                            _mm256_loadu_si256((const __m256i *)(at + stride)), 1);
+}
+
+// Adds the products of two channels: 16 * nibble times the weights of every row.
+template <int ROWS>
+LAMP_INLINE void multiply(const uint8_t *const *tiles, int count, int64_t at, int64_t stride, const uint8_t *w,
+                          __m512i *upper, __m512i *lower) {
+  const __m512i mask = _mm512_set1_epi8((char)0xf0);
+  for (int t = 0; t < count; t++) {
+    const __m512i bytes = two_channels(tiles[t] + at, stride);
+    const __m512i high = _mm512_and_si512(bytes, mask), low = _mm512_and_si512(_mm512_slli_epi16(bytes, 4), mask);
+    for (int r = 0; r < ROWS; r++) {
+      const __m512i weight = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)(w + (t * ROWS + r) * SUBTILE)));
+      upper[r] = _mm512_dpbusd_epi32(upper[r], weight, high);
+      lower[r] = _mm512_dpbusd_epi32(lower[r], weight, low);
+    }
+  }
+}
+
+// Sums over keys of 16 channels, from eight vectors of two; the last ones may be missing.
+LAMP_INLINE void put_channels(__m512i *v, int pairs, int32_t *out) {
+  const __m512i order = _mm512_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+  for (int p = pairs; p < 8; p++) v[p] = _mm512_setzero_si512();
+  for (int i = 0; i < 4; i++) v[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]));
+  for (int i = 0; i < 2; i++) v[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_epi64(v[2 * i], v[2 * i + 1]));
+  const __m512i joined = _mm512_add_epi32(_mm512_shuffle_i32x4(v[0], v[1], 0x88), _mm512_shuffle_i32x4(v[0], v[1], 0xdd));
+  _mm512_mask_storeu_epi32(out, (__mmask16)((1u << (2 * pairs)) - 1), _mm512_permutexvar_epi32(order, joined));
+}
+
+template <int ROWS, class Multiply>
+LAMP_INLINE void all_channels(int64_t stride, int half, int32_t *out, Multiply multiply_pair) {
+  __m512i sums[ROWS][2][8];
+  for (int c = 0; c < half; c += 16) {
+    const int pairs = half - c >= 16 ? 8 : (half - c) / 2;
+    for (int p = 0; p < pairs; p++) {
+      __m512i upper[ROWS], lower[ROWS];
+      for (int r = 0; r < ROWS; r++) upper[r] = lower[r] = _mm512_setzero_si512();
+      multiply_pair((c + 2 * p) * stride, upper, lower);
+      for (int r = 0; r < ROWS; r++) {
+        sums[r][0][p] = upper[r];
+        sums[r][1][p] = lower[r];
+      }
+    }
+    for (int r = 0; r < ROWS; r++)
+      for (int part = 0; part < 2; part++) put_channels(sums[r][part], pairs, out + r * 2 * half + part * half + c);
+  }
+}
+
+template <int ROWS>
+LAMP_INLINE void values(const uint8_t *const *tiles, int count, int64_t stride, int half, const uint8_t *w, int32_t *out) {
+  all_channels<ROWS>(stride, half, out, [&](int64_t at, __m512i *upper, __m512i *lower) LAMP_LAMBDA {
+    multiply<ROWS>(tiles, count, at, stride, w, upper, lower);
+  });
+}
+
+template <int ROWS>
+LAMP_INLINE void fine_values(const uint8_t *const *high, const uint8_t *const *residual, int count, int64_t stride, int half,
+                             const uint8_t *w_upper, const uint8_t *w_lower, const uint8_t *w_eight, int32_t *out) {
+  all_channels<ROWS>(stride, half, out, [&](int64_t at, __m512i *upper, __m512i *lower) LAMP_LAMBDA {
+    multiply<ROWS>(high, count, at, stride, w_upper, upper, lower);
+    for (int r = 0; r < ROWS; r++) upper[r] = _mm512_slli_epi32(upper[r], 4), lower[r] = _mm512_slli_epi32(lower[r], 4);
+    multiply<ROWS>(residual, count, at, stride, w_eight, upper, lower);
+    for (int r = 0; r < ROWS; r++) upper[r] = _mm512_slli_epi32(upper[r], 4), lower[r] = _mm512_slli_epi32(lower[r], 4);
+    multiply<ROWS>(high, count, at, stride, w_lower, upper, lower);
+  });
+}
+
+LAMP_INLINE Vf halves(const uint16_t *from) {
+  return (Vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
+}

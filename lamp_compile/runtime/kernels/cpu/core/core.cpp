@@ -1,0 +1,140 @@
+// The C interface: which kernels this machine can run, threads, memory.
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "table.h"
+
+#if defined(LAMP_NEON)
+#if defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+#endif
+
+namespace {
+
+std::vector<const Kernels *> find_kernels() {
+  std::vector<const Kernels *> found;
+#if defined(LAMP_X86)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"))
+    found.push_back(&lamp_avx512);
+  if (avx2) found.push_back(&lamp_avx2);
+#endif
+#if defined(LAMP_NEON)
+#if defined(__linux__)
+  if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) found.push_back(&lamp_neon);
+#else
+  found.push_back(&lamp_neon);  // every Apple arm64 has the dot product
+#endif
+#endif
+  found.push_back(&lamp_portable);
+  return found;
+}
+
+const std::vector<const Kernels *> &all_kernels() {
+  static const std::vector<const Kernels *> found = find_kernels();
+  return found;
+}
+
+std::atomic<const Kernels *> chosen{nullptr};
+
+const Kernels &kernels() {
+  const Kernels *now = chosen.load(std::memory_order_relaxed);
+  return now ? *now : *all_kernels().front();
+}
+
+using GompParallel = void (*)(void (*)(void *), void *, unsigned, unsigned);
+std::atomic<GompParallel> gomp{nullptr};
+
+struct Job {
+  Task task;
+  void *data;
+  int64_t count;
+  std::atomic<int64_t> next, threads;
+};
+
+void take_tasks(void *data) {
+  Job &job = *static_cast<Job *>(data);
+  const int64_t thread = job.threads.fetch_add(1);
+  for (int64_t i; (i = job.next.fetch_add(1)) < job.count;) job.task(job.data, i, thread);
+}
+
+struct Memory {
+  char *data = nullptr;
+  int64_t bytes = 0;
+  ~Memory() { std::free(data); }
+};
+constexpr int64_t MOST_KEPT = 256 << 20;
+
+}  // namespace
+
+void run(Task task, void *data, int64_t count, int64_t threads) {
+  if (threads > count) threads = count;
+  if (threads <= 1) {
+    for (int64_t i = 0; i < count; i++) task(data, i, 0);
+    return;
+  }
+  Job job{task, data, count, {0}, {0}};
+  if (const GompParallel parallel = gomp.load(std::memory_order_relaxed)) {
+    parallel(take_tasks, &job, static_cast<unsigned>(threads), 0);
+    return;
+  }
+  std::vector<std::thread> started;
+  for (int64_t i = 1; i < threads; i++) {
+    try {
+      started.emplace_back(take_tasks, &job);
+    } catch (...) {
+      break;  // fewer threads do the same work
+    }
+  }
+  take_tasks(&job);
+  for (std::thread &thread : started) thread.join();
+}
+
+char *scratch(int64_t bytes) {
+  static thread_local Memory memory;
+  if (bytes <= memory.bytes && memory.bytes <= MOST_KEPT) return memory.data;
+  std::free(memory.data);
+  bytes = (bytes + 63) / 64 * 64;
+  memory.data = static_cast<char *>(std::aligned_alloc(64, static_cast<size_t>(bytes)));
+  memory.bytes = memory.data ? bytes : 0;
+  return memory.data;
+}
+
+extern "C" {
+
+const char *lamp_instruction_sets(void) {
+  static const std::string names = [] {
+    std::string text;
+    for (const Kernels *found : all_kernels()) text += (text.empty() ? "" : ",") + std::string(found->name);
+    return text;
+  }();
+  return names.c_str();
+}
+
+const char *lamp_instruction_set(void) { return kernels().name; }
+
+int lamp_use(const char *name) {
+  for (const Kernels *found : all_kernels())
+    if (!std::strcmp(found->name, name)) {
+      chosen.store(found);
+      return 0;
+    }
+  return -1;
+}
+
+void lamp_use_threads_of(GompParallel parallel) { gomp.store(parallel); }
+int lamp_append(const LampAppend *call) { return kernels().append(call); }
+int lamp_attend(const LampAttend *call) { return kernels().attend(call); }
+int64_t lamp_size_of_append(void) { return sizeof(LampAppend); }
+int64_t lamp_size_of_attend(void) { return sizeof(LampAttend); }
+
+}  // extern "C"

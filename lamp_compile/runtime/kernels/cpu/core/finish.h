@@ -1,0 +1,98 @@
+// The end: partial results joined in order, the output rotated back, certificate and guard (runtime/certificate.py,
+// runtime/guard.py).
+
+// What the guard hears of a row.
+struct Evidence {
+  float counted, error, bad;
+};
+
+LAMP_INLINE bool healthy(float x) { return __builtin_fabsf(x) <= 3.4028235e38f; }
+
+LAMP_INLINE void finish_row(Work &work, int r, int64_t segments, Evidence &evidence) {
+  const LampAttend &call = *work.call;
+  const Rows &rows = work.rows;
+  const int value_dim = 2 * (int)call.planes.half_v, width = value_dim + SUMS;
+  const int64_t head = rows.g * rows.group + r % rows.group, token = rows.first_token + r / rows.group;
+  const int64_t place = (rows.b * call.heads + head) * call.queries + token;
+  float x[MOST_DIM + SUMS];
+  for (int c = 0; c < width; c++) x[c] = 0;
+  for (int64_t s = 0; s < segments; s++)
+    for (int c = 0; c < width; c++) x[c] += work.partial[(s * rows.count + r) * width + c];
+  const float *sums = x + value_dim;
+  const float before = work.lse[r];
+  const bool seen = before != -__builtin_inff();
+  float weight = sums[WEIGHT];
+  if (seen && call.sinks) weight += exp2_of(LOG2E * call.sinks[head] - before);
+  float inverse = seen ? 1.0f / weight : 0.0f;
+  if (sums[POISON] != 0) inverse = __builtin_nanf("");
+  const float one = seen ? 1.0f / weight : 0.0f, two = one * one;
+
+  const float scores = call.scale * call.scale / 12.0f, v_square = (float)value_dim * PEAK_SQUARE;
+  // The query's rounding is one vector for all keys: its share goes with the weights, not their squares.
+  const float soft = call.scale * call.scale * rows.rounding[r] * 2.0f * (float)call.planes.half_k * PEAK_SQUARE;
+  const float hard = scores * rows.norm[r];
+  float certificate[3] = {
+      hard * sums[SCORES_HARD] * two + soft * sums[SCORES_SOFT] * one,
+      sums[VALUE_HARD] * two * (float)value_dim / 12.0f,
+      (hard * sums[BOTH_HARD] * two + soft * sums[BOTH_SOFT] * one) * v_square,
+  };
+  float square = 0;
+  bool sound = true;
+  for (int c = 0; c < value_dim; c++) x[c] = seen ? (x[c] + sums[CORRECTION]) * inverse : 0.0f;
+  rotate(call.rotate_v, value_dim, true, x);
+  for (int c = 0; c < value_dim; c++) square += x[c] * x[c], sound &= healthy(x[c]);
+  write_row(call.out, call.dtype, place * value_dim, value_dim, x);
+  const float lse = seen ? (before + log2_of(weight)) / LOG2E : -__builtin_inff();
+  if (call.lse) call.lse[place] = lse;
+  for (int i = 0; i < 3; i++) {
+    if (!seen) certificate[i] = 0;
+    if (call.certificate) call.certificate[place * 3 + i] = certificate[i];
+    sound &= healthy(certificate[i]);
+  }
+  sound &= healthy(lse);
+  const float estimate = certificate[0] * square + certificate[1] + certificate[2];
+  const float size = square > 1.17549435e-38f ? square : 1.17549435e-38f;
+  evidence = {seen && sound ? 1.0f : 0.0f, seen && sound ? estimate / size : 0.0f, seen && !sound ? 1.0f : 0.0f};
+}
+
+// runtime/guard.py: step, for one sequence and kv head.
+static void guard(const LampAttend &call, int64_t b, int64_t g, const Evidence *evidence, int64_t rows,
+                  int64_t alive, int64_t refined) {
+  float counted = 0, error = 0, bad_rows = 0;
+  for (int64_t r = 0; r < rows; r++) {
+    counted += evidence[r].counted;
+    error += evidence[r].error;
+    bad_rows += evidence[r].bad;
+  }
+  enum { ERROR, FLOOR, HOLD, FLAGS };
+  enum { STEPS, LIVE, REFINED_TILES, EXACT, RAISED, LOWERED, BAD };
+  float *state = call.state + (b * call.planes.kv_heads + g) * 4;
+  int64_t *stats = call.stats + (b * call.planes.kv_heads + g) * 7;
+  const float floor = call.floor[b * call.floor_stride + g], budget = call.budget[b * call.budget_stride + g];
+  const bool bad = bad_rows > 0, stepped = counted > 0 || bad;
+  const float level = state[FLOOR], limit = budget * budget;
+  const float mean = state[ERROR] + (error / (counted > 1 ? counted : 1.0f) - state[ERROR]) / (float)call.guard_window;
+  const float held = state[HOLD] > 1 ? state[HOLD] - 1 : 0;
+  const bool over = mean > limit && stepped;
+  const bool under = mean < call.hysteresis * call.hysteresis * limit && held == 0 && level > 0 && !over && stepped;
+  float raised = level;
+  if (over) raised = level + 1 < 2 ? level + 1 : 2;
+  else if (under) raised = level - 1;
+  if (bad) raised = 2;
+  const bool changed = over || bad;
+  if (stepped) {
+    int64_t flags = (int64_t)state[FLAGS];
+    if (bad) flags |= 1;
+    if ((raised > floor ? raised : floor) >= 2) flags |= 2;  // there is no exact tier here
+    state[ERROR] = changed ? 0 : mean;
+    state[FLOOR] = raised;
+    state[HOLD] = changed ? (float)call.guard_hold : held;
+    state[FLAGS] = (float)flags;
+  }
+  stats[STEPS] += stepped;
+  stats[LIVE] += alive;
+  stats[REFINED_TILES] += refined;
+  stats[RAISED] += raised > level;
+  stats[LOWERED] += raised < level;
+  stats[BAD] += bad;
+}

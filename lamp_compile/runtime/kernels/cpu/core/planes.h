@@ -1,0 +1,49 @@
+// Where a key lies.
+
+constexpr int SUBTILE = 32;  // keys that kernels take at a time
+
+struct Place {
+  int64_t tile;  // among all stored tiles
+  int offset;    // key within it
+};
+
+// Place of key j of sequence b and kv head g; false where a table has no page for it.
+LAMP_INLINE bool find(const LampPlanes &planes, int64_t b, int64_t g, int64_t j, Place &place) {
+  const int64_t page = j / planes.tile;
+  if (page < 0 || page >= planes.pages) return false;
+  place.offset = (int)(j % planes.tile);
+  if (!planes.table) {
+    place.tile = (b * planes.kv_heads + g) * planes.stored_tiles + page;
+    return true;
+  }
+  const int64_t listed = planes.table[b * planes.table_stride + page];
+  if (listed < 0 || listed >= planes.stored_tiles) return false;
+  place.tile = g * planes.stored_tiles + listed;
+  return true;
+}
+// The same, where a page that is not there is tile 0: nothing of it is live.
+LAMP_INLINE Place place_of(const LampPlanes &planes, int64_t b, int64_t g, int64_t j) {
+  Place place;
+  if (find(planes, b, g, j, place)) return place;
+  place.tile = planes.table ? g * planes.stored_tiles : 0;
+  place.offset = (int)(j % planes.tile);
+  return place;
+}
+LAMP_INLINE int64_t key_at(const LampPlanes &planes, const Place &place) {
+  return (place.tile * planes.tile + place.offset) * planes.half_k;
+}
+LAMP_INLINE int64_t value_at(const LampPlanes &planes, const Place &place) {
+  return place.tile * planes.tile * planes.half_v + place.offset;
+}
+LAMP_INLINE int64_t scale_at(const LampPlanes &planes, const Place &place) {
+  return place.tile * planes.tile + place.offset;
+}
+
+// Ask for bytes that are read soon. Processors follow one stream by themselves, but not far enough ahead.
+LAMP_INLINE void fetch(const void *from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)from + i);
+}
+LAMP_INLINE int64_t integer(const LampIntegers &x, int64_t b) {
+  const int64_t i = b * x.stride;
+  return x.bytes == 8 ? ((const int64_t *)x.data)[i] : ((const int32_t *)x.data)[i];
+}

@@ -1,0 +1,9 @@
+// Any machine.
+#include "table.h"
+
+namespace lamp_portable_kernels {
+#define LAMP_PRODUCTS "portable.h"
+#include "kernels.inc"
+}  // namespace lamp_portable_kernels
+
+const Kernels lamp_portable = {"portable", lamp_portable_kernels::append, lamp_portable_kernels::attend};

@@ -1,0 +1,49 @@
+// Integer products in plain C++: what every instruction set computes.
+//
+// dots:   out[r][j] = sum over channels of q[r][c] * nibble[j][c], for 32 keys of a K plane.
+// values: out[r][c] = 16 * sum over tiles and keys of w[t][r][j] * nibble[t][c][j], for 32 keys of each tile of V.
+// fine_values: out[r][c] = 16 * (256 * w_upper * high + w_lower * high + 16 * w_eight * residual), summed alike: fits
+//         into 32 bits for up to 8 tiles.
+// q is [rows][2][PADDED] with zeros behind the channels, w [tiles][rows][32], nibbles are -8 to 7.
+
+LAMP_INLINE int upper_nibble(uint8_t b) { return (int8_t)b >> 4; }
+LAMP_INLINE int lower_nibble(uint8_t b) { return (int8_t)(b << 4) >> 4; }
+
+template <int ROWS>
+LAMP_INLINE void dots(const uint8_t *plane, int half, const int8_t *q, const int32_t *, int32_t *out) {
+  for (int j = 0; j < SUBTILE; j++)
+    for (int r = 0; r < ROWS; r++) {
+      const int8_t *upper = q + r * 2 * PADDED, *lower = upper + PADDED;
+      int32_t sum = 0;
+      for (int c = 0; c < half; c++) {
+        const uint8_t b = plane[j * half + c];
+        sum += upper[c] * upper_nibble(b) + lower[c] * lower_nibble(b);
+      }
+      out[r * SUBTILE + j] = sum;
+    }
+}
+
+template <int ROWS>
+LAMP_INLINE void values(const uint8_t *const *tiles, int count, int64_t stride, int half, const uint8_t *w, int32_t *out) {
+  for (int r = 0; r < ROWS; r++)
+    for (int c = 0; c < half; c++) {
+      int32_t upper = 0, lower = 0;
+      for (int t = 0; t < count; t++) {
+        const uint8_t *row = tiles[t] + c * stride, *weight = w + (t * ROWS + r) * SUBTILE;
+        for (int j = 0; j < SUBTILE; j++) {
+          upper += weight[j] * upper_nibble(row[j]);
+          lower += weight[j] * lower_nibble(row[j]);
+        }
+      }
+      out[r * 2 * half + c] = 16 * upper;
+      out[r * 2 * half + half + c] = 16 * lower;
+    }
+}
+
+LAMP_INLINE Vf halves(const uint16_t *from) {
+  float x[LANES];
+  for (int i = 0; i < LANES; i++) x[i] = half_to_float(from[i]);
+  return load(x);
+}
+
+#include "fine_by_parts.h"

@@ -1,0 +1,126 @@
+// The rows of one piece of work: the query heads that share a kv head, for some of the tokens; and what each may see.
+
+constexpr int MOST_ROWS = 64;   // rows of one piece of work
+constexpr int CHUNK = 512;      // keys that share a maximum
+constexpr int SEGMENT = 2048;   // keys that share a partial result, whatever the number of threads
+constexpr float LOG2E = 1.4426950408889634f;
+constexpr float PEAK_SQUARE = 119.0f * 119.0f / 7.5f;  // mean square of a stored row over its scale (formats/_base.py)
+
+struct Rows {
+  int count, group, tokens, first_token;
+  int64_t b, g;
+  int64_t low[MOST_ROWS], high[MOST_ROWS];  // keys that a token of this work may see, by token
+  int64_t from, to;                         // and any of them
+  float coefficient[MOST_ROWS];             // score in base 2 per unit of (nibble * int8 * key scale)
+  float half_sum[MOST_ROWS];                // half the sum of a row's int8 channels
+  float norm[MOST_ROWS], rounding[MOST_ROWS];  // |q|^2 of the rounded row, and the variance of its rounding
+  int32_t sum8[MOST_ROWS];                  // 8 times the sum of a row's int8 channels
+  int8_t q[MOST_ROWS + 4][2 * PADDED];      // rounded; rows behind the last are 0, so that blocks can be whole
+};
+
+// Rows are taken four, two or one at a time; three count as four.
+LAMP_INLINE int block_rows(int left) { return left >= 3 ? 4 : left; }
+
+LAMP_INLINE void prepare_row(const LampAttend &call, Rows &rows, int r) {
+  const int half = (int)call.planes.half_k, dim = 2 * half;
+  const int64_t token = rows.first_token + r / rows.group, head = rows.g * rows.group + r % rows.group;
+  float x[MOST_DIM];
+  read_row(call.q, call.dtype, rows.b * call.q_strides[0] + head * call.q_strides[1] + token * call.q_strides[2], dim, x);
+  if (call.balance) {
+    const float *balance = call.balance + rows.b * call.balance_stride + rows.g * dim;
+    for (int c = 0; c < dim; c++) x[c] *= balance[c];
+  }
+  rotate(call.rotate_k, dim, false, x);
+  float peak = 0;
+  bool spoilt = false;
+  for (int c = 0; c < dim; c++) {
+    const float size = __builtin_fabsf(x[c]);
+    spoilt |= !(size <= 3.4e38f);
+    peak = size > peak ? size : peak;
+  }
+  const float step = spoilt ? __builtin_nanf("") : peak / 127.0f;
+  int32_t sum = 0, squares = 0;
+  for (int c = 0; c < dim; c++) {
+    const float magic = 12582912.0f, steps = step > 0 ? x[c] / step : 0.0f;
+    const int q = (int)((steps + magic) - magic);
+    rows.q[r][c < half ? c : PADDED + c - half] = (int8_t)q;
+    sum += q;
+    squares += q * q;
+  }
+  rows.coefficient[r] = step * call.scale * LOG2E;
+  rows.half_sum[r] = 0.5f * (float)sum;
+  rows.sum8[r] = 8 * sum;
+  rows.norm[r] = step * step * (float)squares;
+  rows.rounding[r] = step * step / 12.0f;
+}
+
+// Keys that a token may see, but for masks.
+LAMP_INLINE void see(const LampAttend &call, Rows &rows, int t) {
+  int64_t end = call.keys, begin = 0;
+  if (call.lengths.data && integer(call.lengths, rows.b) < end) end = integer(call.lengths, rows.b);
+  if (call.start.data && integer(call.start, rows.b) > 0) begin = integer(call.start, rows.b);
+  if (call.causal) {
+    int64_t place = rows.first_token + t;
+    if (call.causal == LAMP_BOTTOM_RIGHT) place += end - call.queries;
+    if (place + 1 < end) end = place + 1;
+    if (call.window && place - call.window + 1 > begin) begin = place - call.window + 1;
+  }
+  const int64_t room = call.planes.pages * call.planes.tile;
+  if (end > room) end = room;
+  rows.low[t] = begin;
+  rows.high[t] = end > begin ? end : begin;
+}
+
+static void prepare_rows(const LampAttend &call, Rows &rows) {
+  __builtin_memset(rows.q, 0, sizeof rows.q);
+  rows.count = rows.tokens * rows.group;
+  for (int r = 0; r < rows.count; r++) prepare_row(call, rows, r);
+  for (int r = rows.count; r < MOST_ROWS && r < rows.count + 4; r++) rows.coefficient[r] = rows.half_sum[r] = 0, rows.sum8[r] = 0;
+  rows.from = rows.to = 0;
+  for (int t = 0; t < rows.tokens; t++) {
+    see(call, rows, t);
+    if (rows.high[t] <= rows.low[t]) continue;
+    if (rows.from == rows.to || rows.low[t] < rows.from) rows.from = rows.low[t];
+    if (rows.high[t] > rows.to) rows.to = rows.high[t];
+  }
+  rows.from -= rows.from % SEGMENT;
+}
+
+// Which of 32 keys from j on a row may see, one bit each.
+LAMP_INLINE uint32_t visible(const LampAttend &call, const Rows &rows, int r, int64_t j) {
+  const int t = r / rows.group;
+  if (j >= rows.high[t] || j + SUBTILE <= rows.low[t]) return 0;
+  uint32_t seen = ~0u;
+  if (rows.low[t] > j) seen &= ~0u << (rows.low[t] - j);
+  if (rows.high[t] < j + SUBTILE) seen &= ~0u >> (j + SUBTILE - rows.high[t]);
+  if (!call.mask) return seen;
+  const int64_t *steps = call.mask_strides, head = rows.g * rows.group + r % rows.group;
+  const uint8_t *mask = call.mask + rows.b * steps[0] + head * steps[1] + (rows.first_token + t) * steps[2];
+  for (int i = 0; i < SUBTILE; i++) {
+    const int64_t key = call.mask_keys == 1 ? 0 : j + i;
+    if (key >= call.mask_keys || !mask[key * steps[3]]) seen &= ~(1u << i);
+  }
+  return seen;
+}
+
+// The bias of key j for a row, in base 2.
+LAMP_INLINE float bias_of(const LampAttend &call, const Rows &rows, int r, int64_t j) {
+  const int64_t *steps = call.bias_strides, head = rows.g * rows.group + r % rows.group;
+  if (call.bias_keys == 1) j = 0;
+  if (j >= call.bias_keys) return 0;
+  const int64_t token = rows.first_token + r / rows.group;
+  return LOG2E * call.bias[rows.b * steps[0] + head * steps[1] + token * steps[2] + j * steps[3]];
+}
+
+LAMP_INLINE Vi lanes_of(uint32_t seen, int half) {
+  const Vi bit = Vi{1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+  return (splat((int32_t)(seen >> (16 * half) & 0xffff)) & bit) != splat(0);
+}
+
+// tanh by exp2: good to 3e-7, which is less than a score is rounded by.
+LAMP_INLINE Vf soft_cap(Vf y, float cap) {
+  const Vf x = y * splat(1.0f / (cap * LOG2E));
+  const Vf grown = exp2(smaller(larger(x, splat(-20.0f)), splat(20.0f)) * splat(2.0f * LOG2E));
+  const Vf capped = splat(cap * LOG2E) * (splat(1.0f) - splat(2.0f) / (grown + splat(1.0f)));
+  return x == x ? capped : x;
+}

@@ -1,0 +1,20 @@
+// What each instruction set's file hands over, and what all of them may call.
+#pragma once
+#include "lamp_core.h"
+
+struct Kernels {
+  const char *name;
+  int (*append)(const LampAppend *);
+  int (*attend)(const LampAttend *);
+};
+
+typedef void (*Task)(void *data, int64_t task, int64_t thread);
+// Tasks 0 to count - 1 on at most so many threads, numbered from 0.
+void run(Task task, void *data, int64_t count, int64_t threads);
+// Memory of the calling thread, kept for its next call; null without memory. Aligned to 64 bytes, not cleared.
+char *scratch(int64_t bytes);
+
+extern const Kernels lamp_portable;
+extern const Kernels lamp_avx2;
+extern const Kernels lamp_avx512;
+extern const Kernels lamp_neon;

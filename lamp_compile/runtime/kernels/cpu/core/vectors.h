@@ -1,0 +1,162 @@
+// Sixteen floats at a time, in the compilers' own vector types, so that one text serves every instruction set. Included
+// inside each instruction set's namespace: nothing here may be shared between files compiled with different flags.
+
+typedef float Vf __attribute__((vector_size(64)));
+typedef int32_t Vi __attribute__((vector_size(64)));
+typedef uint8_t Vb __attribute__((vector_size(16)));
+constexpr int LANES = 16;
+
+#define LAMP_INLINE static inline __attribute__((always_inline))
+
+LAMP_INLINE Vf splat(float x) { return Vf{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+LAMP_INLINE Vi splat(int32_t x) { return Vi{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+LAMP_INLINE Vf load(const float *from) {
+  Vf v;
+  __builtin_memcpy(&v, from, sizeof v);
+  return v;
+}
+LAMP_INLINE Vi load(const int32_t *from) {
+  Vi v;
+  __builtin_memcpy(&v, from, sizeof v);
+  return v;
+}
+LAMP_INLINE void store(float *to, Vf v) { __builtin_memcpy(to, &v, sizeof v); }
+LAMP_INLINE Vf floats(Vi v) { return __builtin_convertvector(v, Vf); }
+LAMP_INLINE Vf bits(Vi v) { return (Vf)v; }
+LAMP_INLINE Vf larger(Vf a, Vf b) { return a > b ? a : b; }  // b where a is NaN
+LAMP_INLINE Vf smaller(Vf a, Vf b) { return a < b ? a : b; }
+LAMP_INLINE Vf magnitude(Vf v) { return (Vf)((Vi)v & splat(0x7fffffff)); }
+LAMP_INLINE Vi finite(Vf v) { return ((Vi)v & splat(0x7f800000)) != splat(0x7f800000); }
+
+LAMP_INLINE float total(Vf v) {
+  float a[LANES];
+  store(a, v);
+  for (int step = LANES / 2; step; step /= 2)
+    for (int i = 0; i < step; i++) a[i] += a[i + step];
+  return a[0];
+}
+LAMP_INLINE float largest(Vf v) {
+  float a[LANES];
+  store(a, v);
+  for (int step = LANES / 2; step; step /= 2)
+    for (int i = 0; i < step; i++) a[i] = a[i + step] > a[i] ? a[i + step] : a[i];
+  return a[0];
+}
+// The totals of sixteen vectors, in order: a transposition on the way costs three shuffles a vector.
+LAMP_INLINE Vf totals(Vf *v) {
+#define LAMP_PAIR(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+  for (int i = 0; i < 8; i++) {
+    const Vf a = v[2 * i], b = v[2 * i + 1];
+    v[i] = LAMP_PAIR(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
+           LAMP_PAIR(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+  }
+  for (int i = 0; i < 4; i++) {
+    const Vf a = v[2 * i], b = v[2 * i + 1];
+    v[i] = LAMP_PAIR(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+           LAMP_PAIR(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  }
+  for (int i = 0; i < 2; i++) {
+    const Vf a = v[2 * i], b = v[2 * i + 1];
+    v[i] = LAMP_PAIR(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+           LAMP_PAIR(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  }
+  return LAMP_PAIR(v[0], v[1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+         LAMP_PAIR(v[0], v[1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+#undef LAMP_PAIR
+}
+LAMP_INLINE Vf root(Vf v) {
+  for (int i = 0; i < LANES; i++) v[i] = __builtin_sqrtf(v[i]);
+  return v;
+}
+LAMP_INLINE bool any(Vi v) {
+  int64_t a[8], found = 0;
+  __builtin_memcpy(a, &v, sizeof v);
+  for (int i = 0; i < 8; i++) found |= a[i];
+  return found != 0;
+}
+
+// 2^x to two units in the last place; 0 below -126, NaN for NaN. A polynomial fitted to 2^f on [-1/2, 1/2].
+LAMP_INLINE Vf exp2(Vf x) {
+  const Vi gone = x <= splat(-126.0f);
+  const Vf given = x;
+  x = smaller(gone ? splat(-126.0f) : x, splat(126.0f));  // NaN becomes 126 here
+  const Vf magic = splat(12582912.0f);                    // 1.5 * 2^23: adding it rounds to a whole number
+  const Vf whole = (x + magic) - magic;
+  const Vf f = x - whole;
+  Vf p = splat(1.535336188319500e-4f);
+  p = p * f + splat(1.339887440266574e-3f);
+  p = p * f + splat(9.618437357674640e-3f);
+  p = p * f + splat(5.550332471162809e-2f);
+  p = p * f + splat(2.402264791363012e-1f);
+  p = p * f + splat(6.931472028550421e-1f);
+  p = p * f + splat(1.0f);
+  const Vi power = (__builtin_convertvector(whole, Vi) + splat(127)) << 23;
+  const Vf made = gone ? splat(0.0f) : p * bits(power);
+  return given == given ? made : given;
+}
+
+LAMP_INLINE float half_to_float(uint16_t h) {
+  const uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = (h >> 10) & 31, fraction = h & 1023;
+  uint32_t u;
+  float f;
+  if (exponent == 31) {
+    u = sign | 0x7f800000 | fraction << 13;
+  } else if (exponent) {
+    u = sign | (exponent + 112) << 23 | fraction << 13;
+  } else {  // subnormal: fraction * 2^-24
+    f = (float)fraction * 5.9604644775390625e-8f;
+    return sign ? -f : f;
+  }
+  __builtin_memcpy(&f, &u, 4);
+  return f;
+}
+
+// Rounds to the nearest, ties to even, as torch does.
+LAMP_INLINE uint16_t float_to_half(float f) {
+  uint32_t u;
+  __builtin_memcpy(&u, &f, 4);
+  const uint16_t sign = (uint16_t)(u >> 16 & 0x8000);
+  u &= 0x7fffffff;
+  if (u > 0x7f800000) return sign | 0x7e00;
+  if (u >= 0x477ff000) return sign | 0x7c00;  // from 65520 on: infinity
+  if (u < 0x38800000) {                       // below 2^-14: subnormal, in steps of 2^-24
+    float x;
+    __builtin_memcpy(&x, &u, 4);
+    const float stepped = x * 16777216.0f + 12582912.0f;
+    uint32_t steps;
+    __builtin_memcpy(&steps, &stepped, 4);
+    return sign | (uint16_t)(steps - 0x4b400000);
+  }
+  u += 0xfff + (u >> 13 & 1);
+  return sign | (uint16_t)((u - 0x38000000) >> 13);
+}
+
+LAMP_INLINE float bfloat_to_float(uint16_t h) {
+  const uint32_t u = (uint32_t)h << 16;
+  float f;
+  __builtin_memcpy(&f, &u, 4);
+  return f;
+}
+LAMP_INLINE uint16_t float_to_bfloat(float f) {
+  uint32_t u;
+  __builtin_memcpy(&u, &f, 4);
+  if ((u & 0x7fffffff) > 0x7f800000) return (uint16_t)(u >> 16 | 64);
+  return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+
+LAMP_INLINE void read_row(const void *from, int64_t dtype, int64_t first, int count, float *to) {
+  if (dtype == LAMP_FLOAT32) {
+    __builtin_memcpy(to, (const float *)from + first, sizeof(float) * count);
+  } else {
+    const uint16_t *row = (const uint16_t *)from + first;
+    for (int i = 0; i < count; i++) to[i] = dtype == LAMP_BFLOAT16 ? bfloat_to_float(row[i]) : half_to_float(row[i]);
+  }
+}
+LAMP_INLINE void write_row(void *to, int64_t dtype, int64_t first, int count, const float *from) {
+  if (dtype == LAMP_FLOAT32) {
+    __builtin_memcpy((float *)to + first, from, sizeof(float) * count);
+  } else {
+    uint16_t *row = (uint16_t *)to + first;
+    for (int i = 0; i < count; i++) row[i] = dtype == LAMP_BFLOAT16 ? float_to_bfloat(from[i]) : float_to_half(from[i]);
+  }
+}
