@@ -72,11 +72,7 @@ LAMP_INLINE void open_run(const Work &work, int64_t first, int64_t end, Run &run
   run.count = 0;
   for (int64_t j = first; j < first + RUN_KEYS && j < end; j += SUBTILE) {
     const Place place = place_of(planes, work.rows.b, work.rows.g, j);
-    if (j + RUN_KEYS < work.rows.to) {
-      const Place next = place_of(planes, work.rows.b, work.rows.g, j + RUN_KEYS);
-      fetch(planes.v_scale + scale_at(planes, next), 2 * SUBTILE);
-      fetch_values(planes, planes.v_high + value_at(planes, next));
-    }
+    fetch_values(planes, planes.v_high + value_at(planes, place));
     const int t = run.count++;
     run.k_high[t] = planes.k_high + key_at(planes, place);
     run.k_residual[t] = planes.k_residual + key_at(planes, place);
