@@ -85,14 +85,21 @@ def finish(rows: list[dict[str, Any]], case: Case, bandwidth: float) -> None:
     best = min((named[name] for name in FLOAT_ROWS if name in named), default=None)
     for row in rows:
         row["case"] = case.name
-        if "ms" not in row:
+        if "ms" not in row or row["name"] == "lamp append":
             continue
         row["ratio_to_sdpa"] = sdpa and sdpa / row["ms"]
         row["ratio_to_best"] = best and best / row["ms"]
         row["gb_per_s"] = row["bytes"] / row["ms"] / 1e6
-        row["bandwidth_share"] = row["gb_per_s"] / bandwidth
-        if row["name"].startswith("lamp") and "lamp append" in named and row["name"] != "lamp append":
+        if row["name"].startswith("lamp") and "lamp append" in named:
             row["ms_with_append"] = row["ms"] + named["lamp append"]
+    rate(rows, bandwidth)
+
+
+def rate(rows: list[dict[str, Any]], bandwidth: float) -> None:
+    """Which share of so many GB/s each row reaches."""
+    for row in rows:
+        if "gb_per_s" in row:
+            row["bandwidth_share"] = row["gb_per_s"] / bandwidth
 
 
 def line(row: dict[str, Any]) -> str:
@@ -100,12 +107,15 @@ def line(row: dict[str, Any]) -> str:
     head = f"{row['case']:8s} {row['name']:16s}"
     if "skipped" in row or "failed" in row:
         return f"{head} {'skipped' if 'skipped' in row else 'failed'}: {(row.get('skipped') or row['failed'])[:110]}"
+    if row["name"] == "lamp append":
+        return f"{head} {row['ms']:9.4f}  {row['how']}; bytes changed: {row['values_changed']}"
     share = "" if row["refined_share"] is None else f"{row['refined_share']:.1%}"
     ratios = [f"{row[key]:6.2f}" if row.get(key) else "     -" for key in ("ratio_to_sdpa", "ratio_to_best")]
     off = "" if row["error"] is None else f"{row['error']:.2e}"
     return (
         f"{head} {row['ms']:9.4f} {' '.join(ratios)} {share:>7s} {off:>9s} {row['bytes'] / 1e6:9.2f} "
         f"{row['gb_per_s']:7.1f} {row['bandwidth_share']:6.0%}  {row.get('how', '')}"
+        + (f"; with append {row['ms_with_append']:.3f} ms" if "ms_with_append" in row else "")
     )
 
 

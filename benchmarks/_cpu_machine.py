@@ -51,12 +51,12 @@ _READERS: dict[str, tuple[torch.dtype, Callable[[Tensor], Tensor]]] = {
 """Reductions that read every byte once. None is best on every machine, so the fastest counts."""
 
 
-def read_bandwidth(repeats: int, size: int = 256 << 20, buffers: int = 3) -> dict[str, Any]:
-    """GB/s of reading buffers that no cache holds, with the threads torch has: the best median of several ways to read.
+def read_bandwidth(repeats: int, size: int, buffers: int = 2) -> dict[str, Any]:
+    """GB/s of reading buffers of ``size`` bytes that no cache holds: the best median of several ways to read.
 
     Reading only: a copy would count what is written, and is slower.
     """
-    held = [torch.ones(size // 4, dtype=torch.float32) for _ in range(buffers)]
+    held = [torch.ones(size // 8 * 2, dtype=torch.float32) for _ in range(buffers)]
     rates: dict[str, float] = {}
     for name, (dtype, read) in _READERS.items():
         times = []

@@ -25,7 +25,6 @@ ORIGINAL = "hf_eager"
 RIVALS = ("compiled_fp32", "hf_static")
 """Compiled in float32; the faster one counts."""
 WARM_STEPS = 6
-MOST_STEPS = 512
 
 
 @dataclass(frozen=True)
@@ -36,12 +35,14 @@ class Task:
     text: str
     threads: int
     rounds: int
+    most: int = 512
+    """Steps at most, of which there are fewer at short contexts."""
     generate: bool = True
     timeout: float = 600.0
 
     def steps(self, length: int) -> tuple[int, int]:
         """Steps of a round, and steps that the cache must have room for, at this context."""
-        burst = max(1, (min(MOST_STEPS, length // 4) - WARM_STEPS) // self.rounds)
+        burst = max(1, (min(self.most, length // 4) - WARM_STEPS) // self.rounds)
         return burst, burst * self.rounds + WARM_STEPS
 
 
