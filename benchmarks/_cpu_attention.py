@@ -10,6 +10,7 @@ from typing import Any
 import _cpu_ort
 import _rivals
 import torch
+from _cpu_machine import Reading
 from _cpu_ways import DISTINCT, PRODUCTS, SDPA, Lamp, Sources, Way, floats, fp8, measure
 from _planes import Case, Shape, make
 from _timing import release
@@ -18,6 +19,8 @@ FIXED = (0.0, 0.05, 0.1, 0.2, 1.0)
 SDPA_ROWS = ("sdpa_fp32", "sdpa_bf16")
 FLOAT_ROWS = (*SDPA_ROWS, "matmul_bf16", "ort_fp32")
 """Ways over a cache in floats, which the best rival is chosen from."""
+BESIDE = ("lamp append", "read")
+"""Rows that are no attention."""
 ROWS = (*FLOAT_ROWS, "fp8", "ort_int8", "ort_int4", "lamp", "lamp append")
 
 
@@ -30,7 +33,7 @@ class Bench:
     rounds: int
     seconds: float
     cache: int
-    bandwidth: float
+    reading: Reading
     names: Sequence[str] = ROWS
     fixed_at: Sequence[str] = ()
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -51,8 +54,9 @@ class Bench:
                 traceback.print_exc(limit=-4)
                 failed.append({"name": name, "failed": f"{type(problem).__name__}: {str(problem)[:400]}"})
         wanted = [_rivals.references(one) for one in inputs]
+        ways.append(Way("read", self.reading.calls(), self.reading.size, {"how": self.reading.best}))
         rows = measure(ways, wanted, self.rounds, self.seconds) + failed
-        finish(rows, case, self.bandwidth)
+        finish(rows, case)
         self.rows += rows
         return rows
 
@@ -78,28 +82,23 @@ class Bench:
         return chosen
 
 
-def finish(rows: list[dict[str, Any]], case: Case, bandwidth: float) -> None:
-    """Ratios to the rivals of the same case, bytes a second, and which share of the machine's bandwidth that is."""
+def finish(rows: list[dict[str, Any]], case: Case) -> None:
+    """Ratios to the rivals of the same case, bytes a second, and their share of what reading alone reached then."""
     named = {row["name"]: row["ms"] for row in rows if "ms" in row and "failed" not in row}
     sdpa = min((named[name] for name in SDPA_ROWS if name in named), default=None)
+    read = next(row for row in rows if row["name"] == "read")
     best = min((named[name] for name in FLOAT_ROWS if name in named), default=None)
     for row in rows:
         row["case"] = case.name
-        if "ms" not in row or row["name"] == "lamp append":
+        if "ms" in row:
+            row["gb_per_s"] = row["bytes"] / row["ms"] / 1e6
+        if "ms" not in row or row["name"] in BESIDE:
             continue
         row["ratio_to_sdpa"] = sdpa and sdpa / row["ms"]
         row["ratio_to_best"] = best and best / row["ms"]
-        row["gb_per_s"] = row["bytes"] / row["ms"] / 1e6
+        row["bandwidth_share"] = row["bytes"] / row["ms"] / (read["bytes"] / read["ms"])
         if row["name"].startswith("lamp") and "lamp append" in named:
             row["ms_with_append"] = row["ms"] + named["lamp append"]
-    rate(rows, bandwidth)
-
-
-def rate(rows: list[dict[str, Any]], bandwidth: float) -> None:
-    """Which share of so many GB/s each row reaches."""
-    for row in rows:
-        if "gb_per_s" in row:
-            row["bandwidth_share"] = row["gb_per_s"] / bandwidth
 
 
 def line(row: dict[str, Any]) -> str:
@@ -107,6 +106,8 @@ def line(row: dict[str, Any]) -> str:
     head = f"{row['case']:8s} {row['name']:16s}"
     if "skipped" in row or "failed" in row:
         return f"{head} {'skipped' if 'skipped' in row else 'failed'}: {(row.get('skipped') or row['failed'])[:110]}"
+    if row["name"] == "read":
+        return f"{head} {row['ms']:9.4f}  {row['gb_per_s']:.1f} GB/s, {row['how']}"
     if row["name"] == "lamp append":
         return f"{head} {row['ms']:9.4f}  {row['how']}; bytes changed: {row['values_changed']}"
     share = "" if row["refined_share"] is None else f"{row['refined_share']:.1%}"

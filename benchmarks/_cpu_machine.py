@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -51,20 +52,30 @@ _READERS: dict[str, tuple[torch.dtype, Callable[[Tensor], Tensor]]] = {
 """Reductions that read every byte once. None is best on every machine, so the fastest counts."""
 
 
-def read_bandwidth(repeats: int, size: int, buffers: int = 2) -> dict[str, Any]:
-    """GB/s of reading buffers of ``size`` bytes that no cache holds: the best median of several ways to read.
+class Reading:
+    """Reading buffers of ``size`` bytes that no cache holds, with the threads torch has; a copy would count what is
+    written, and is slower."""
 
-    Reading only: a copy would count what is written, and is slower.
-    """
-    held = [torch.ones(size // 8 * 2, dtype=torch.float32) for _ in range(buffers)]
-    rates: dict[str, float] = {}
-    for name, (dtype, read) in _READERS.items():
+    def __init__(self, size: int, buffers: int = 2) -> None:
+        self.size = size // 8 * 8
+        self.held = [torch.ones(self.size // 4, dtype=torch.float32) for _ in range(buffers)]
+        self.tried = {name: self._rate(name) for name in _READERS}
+        self.best = max(self.tried, key=self.tried.__getitem__)
+
+    def calls(self, name: str = "") -> list[Callable[[], None]]:
+        """One call for each buffer, the fastest way or this one."""
+        dtype, read = _READERS[name or self.best]
+
+        def call(buffer: Tensor) -> None:
+            read(buffer.view(dtype))
+
+        return [lambda b=buffer: call(b) for buffer in self.held]
+
+    def _rate(self, name: str) -> float:
+        """GB/s, roughly."""
         times = []
-        for turn in range(repeats + 1):
-            buffer = held[turn % buffers].view(dtype)
+        for call in self.calls(name) * 2:
             began = time.perf_counter()
-            read(buffer)
+            call()
             times.append(time.perf_counter() - began)
-        rates[name] = size / sorted(times[1:])[(len(times) - 1) // 2] / 1e9
-    best = max(rates, key=rates.__getitem__)
-    return {"gb_per_s": rates[best], "by": best, "tried": rates, "buffer_mb": size >> 20, "buffers": buffers}
+        return self.size / statistics.median(times[1:]) / 1e9

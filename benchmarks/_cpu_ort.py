@@ -28,8 +28,8 @@ def round_per_channel(bits: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Ten
 
 
 def _integers(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """``[..., N, D]`` as whole numbers, and their scales ``[..., 1, D]``."""
-    scale = (x.float().abs().amax(-2, keepdim=True) / LARGEST[bits]).clamp_min(1e-20)
+    """``[G, N, D]`` or ``[B, G, N, D]`` as whole numbers, and scales ``[..., G, 1, D]`` that sequences share."""
+    scale = (x.float().abs().amax((0, 2) if x.dim() == 4 else 1, keepdim=True) / LARGEST[bits]).clamp_min(1e-20)
     return (x.float() / scale).round().clamp(-LARGEST[bits] - 1, LARGEST[bits]), scale
 
 
@@ -83,8 +83,6 @@ class _Set:
         given, case, scales = sources.of(index), sources.case, {}
         self.session, self.binding, self.kept = session, session.io_binding(), []
         for name, x in (("k", given.k), ("v", given.v)):
-            if bits == 4 and case.batch > 1:
-                raise ValueError("scales per channel are shared by all sequences: batch 1 only")
             stored, scales[name] = _stored(x, bits)
             buffer = OrtValue.ortvalue_from_numpy(stored.clone().numpy())
             self.binding.bind_ortvalue_input(f"past_{name}", buffer)

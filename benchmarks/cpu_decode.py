@@ -8,7 +8,8 @@ Runtime's GroupQueryAttention with float32, int8 and int4 caches where onnxrunti
 shares are those of the model's layers on the text, which take turns as layers do, and some fixed ones, imposed on
 planted inputs (_planes.py). Every way goes through sets of inputs that the last-level cache does not hold together, as
 the layers of a model do; a way's time is the median over rounds in which all ways take turns, and every timed output is
-held against float64. Bytes are those that must be read; their share is of the bandwidth of reading a large buffer.
+held against float64. Bytes are those that must be read; their share is of the bandwidth that the row "read" reaches,
+which reads a buffer much larger than the cache and takes its turns with the others.
 
 Model: every way decodes the text in a process of its own, and all take turns. A step is given the text's token, so that
 what it would have written can be compared with the uncompiled model in float32: agreement is that of the timed steps.
@@ -127,34 +128,28 @@ class Run:
         for row in self.real["rows"]:
             print(f"{row['case']:10s} {row['name']:17s} median error {row['error']:.2e}, mean {row['error_mean']:.2e}")
 
-    def bandwidth(self) -> dict[str, Any]:
-        """What reading large buffers reaches now."""
-        return _cpu_machine.read_bandwidth(max(self.args.rounds, 3), 16 * self.cache)
-
     def attention(self) -> None:
         """All cases of the attention step."""
         args = self.args
-        bandwidth = self.bandwidth()
+        reading = _cpu_machine.Reading(8 * self.cache)
         source = "given" if args.shares else "measured" if self.real["shares"] else "assumed"
         shares = args.shares or self.real["shares"] or ASSUMED
-        self.data |= {"read_bandwidth": bandwidth, "shares": shares, "shares_are": source}
+        self.data |= {
+            "reading": {"by": reading.best, "tried": reading.tried, "bytes": reading.size},
+            "shares": shares,
+            "shares_are": source,
+        }
         self.data |= {"shape": {"kv_heads": args.kv_heads, "group": args.group, "dim": args.dim}}
-        print(f"reads {bandwidth['gb_per_s']:.1f} GB/s ({bandwidth['by']}); ", end="")
         print(f"shares ({source}): {', '.join(f'{share:.3f}' for share in shares)}\n{_cpu_attention.HEAD}", flush=True)
         bench = _cpu_attention.Bench(
             Shape(args.kv_heads, args.group, args.dim), shares, args.rounds, args.seconds, self.cache,
-            bandwidth["gb_per_s"], args.rows.split(","), args.fixed_at.split(","), self.attention_rows,
+            reading, args.rows.split(","), args.fixed_at.split(","), self.attention_rows,
         )  # fmt: skip
         for case in dict.fromkeys(map(Case.parse, args.cases.split(","))):
             if self.over(case.name):
                 break
             print("\n".join(map(_cpu_attention.line, bench.case(case))), flush=True)
             self.write()
-        again = self.bandwidth()
-        print(f"reads {again['gb_per_s']:.1f} GB/s at the end; the larger of the two counts", flush=True)
-        if again["gb_per_s"] > bandwidth["gb_per_s"]:
-            self.data["read_bandwidth"] = again
-            _cpu_attention.rate(self.attention_rows, again["gb_per_s"])
 
     def model(self, most: int) -> None:
         """All contexts of the whole decode step."""

@@ -43,12 +43,12 @@ def _run(name: str, data: dict[str, Any]) -> str:
 
 
 def _attention(data: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    shape, read = data["shape"], data["read_bandwidth"]["gb_per_s"]
+    shape, read = data["shape"], [row["gb_per_s"] for row in rows if row["name"] == "read"]
     about = (
         f"Attention of one new token, {shape['kv_heads']} kv heads, groups of {shape['group']}, D {shape['dim']}; the "
-        f"machine reads {read:.0f} GB/s; refined shares {data['shares_are']}."
+        f"machine reads {min(read):.0f} to {max(read):.0f} GB/s; refined shares {data['shares_are']}."
     )
-    shown = [row for row in rows if row["name"] != "lamp append"]
+    shown = [row for row in rows if row["name"] not in ("lamp append", "read")]
     cases = list(dict.fromkeys(row["case"] for row in rows))
     shown.sort(key=lambda row: (cases.index(row["case"]), _place(row["name"])))
     cells = []

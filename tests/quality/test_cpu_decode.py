@@ -69,7 +69,7 @@ def test_the_attention_part_times_checks_and_writes(cpu_decode, root, tmp_path, 
             row = rows[case, name]
             assert row["ratio_to_sdpa"] == sdpa / row["ms"]
             assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["ms"] / 1e6)
-            assert row["bandwidth_share"] == pytest.approx(row["gb_per_s"] / data["read_bandwidth"]["gb_per_s"])
+            assert row["bandwidth_share"] == pytest.approx(row["gb_per_s"] / rows[case, "read"]["gb_per_s"])
             assert 0 < row["error"] <= row["error_largest"] < 0.2
             assert row["sets"] * row["bytes"] >= 3 << 20 or row["sets"] == 256, "more than the cache holds"
     assert rows["1x256", "sdpa_fp32"]["bytes"] == 2 * rows["1x256", "sdpa_bf16"]["bytes"] == 256 * 2 * 2 * 64 * 4
@@ -132,6 +132,9 @@ def test_onnx_runtime_is_right_or_skipped(ways, folder):
         return
     made = [ort.way(name, sources) for name in ort.BITS]
     errors = [row["error_largest"] for row in ways.measure(made, _wanted(sources), 1, 0.001)]
+    several = _sources(ways, batch=2)
+    (row,) = ways.measure([ort.way("ort_int8", several)], _wanted(several), 1, 0.001)
+    assert row["error_largest"] < 0.1
     assert errors[0] < 1e-5
     for bits, found in zip((8, 4), errors[1:], strict=True):
         emulated = ort.round_per_channel(bits)
@@ -155,8 +158,9 @@ def test_the_machine_is_described(folder, tmp_path):
     assert machine.describe(info)["cpu"] == "Some CPU"
     assert machine.describe(info)["isa"] == ["avx2", "avx512_vnni"]
     assert machine.describe(tmp_path / "none")["isa"] == []
-    found = machine.read_bandwidth(3, 1 << 20)
-    assert found["gb_per_s"] == max(found["tried"].values()) > 0.1
+    reading = machine.Reading(1 << 20, 3)
+    assert reading.tried[reading.best] == max(reading.tried.values()) > 0.1
+    assert len(reading.calls()) == 3
 
 
 def test_the_model_part_decodes_in_processes_that_take_turns(cpu_decode, root, nano, tmp_path, capsys):
