@@ -10,82 +10,108 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from lamp_compile.runtime.linear import LEVELS, SMALLEST
 
 MOST_ROWS = 16
 """Each row reads the weights again, from a cache near the core; beyond this the operator is faster."""
-aten = torch.ops.aten
+NAMES = ("x", "weight", "scale", "bias")
+aten, lamp = torch.ops.aten, torch.ops.lamp
 
 
 def spell_out(module: GraphModule) -> int:
     """Replace every ``lamp::linear_int8`` of few rows on a CPU by loops that do the same; gives back how many."""
-    graph, done = module.graph, 0
-    for node in list(graph.nodes):
-        if node.op != "call_function" or node.target not in _TARGETS:
+    made: dict[tuple[Node, bool], tuple[Node, Node | None]] = {}
+    done = 0
+    for node in list(module.graph.nodes):
+        if node.target not in (lamp.linear_int8, lamp.linear_int8.default):
             continue
-        x, weight, scale, bias = (_argument(node, index, name) for index, name in enumerate(_NAMES))
-        seen, stored, scales = (_value(given) for given in (x, weight, scale))
-        if not _few(seen, stored):
+        given = [node.args[i] if i < len(node.args) else node.kwargs.get(name) for i, name in enumerate(NAMES)]
+        x, weight, scale = (_value(argument) for argument in given[:3])
+        if x is None or weight is None or scale is None or not _few(x, weight):
             continue
-        with graph.inserting_before(node):
-            out = _loops(graph, x, seen, stored, scales, (weight, scale, bias), bool(node.kwargs["dynamic"]))
+        key = (given[0], bool(node.kwargs["dynamic"]))
+        with module.graph.inserting_before(node):
+            emit = _Emit(module.graph)
+            if key not in made:  # layers that read the same rows share them
+                made[key] = emit.rows(given[0], x, key[1])
+            out = emit.products(made[key], given[1:], (x, weight, scale))
         out.meta = dict(node.meta)
         node.replace_all_uses_with(out)
-        graph.erase_node(node)
+        module.graph.erase_node(node)
         done += 1
     if done:
+        _register()
         module.recompile()
     return done
 
 
-_TARGETS = (torch.ops.lamp.linear_int8, torch.ops.lamp.linear_int8.default)
-_NAMES = ("x", "weight", "scale", "bias")
+class _Emit:
+    """Nodes of the loops, where the graph inserts."""
 
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
 
-def _argument(node: Node, index: int, name: str) -> Any:
-    return node.args[index] if index < len(node.args) else node.kwargs.get(name)
+    def call(self, target: Any, *args: Any) -> Node:
+        return self.graph.call_function(target, args)
+
+    def rows(self, x: Node, seen: Tensor, dynamic: bool) -> tuple[Node, Node | None]:
+        """The rows as float32 ``[M, K]``, whole numbers where they are rounded, and then the scale of each."""
+        shape = [seen.numel() // seen.shape[-1], seen.shape[-1]]
+        floats = self.call(aten.to.dtype, self.call(aten.reshape.default, x, shape), torch.float32)
+        if not dynamic:
+            return self.call(lamp.in_memory.default, floats), None
+        largest = self.call(aten.amax.default, self.call(aten.abs.default, floats), [-1], True)
+        scale = self.call(lamp.in_memory.default, self.call(aten.div.Tensor, largest, float(LEVELS)))
+        safe = self.call(aten.clamp_min.default, scale, SMALLEST)
+        steps = self.call(aten.round.default, self.call(aten.div.Tensor, floats, safe))
+        return self.call(lamp.in_memory.default, steps), scale
+
+    def products(
+        self, rows: tuple[Node, Node | None], tensors: Any, values: tuple[Tensor, Tensor, Tensor]
+    ) -> Node:
+        """sum over groups and inputs of x (q s), in float32."""
+        (floats, row_scale), (weight, scale, bias), (x, stored, scales) = rows, tensors, values
+        (outputs, inputs), groups = stored.shape, scales.shape[1]
+        size = inputs // groups
+        grouped = self.call(aten.reshape.default, weight, [outputs, groups, size])
+        factors = self.call(aten.reshape.default, scale, [outputs, groups, 1])
+        floated = self.call(aten.mul.Tensor, self._float(grouped), self._float(factors))
+        spread = self.call(aten.reshape.default, floats, [x.numel() // inputs, 1, groups, size])
+        out = self.call(aten.sum.dim_IntList, self.call(aten.mul.Tensor, spread, floated), [-1, -2])
+        if row_scale is not None:
+            out = self.call(aten.mul.Tensor, out, row_scale)
+        if bias is not None:
+            out = self.call(aten.add.Tensor, out, bias)
+        cast = self.call(aten.to.dtype, out, x.dtype)
+        return self.call(aten.reshape.default, cast, [*x.shape[:-1], outputs])
+
+    def _float(self, node: Node) -> Node:
+        return self.call(aten.to.dtype, node, torch.float32)
 
 
 def _value(node: Any) -> Tensor | None:
-    if not isinstance(node, Node):
-        return None
-    value = node.meta.get("val", node.meta.get("example_value"))
+    value = node.meta.get("val", node.meta.get("example_value")) if isinstance(node, Node) else None
     return value if isinstance(value, Tensor) else None
 
 
-def _few(x: Tensor | None, weight: Tensor | None) -> bool:
+def _few(x: Tensor, weight: Tensor) -> bool:
     """Whether shapes are known numbers, the device is a CPU and the rows are few."""
-    if x is None or weight is None or x.device.type != "cpu":
-        return False
-    if not all(isinstance(size, int) for size in (*x.shape, *weight.shape)):
-        return False
-    return 0 < x.numel() <= MOST_ROWS * x.shape[-1]
+    known = all(isinstance(size, int) for size in (*x.shape, *weight.shape))
+    return known and x.device.type == "cpu" and 0 < x.numel() <= MOST_ROWS * x.shape[-1]
 
 
-def _loops(
-    graph: Any, x: Node, seen: Any, stored: Any, scales: Any, tensors: tuple[Node, Node, Node | None], dynamic: bool
-) -> Node:
-    """sum over groups and inputs of x (q s), in float32."""
+def _register() -> None:
+    """Tell Inductor that ``lamp::in_memory`` is a buffer; of our operator alone, and once."""
+    from torch._inductor import lowering
 
-    def call(target: Any, *args: Any) -> Any:
-        return graph.call_function(target.default if target in (aten.reshape, aten.abs) else target, args)
+    if lamp.in_memory.default in lowering.lowerings:
+        return
 
-    weight, scale, bias = tensors
-    (outputs, inputs), groups, rows = stored.shape, scales.shape[1], seen.numel() // seen.shape[-1]
-    floats = call(aten.to.dtype, call(aten.reshape, x, [rows, inputs]), torch.float32)
-    row_scale = None
-    if dynamic:
-        largest = call(aten.amax.default, call(aten.abs, floats), [-1], True)
-        row_scale = call(aten.div.Tensor, largest, float(LEVELS))
-        safe = call(aten.clamp_min.default, row_scale, SMALLEST)
-        floats = call(aten.round.default, call(aten.div.Tensor, floats, safe))
-    floats = call(aten.reshape, floats, [rows, 1, groups, inputs // groups])
-    grouped = call(aten.to.dtype, call(aten.reshape, weight, [outputs, groups, inputs // groups]), torch.float32)
-    factors = call(aten.to.dtype, call(aten.reshape, scale, [outputs, groups, 1]), torch.float32)
-    products = call(aten.mul.Tensor, floats, call(aten.mul.Tensor, grouped, factors))
-    out = call(aten.sum.dim_IntList, products, [-1, -2])
-    out = out if row_scale is None else call(aten.mul.Tensor, out, row_scale)
-    out = out if bias is None else call(aten.add.Tensor, out, bias)
-    return call(aten.reshape, call(aten.to.dtype, out, seen.dtype), [*seen.shape[:-1], outputs])  # type: ignore[no-any-return]
+    def in_memory(x: Any) -> Any:
+        copied = lowering.clone(x)
+        copied.realize()
+        return copied
+
+    lowering.register_lowering(lamp.in_memory.default, type_promotion_kind=None)(in_memory)

@@ -1,8 +1,8 @@
 """``lamp::linear_int8``: a linear layer over INT8 weights, and the module that holds them.
 
-Weights are rounded to ``q s`` with q in -127 .. 127 and s = max|w| / 127 over each group of inputs of an output channel.
-Sums are of floats, as in the layer it replaces. With ``dynamic`` each row of activations is rounded too, by a scale of
-its own, so that no row depends on another and the products are of integers.
+Weights are rounded to ``q s`` with q in -127 .. 127 and s = max|w| / 127 over each group of inputs of a channel. Sums
+are of floats, as in the layer it replaces. With ``dynamic`` each row of activations is rounded too, by a scale of its
+own, so that no row depends on another and the products are of integers.
 
 On a CPU the compiler writes the loops for few rows itself (``backends/_few_rows.py``); what runs here serves many rows,
 other devices, and eager mode.
@@ -24,6 +24,8 @@ from lamp_compile.runtime import checks, ops
 
 SCHEMAS = {
     "linear_int8": "(Tensor x, Tensor weight, Tensor scale, Tensor? bias, *, bool dynamic, str site) -> Tensor",
+    # A copy. What a compiler fuses into a loop over channels would be computed again for each of them.
+    "in_memory": "(Tensor x) -> Tensor",
 }
 LEVELS = 127
 AT_ONCE = 1 << 21
@@ -151,10 +153,19 @@ def _fake(x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+def _in_memory(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+_IMPLEMENTATIONS: dict[str, tuple[Any, Any]] = {
+    "linear_int8": (_linear_int8, _fake),
+    "in_memory": (_in_memory, lambda x: x.new_empty(x.shape)),
+}
 for _name, _schema in SCHEMAS.items():
+    _run, _shapes = _IMPLEMENTATIONS[_name]
     ops.LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    ops.LIBRARY.impl(_name, _linear_int8, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lamp::{_name}", _fake, lib=ops.LIBRARY)
+    ops.LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lamp::{_name}", _shapes, lib=ops.LIBRARY)
     torch.library.register_autograd(f"lamp::{_name}", ops.no_backward, lib=ops.LIBRARY)
 
 
