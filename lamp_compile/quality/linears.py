@@ -17,6 +17,9 @@ from lamp_compile.quality.metrics import Comparison
 BUDGET = 1e-4
 """Mean KL in nats that all layers together may cost: about as much as the default plan's attention does."""
 
+KEPT_BYTES = 1 << 30
+"""Reference logits of all windows are kept up to this size."""
+
 
 def calibrate(
     model: nn.Module, windows: Tensor, *, budget: float = BUDGET, on_layer: Callable[[str], None] | None = None
@@ -60,10 +63,19 @@ def calibrate(
 
 
 class _Bench:
-    """The KL of a model under rows; reference predictions are made anew, so that memory stays that of one window."""
+    """The KL of a model under rows; reference predictions are kept while they are small, and made anew otherwise."""
 
     def __init__(self, model: nn.Module, windows: Tensor) -> None:
         self.model, self.windows = model, windows
+        self._kept: dict[int, Tensor] = {}
+
+    def _reference(self, index: int) -> Tensor:
+        if index in self._kept:
+            return self._kept[index]
+        logits: Tensor = self.model(input_ids=self.windows[index : index + 1], use_cache=False).logits
+        if logits.nbytes * self.windows.shape[0] <= KEPT_BYTES:
+            self._kept[index] = logits
+        return logits
 
     @torch.no_grad()
     def kl(self, rows: Sequence[LinearPlan]) -> float:
@@ -71,7 +83,7 @@ class _Bench:
         found = Comparison()
         for index in range(self.windows.shape[0]):
             ids = self.windows[index : index + 1]
-            reference = self.model(input_ids=ids, use_cache=False).logits
+            reference = self._reference(index)
             with linears.applied(self.model, rows):
                 found.add(reference, self.model(input_ids=ids, use_cache=False).logits, ids)
         return found.result().kl
