@@ -51,9 +51,9 @@ def compile(
         inplace: Change the argument itself instead of a copy of its structure.
         fuel: Rewrite only the first so many sites (to find the one that hurts).
         balance: "auto" balances key channels where the probe finds outliers; "always"; "never".
-        linears: Linear layers of a transformers decoder: "never" leaves them; "auto" reads weights in INT8 where that is
-            measured faster on this CPU, except the output head; "int8" or "int8_dynamic" takes all; or rows
-            (``LinearPlan``), as ``quality.linears.calibrate`` chooses them on a text.
+        linears: Linear layers of a transformers decoder: "never" leaves them; "auto" reads weights in INT8 where it is
+        measured faster on this CPU, except the output head; "int8" or "int8_dynamic" takes all; or rows
+        (``LinearPlan``), as ``quality.linears.calibrate`` chooses them on a text.
         **options: Fields of every site of the plan (``tau``, ``rule``, ``k_format``, ``guard_budget``, ...).
 
     Raises:

@@ -50,9 +50,7 @@ class LinearPlan:
         if self.format not in FORMATS:
             raise PlanError(f"format is {self.format!r}", where=where, fix=f"one of {', '.join(FORMATS)}")
         if isinstance(self.group, bool) or not isinstance(self.group, int) or not 0 <= self.group <= LARGEST_GROUP:
-            raise PlanError(
-                f"group is {self.group!r}", where=where, fix="a divisor of the inputs, or 0 for all"
-            )
+            raise PlanError(f"group is {self.group!r}", where=where, fix="a divisor of the inputs, or 0 for all")
         if self.format == "int8_dynamic" and self.group:
             raise PlanError(f"group is {self.group} with int8_dynamic", where=where, fix="group 0: one scale a channel")
         for name in ("speedup", "error", "kl"):

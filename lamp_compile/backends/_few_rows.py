@@ -68,9 +68,7 @@ class _Emit:
         steps = self.call(aten.round.default, self.call(aten.div.Tensor, floats, safe))
         return self.call(lamp.in_memory.default, steps), scale
 
-    def products(
-        self, rows: tuple[Node, Node | None], tensors: Any, values: tuple[Tensor, Tensor, Tensor]
-    ) -> Node:
+    def products(self, rows: tuple[Node, Node | None], tensors: Any, values: tuple[Tensor, Tensor, Tensor]) -> Node:
         """sum over groups and inputs of x (q s), in float32."""
         (floats, row_scale), (weight, scale, bias), (x, stored, scales) = rows, tensors, values
         (outputs, inputs), groups = stored.shape, scales.shape[1]

@@ -24,8 +24,8 @@ KEPT_BYTES = 1 << 30
 def calibrate(
     model: nn.Module, windows: Tensor, *, budget: float = BUDGET, on_layer: Callable[[str], None] | None = None
 ) -> tuple[LinearPlan, ...]:
-    """Rows for ``lamp_compile.compile(model, linears=rows)``: INT8 where it is measured faster at one row, as long as the
-    model's predictions on the text stay within a budget; the output head as any other layer.
+    """Rows for ``lamp_compile.compile(model, linears=rows)``: INT8 where it is measured faster at one row, as long as
+    the model's predictions on the text stay within a budget; the output head as any other layer.
 
     Each layer is put into INT8 alone and its KL measured. Layers enter by KL per weight, least first, while the sum is
     within the budget; then all are measured together, and the costliest leave until the budget holds.

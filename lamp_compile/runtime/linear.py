@@ -57,10 +57,10 @@ def quantize_weight(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     rounded = torch.empty(outputs, inputs, dtype=torch.int8, device=weight.device)
     scale = torch.empty(outputs, inputs // size, device=weight.device)
     for rows in _chunks(outputs, inputs):
-        part = weight.detach()[rows].float().unflatten(1, (-1, size))
+        part = weight.detach()[rows].float().reshape(-1, inputs // size, size)
         scale[rows] = part.abs().amax(-1) / LEVELS
         steps = (part / scale[rows].clamp_min(SMALLEST)[..., None]).round_().nan_to_num_(0.0)
-        rounded[rows] = steps.flatten(1).to(torch.int8)
+        rounded[rows] = steps.reshape(-1, inputs).to(torch.int8)
     return rounded, scale
 
 
@@ -74,7 +74,7 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 @cache
 def integer_products_exact() -> bool:
     """Whether oneDNN multiplies INT8 matrices here without saturating: some CPUs add pairs of products in 16 bits."""
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     weight = torch.full((16, 64), LEVELS, dtype=torch.int8)
     weight[1::2] = -LEVELS
@@ -120,9 +120,10 @@ def _over_float_weights(rows: Tensor, weight: Tensor, scale: Tensor, bias: Tenso
     outputs, inputs = weight.shape
     out = rows.new_empty(rows.shape[0], outputs)
     for part in _chunks(outputs, inputs):
-        floats = weight[part].unflatten(1, (scale.shape[1], -1)) * scale[part].float()[..., None]
+        groups = scale.shape[1]
+        floats = weight[part].reshape(-1, groups, inputs // groups) * scale[part].float()[..., None]
         added = None if bias is None else bias[part].to(rows.dtype)
-        out[:, part] = F.linear(rows, floats.flatten(1).to(rows.dtype), added)
+        out[:, part] = F.linear(rows, floats.reshape(-1, inputs).to(rows.dtype), added)
     return out
 
 

@@ -1,4 +1,4 @@
-"""``lamp::linear_int8`` against float64, over the weights as they are stored; eager and as the compiler spells it out."""
+"""``lamp::linear_int8`` against float64 over the weights as they are stored, eager and spelled out by the compiler."""
 
 from __future__ import annotations
 
