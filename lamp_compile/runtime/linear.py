@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lamp_compile.errors import InputError
 from lamp_compile.linear_plan import LinearPlan
@@ -31,7 +32,7 @@ LEVELS = 127
 AT_ONCE = 1 << 21
 """Weights turned into floats at a time: 8 MiB in float32."""
 INTEGER_ROWS = 32
-"""Rows from which on integer products pay for packing the weights anew at each call."""
+"""Rows from which on integer products are worth a copy of the weights in oneDNN's layout."""
 SMALLEST = 1e-30
 """Scale of a group or row of zeros, so that none is divided by zero."""
 
@@ -89,13 +90,27 @@ def integer_products_exact() -> bool:
 def _integer_products(rows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """Whole numbers ``[M, K]`` times INT8 ``[N, K]``, times the scale of each channel ``[N]``: float32 ``[M, N]``."""
     onednn = torch.ops.onednn
-    packed = onednn.qlinear_prepack(weight, None)
+    packed = _packed(weight)
     steps = rows.nan_to_num(0.0).add(128).to(torch.uint8)  # unsigned with zero point 128: the fast path
     zeros = torch.zeros(weight.shape[0], dtype=torch.int32)
     out: Tensor = onednn.qlinear_pointwise(
         steps, 1.0, 128, packed, scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
     )
     return out
+
+
+_layouts: Any = WeakTensorKeyDictionary()
+"""INT8 weights -> (their version, the same in oneDNN's layout), for as long as the weights live."""
+
+
+def _packed(weight: Tensor) -> Any:
+    """The weights in oneDNN's layout, which takes longer to make than a product: kept beside them, made anew when they
+    change. It is no plain tensor, so that no graph can carry it."""
+    version = -1 if weight.is_inference() else weight._version
+    kept = _layouts.get(weight)
+    if kept is None or kept[0] != version:
+        kept = _layouts[weight] = (version, torch.ops.onednn.qlinear_prepack(weight, None))
+    return kept[1]
 
 
 def _linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, *, dynamic: bool, site: str) -> Tensor:

@@ -170,6 +170,18 @@ def test_extremes_do_not_saturate() -> None:
     assert torch.equal(out, x @ weight.float().T)
 
 
+def test_changed_weights_are_packed_anew() -> None:
+    _, module = layer(format="int8_dynamic", group=0)
+    x = torch.randn(linear.INTEGER_ROWS, 96)
+    first = module(x)
+    assert torch.equal(module(x), first)
+    module.weight_int8.neg_()
+    assert relative(module(x), wanted(module, x)) < ARITHMETIC[torch.float32].relative
+    held = len(linear._layouts)
+    del module
+    assert len(linear._layouts) < held or not linear.integer_products_exact()
+
+
 def test_a_wrong_scale_is_noticed() -> None:
     """The tolerance of this file tells one group's scale that is 1 % off."""
     _, module = layer(format="int8", group=32)
