@@ -102,3 +102,9 @@ KERNELS = {
     "bytes": Limit(2e-3, "share of stored bytes one step away: sums in another order tip what is near a middle"),
 }
 """Kernels against the reference with the same decisions (``tests/kernels``)."""
+
+LINEAR = {
+    "int8": Tolerance(1.2e-2, "step max/127 over normal weights, up to 1,024 of them: 0.3 max/127 = 0.8 % rms"),
+    "int8_dynamic": Tolerance(1.7e-2, "the same for weights and for each row of activations, added in squares"),
+}
+"""A linear layer in INT8 against the original in float64, standard-normal weights and activations."""
