@@ -1,7 +1,9 @@
-"""Few rows through INT8 weights on a CPU: plain loops for Inductor instead of a call of ``lamp::linear_int8``.
+"""Few rows through a linear layer on a CPU: plain loops for Inductor instead of a call.
 
-One row times a matrix is bound by the bytes of the matrix. Inductor reads them as they are, turns them into floats in
-registers and fuses what comes after, at no cost of a call; the operator would write float weights to memory first.
+One row times a matrix is bound by the bytes of the matrix. Inductor reads INT8 weights as they are, turns them into
+floats in registers and fuses what comes after, at no cost of a call; ``lamp::linear_int8`` would write float weights to
+memory first. A float layer of one row is no work for a matrix product either: MKL reads the weights at a third of the
+memory's speed, the loop at all of it.
 """
 
 from __future__ import annotations
@@ -16,27 +18,30 @@ from lamp_compile.runtime.linear import LEVELS, SMALLEST
 
 MOST_ROWS = 16
 """Each row reads the weights again, from a cache near the core; beyond this the operator is faster."""
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("x", "weight", "scale", "bias")
 aten, lamp = torch.ops.aten, torch.ops.lamp
+LINEAR = (torch.nn.functional.linear, aten.linear.default)
+
+
+Made = dict[tuple[Node, bool], tuple[Node, Node | None]]
+"""Rows that are in memory already, by node and whether they are rounded: layers that read the same rows share them."""
 
 
 def spell_out(module: GraphModule) -> int:
-    """Replace every ``lamp::linear_int8`` of few rows on a CPU by loops that do the same; gives back how many."""
-    made: dict[tuple[Node, bool], tuple[Node, Node | None]] = {}
+    """Replace by loops that do the same, on a CPU: every ``lamp::linear_int8`` of few rows, and every linear layer of
+    float weights and one row. Gives back how many."""
+    made: Made = {}
     done = 0
     for node in list(module.graph.nodes):
-        if node.target not in (lamp.linear_int8, lamp.linear_int8.default):
+        if node.target in (lamp.linear_int8, lamp.linear_int8.default):
+            out = _spell_int8(module.graph, node, made)
+        elif node.target in LINEAR:
+            out = _spell_float(module.graph, node, made)
+        else:
             continue
-        given = [node.args[i] if i < len(node.args) else node.kwargs.get(name) for i, name in enumerate(NAMES)]
-        x, weight, scale = (_value(argument) for argument in given[:3])
-        if x is None or weight is None or scale is None or not _few(x, weight):
+        if out is None:
             continue
-        key = (given[0], bool(node.kwargs["dynamic"]))
-        with module.graph.inserting_before(node):
-            emit = _Emit(module.graph)
-            if key not in made:  # layers that read the same rows share them
-                made[key] = emit.rows(given[0], x, key[1])
-            out = emit.products(made[key], given[1:], (x, weight, scale))
         out.meta = dict(node.meta)
         node.replace_all_uses_with(out)
         module.graph.erase_node(node)
@@ -45,6 +50,37 @@ def spell_out(module: GraphModule) -> int:
         _register()
         module.recompile()
     return done
+
+
+def _given(node: Node, *names: str) -> list[Any]:
+    return [node.args[i] if i < len(node.args) else node.kwargs.get(name) for i, name in enumerate(names)]
+
+
+def _spell_int8(graph: Graph, node: Node, made: Made) -> Node | None:
+    given = _given(node, *NAMES)
+    x, weight, scale = (_value(argument) for argument in given[:3])
+    if x is None or weight is None or scale is None or not _few(x, weight, MOST_ROWS):
+        return None
+    key = (given[0], bool(node.kwargs["dynamic"]))
+    with graph.inserting_before(node):
+        emit = _Emit(graph)
+        if key not in made:
+            made[key] = emit.rows(given[0], x, key[1])
+        return emit.products(made[key], given[1:], (x, weight, scale))
+
+
+def _spell_float(graph: Graph, node: Node, made: Made) -> Node | None:
+    given = _given(node, "input", "weight", "bias")
+    x, weight = (_value(argument) for argument in given[:2])
+    if x is None or weight is None or weight.dim() != 2 or not _few(x, weight, 1):
+        return None
+    if x.dtype != weight.dtype or x.dtype not in FLOATS:
+        return None
+    with graph.inserting_before(node):
+        emit = _Emit(graph)
+        if (given[0], False) not in made:
+            made[given[0], False] = emit.rows(given[0], x, False)
+        return emit.float_products(made[given[0], False][0], given[1:], x, weight.shape[0])
 
 
 class _Emit:
@@ -67,6 +103,14 @@ class _Emit:
         safe = self.call(aten.clamp_min.default, scale, SMALLEST)
         steps = self.call(aten.round.default, self.call(aten.div.Tensor, floats, safe))
         return self.call(lamp.in_memory.default, steps), scale
+
+    def float_products(self, row: Node, tensors: Any, x: Tensor, outputs: int) -> Node:
+        """sum over inputs of x w, in float32; the row is there already."""
+        weight, bias = tensors
+        out = self.call(aten.sum.dim_IntList, self.call(aten.mul.Tensor, row, self._float(weight)), [-1])
+        if bias is not None:
+            out = self.call(aten.add.Tensor, out, self._float(bias))
+        return self.call(aten.reshape.default, self.call(aten.to.dtype, out, x.dtype), [*x.shape[:-1], outputs])
 
     def products(self, rows: tuple[Node, Node | None], tensors: Any, values: tuple[Tensor, Tensor, Tensor]) -> Node:
         """sum over groups and inputs of x (q s), in float32."""
@@ -94,10 +138,10 @@ def _value(node: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
-def _few(x: Tensor, weight: Tensor) -> bool:
-    """Whether shapes are known numbers, the device is a CPU and the rows are few."""
+def _few(x: Tensor, weight: Tensor, most: int) -> bool:
+    """Whether shapes are known numbers, the device is a CPU and the rows are at most so many."""
     known = all(isinstance(size, int) for size in (*x.shape, *weight.shape))
-    return known and x.device.type == "cpu" and 0 < x.numel() <= MOST_ROWS * x.shape[-1]
+    return known and x.device.type == "cpu" and 0 < x.numel() <= most * x.shape[-1]
 
 
 def _register() -> None:

@@ -61,6 +61,7 @@ def examine() -> dict[str, Any]:
         },
         {"name": "GPU", "available": count > 0, "detail": f"{count} found" if count else no_gpu},
         _kernels(count, no_gpu, installed["triton"]),
+        _cpu_kernels(),
         {"name": "storage formats", "available": True, "detail": ", ".join(formats.all_formats())},
         {"name": "selection rules", "available": True, "detail": ", ".join(rules)},
     ]
@@ -90,3 +91,16 @@ def _kernels(devices: int, no_gpu: str, version: str | None) -> dict[str, Any]:
         "available": None in refused,
         "detail": f"triton {version or 'of torch'}, for {', '.join(served)}",
     }
+
+
+def _cpu_kernels() -> dict[str, Any]:
+    """Which instruction set the CPU kernels use, of those that they have here; or why there are none."""
+    from lamp_compile.runtime.kernels import cpu
+
+    reason = cpu.why_not()
+    if reason:
+        detail = f"{reason}; decoding on a CPU runs the reference, which is slower than the model itself"
+    else:
+        found = ", ".join(cpu.instruction_sets())
+        detail = f"{cpu.instruction_set()} (this machine has {found}; LAMP_CPU=NAME takes another, LAMP_CPU=none none)"
+    return {"name": "CPU kernels", "available": reason is None, "detail": detail}
