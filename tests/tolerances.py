@@ -102,3 +102,18 @@ KERNELS = {
     "bytes": Limit(2e-3, "share of stored bytes one step away: sums in another order tip what is near a middle"),
 }
 """Kernels against the reference with the same decisions (``tests/kernels``)."""
+
+CPU_KERNELS = {
+    "lse": Limit(4e-6, "absolute; integer products are exact, the rest is float32 at log-sum-exps of up to 40"),
+    "rows": Limit(2e-2, "a row of cold sub-tiles: weights of 8 bits, 0.3 steps rms of 255, and 256 keys share a step"),
+    "output": Limit(8e-3, "all rows together, cold sub-tiles among them: the same, independent between rows"),
+    "refined": Limit(1.5e-3, "every sub-tile refined: 16 bits on the high plane, 8 on a plane 16 times finer"),
+    "certificate": Limit(1e-5, "relative: the reference's own sums over keys, added in another order in float32"),
+    "sets": Limit(2e-3, "two instruction sets: sums in another order tip a few weights by one of 255 steps"),
+}
+"""The compiled core for CPUs in place of these; there every token decides for itself, as in the reference."""
+
+
+def limits(native: bool) -> dict[str, Limit]:
+    """Of one kind of kernels."""
+    return {**KERNELS, **CPU_KERNELS} if native else KERNELS
