@@ -38,6 +38,15 @@ def reference_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "why_not_device", lambda kind: "kernels are switched off for this test")
 
 
+@pytest.fixture
+def cpu_kernels() -> None:
+    """The kernels for CPUs run on CPU tensors here."""
+    from lamp_compile.runtime import kernels
+
+    if reason := kernels.why_not_device("cpu"):
+        pytest.skip(reason)
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository."""

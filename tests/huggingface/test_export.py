@@ -16,7 +16,10 @@ import lamp_compile
 from lamp_compile.errors import ModelError
 from tests.huggingface import reference
 
-NODES = ("quantize", "look_ahead", "select", "attend", "guard")
+NODES = {
+    "cpu_kernels": ("append", "fused_attention"),
+    "reference_only": ("quantize", "look_ahead", "select", "attend", "guard"),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -25,15 +28,23 @@ def _no_grad() -> Any:
         yield
 
 
+@pytest.fixture(params=list(NODES))
+def where(request: pytest.FixtureRequest) -> str:
+    """With kernels on the CPU and without."""
+    request.getfixturevalue(request.param)
+    name: str = request.param
+    return name
+
+
 @pytest.fixture
-def program(fast: Any) -> Any:
+def program(where: str, fast: Any) -> Any:
     """One step of one sequence, rewritten and not yet run."""
     step = lamp_compile.DecodeStep(fast, capacity=64)
     exported = torch.export.export(step, (torch.tensor([[5]]),), strict=True)
     counts = Counter(
         str(node.target).removeprefix("lamp.") for node in exported.graph.nodes if "lamp." in str(node.target)
     )
-    assert counts == {"quantize.default": 2, "attention.cached": 2}
+    assert counts == {f"{NODES[where][0]}.default": 2, "attention.cached": 2}
     return lamp_compile.rewrite(exported)
 
 
@@ -46,9 +57,9 @@ def wanted(fast: Any, ids: Tensor) -> Tensor:
     return logits
 
 
-def test_five_nodes_a_site_and_planes_as_buffers(program: Any) -> None:
+def test_nodes_of_a_site_and_planes_as_buffers(where: str, program: Any) -> None:
     counts = Counter(str(node.target).split(".")[1] for node in program.graph.nodes if "lamp." in str(node.target))
-    assert counts == dict.fromkeys(NODES, 2)
+    assert counts == dict.fromkeys(NODES[where], 2)
     assert program.graph_module.meta["lamp_report"].rewritten == (
         "model.layers.0.self_attn",
         "model.layers.1.self_attn",
