@@ -1,4 +1,4 @@
-"""Compiles the core and the fuzz program: ``python -m tests.native.build FOLDER [KIND]``. No build system, a few calls."""
+"""Compiles the core and the fuzz program, by a few calls: ``python -m tests.native.build FOLDER [KIND]``."""
 
 from __future__ import annotations
 
