@@ -112,7 +112,10 @@ def test_compile_writes_a_plan_that_the_other_commands_take(call, nano, text, tm
 
 @pytest.mark.parametrize(
     ("where", "nodes"),
-    [("cpu_kernels", ["fused_attention"]), ("reference_only", ["look_ahead", "select", "attend", "guard"])],
+    [
+        ("cpu_kernels", ["fused_attention"]),
+        ("reference_only", ["quantize", "look_ahead", "select", "attend", "guard"]),
+    ],
 )
 def test_explain_shows_sites_and_one_before_and_after(where, nodes, call, nano, request):
     request.getfixturevalue(where)

@@ -126,7 +126,10 @@ def test_trained_model_is_not_balanced_and_its_twin_is(nano: Any) -> None:
 
 @pytest.mark.parametrize(
     ("where", "nodes"),
-    [("cpu_kernels", ["fused_attention"]), ("reference_only", ["look_ahead", "select", "attend", "guard"])],
+    [
+        ("cpu_kernels", ["fused_attention"]),
+        ("reference_only", ["quantize", "look_ahead", "select", "attend", "guard"]),
+    ],
 )
 def test_explain_decoder(where: str, nodes: list[str], model: Any, request: pytest.FixtureRequest) -> None:
     request.getfixturevalue(where)

@@ -71,7 +71,7 @@ def test_no_mean_error_at_any_length(sharpness, kind, device):
 
 
 def test_the_error_shrinks_as_the_context_grows(native):
-    """Against attention over the same planes, from 1K to 64K keys: what rounding takes from weights it gives elsewhere."""
+    """Against attention over the same planes: what rounding takes from one weight it gives to another."""
     errors = []
     for keys in (1024, LONG[-1]):
         got = calls.by_kernels(case(keys, DIFFUSE, "none"), native)

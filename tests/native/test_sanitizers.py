@@ -18,7 +18,7 @@ import pytest
 from tests.native.build import KINDS, build, compile_core
 
 FIRST = 1
-CASES = {"address": 350, "thread": 60, "aarch64": 120}
+CASES = {"address": 300, "thread": 40, "aarch64": 60}
 """Each takes about ten seconds of two cores, besides compiling."""
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
