@@ -97,9 +97,9 @@ class Decoder:
         """Go back to where the window of steps begins."""
         size, device = self.size, self.model.device
         for layer in self.cache.layers:
-            if hasattr(layer, "cumulative_length"):
+            if isinstance(getattr(layer, "cumulative_length", None), Tensor):
                 layer.cumulative_length.fill_(size.held)
-            elif layer.keys.shape[2] > size.held:
+            elif layer.keys.dim() == 4 and layer.keys.shape[2] > size.held:
                 layer.keys, layer.values = layer.keys[:, :, : size.held], layer.values[:, :, : size.held]
         self.ids = torch.ones(size.batch, size.held + 1, dtype=torch.long, device=device)
         self.kwargs: dict[str, Any] = {

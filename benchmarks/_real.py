@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from lamp_compile.plan import SitePlan
 from lamp_compile.quality import load
 from lamp_compile.runtime import guard
 
+Rounding = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Keys and values ``[G, N, D]`` as a format keeps them, in float32."""
 TAU = SitePlan("*").tau
 """Of the default plan."""
 
@@ -60,21 +63,22 @@ def decoding(heads: Heads, count: int) -> Inputs:
     return Inputs(q, heads.k[None, :, :keys], heads.v[None, :, :keys], planes, lengths)
 
 
-def layer(heads: Heads, count: int) -> dict[str, Any]:
+def layer(heads: Heads, count: int, rounded: Mapping[str, Rounding]) -> dict[str, Any]:
     """Share refined at the default tau, and the relative errors of every output row."""
     inputs = decoding(heads, count)
     lamp = Attention(inputs, tau=TAU if isinstance(TAU, float) else TAU[0])
     outs: dict[str, Tensor] = {"lamp": lamp(inputs)[:, :, 0]}
     counts = lamp.stats.sum((0, 1)).tolist()
     k, v = inputs.k[0], inputs.v[0]
-    k8, v8 = rounded_fp8(k, v)
-    rows: dict[str, list[Tensor]] = {"bf16": [], "fp8": [], "exact": []}
+    kept = {name: rounding(k, v) for name, rounding in rounded.items()}
+    rows: dict[str, list[Tensor]] = {name: [] for name in (*kept, "bf16", "exact")}
     for q, length in zip(inputs.q, inputs.lengths.tolist(), strict=True):
         wide = torch.nn.functional.scaled_dot_product_attention(
             q[None], k[None, :, :length], v[None, :, :length], enable_gqa=True
         )
         rows["bf16"].append(wide[0, :, 0])
-        rows["fp8"].append(exact(q[:, 0], k8[:, :length], v8[:, :length]))
+        for name, (keys, values) in kept.items():
+            rows[name].append(exact(q[:, 0], keys[:, :length], values[:, :length]))
         rows["exact"].append(exact(q[:, 0], k[:, :length], v[:, :length]))
     outs |= {name: torch.stack(parts) for name, parts in rows.items()}
     wanted = outs.pop("exact")
@@ -82,20 +86,23 @@ def layer(heads: Heads, count: int) -> dict[str, Any]:
     return {"refined": counts[guard.REFINED], "live": counts[guard.LIVE], "errors": errors}
 
 
-def measure(model: Any, windows: Tensor, count: int) -> dict[str, Any]:
-    """Shares of every layer, and median and mean error of the three ways over all layers and windows."""
+def measure(model: Any, windows: Tensor, count: int, rounded: Mapping[str, Rounding] | None = None) -> dict[str, Any]:
+    """Shares of every layer, and median and mean error over all layers and windows: of lamp, of bf16, and of keys and
+    values ``rounded`` in other ways."""
+    rounded = rounded or {"fp8": rounded_fp8}
+    names = ("lamp", *rounded, "bf16")
     found: list[list[dict[str, Any]]] = []
     for ids in windows:
-        found.append([layer(heads, count) for heads in capture(model, ids)])
+        found.append([layer(heads, count, rounded) for heads in capture(model, ids)])
     shares, layers = [], []
     for index, of_layer in enumerate(zip(*found, strict=True)):
         share = sum(one["refined"] for one in of_layer) / max(1, sum(one["live"] for one in of_layer))
-        errors = {name: [e for one in of_layer for e in one["errors"][name]] for name in ("lamp", "fp8", "bf16")}
+        errors = {name: [e for one in of_layer for e in one["errors"][name]] for name in names}
         shares.append(share)
         medians = {f"{name}_median": statistics.median(values) for name, values in errors.items()}
         layers.append({"layer": index, "refined_share": share, **medians})
     rows = []
-    for name in ("lamp", "fp8", "bf16"):
+    for name in names:
         values = [e for window in found for one in window for e in one["errors"][name]]
         row = {"case": f"real {windows.shape[1]}", "name": name, "error": statistics.median(values)}
         rows.append({**row, "error_mean": statistics.fmean(values), "outputs": len(values)})
@@ -104,12 +111,13 @@ def measure(model: Any, windows: Tensor, count: int) -> dict[str, Any]:
 
 
 def measure_folder(
-    folder: str | Path, text: str | Path, context: int, windows: int, count: int, device: torch.device
-) -> dict[str, Any]:
+    folder: str | Path, text: str | Path, context: int, windows: int, count: int, device: torch.device,
+    rounded: Mapping[str, Rounding] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """The same for a model folder and a text."""
     model = load.load_model(folder, device=device)
     picked = load.load_windows(model, folder, text, context, windows).to(device)
-    return measure(model, picked, count)
+    return measure(model, picked, count, rounded)
 
 
 def parse_shares(text: str) -> list[float]:

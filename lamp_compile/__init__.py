@@ -21,12 +21,14 @@ _HOME = {
     "Plan": "lamp_compile.plan",
     "SitePlan": "lamp_compile.plan",
     "GuardPlan": "lamp_compile.plan",
+    "LinearPlan": "lamp_compile.linear_plan",
     "LampError": "lamp_compile.errors",
 }
 __all__ = [
     "DecodeStep",
     "GuardPlan",
     "LampError",
+    "LinearPlan",
     "NestedCache",
     "Plan",
     "SitePlan",
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from lamp_compile.api import compile, disable, explain, rewrite
     from lamp_compile.errors import LampError
     from lamp_compile.frontends.huggingface.decode_step import DecodeStep
+    from lamp_compile.linear_plan import LinearPlan
     from lamp_compile.plan import GuardPlan, Plan, SitePlan
     from lamp_compile.runtime.kv_cache import NestedCache
     from lamp_compile.torch_backend import backend

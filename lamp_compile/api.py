@@ -13,6 +13,7 @@ from torch import nn
 from lamp_compile import plan as plans
 from lamp_compile.driver import rewrite
 from lamp_compile.errors import ModelError, OptionError
+from lamp_compile.frontends import linears as linear_layers
 from lamp_compile.frontends import modules
 from lamp_compile.frontends.switch import disable
 from lamp_compile.plan import Plan
@@ -32,6 +33,7 @@ def compile(
     inplace: bool = False,
     fuel: int | None = None,
     balance: str = "auto",
+    linears: Any = "never",
     **options: Any,
 ) -> Any:
     """Give back the model with look-ahead mixed precision attention. The argument stays as it is; the weights are
@@ -49,6 +51,9 @@ def compile(
         inplace: Change the argument itself instead of a copy of its structure.
         fuel: Rewrite only the first so many sites (to find the one that hurts).
         balance: "auto" balances key channels where the probe finds outliers; "always"; "never".
+        linears: Linear layers of a transformers decoder: "never" leaves them; "auto" reads weights in INT8 where it is
+        measured faster on this CPU, except the output head; "int8" or "int8_dynamic" takes all; or rows
+        (``LinearPlan``), as ``quality.linears.calibrate`` chooses them on a text.
         **options: Fields of every site of the plan (``tau``, ``rule``, ``k_format``, ``guard_budget``, ...).
 
     Raises:
@@ -56,18 +61,26 @@ def compile(
         ModelError: The model is in training mode, has no attention, or holds weights that LAMP cannot run with.
         PlanError: The plan was made for another model.
     """
-    _check_options(plan, preset, mode, inplace, balance, options)
+    asked = linear_layers.parse(linears)
+    _check_options(plan, preset, mode, inplace, {"balance": balance, "linears": asked}, options)
     template = plans.template(preset, **options)
     _check_model(model)
     route = _huggingface(model)
     if route is not None:
         mode = _mode(mode, route.device_type(model))
+        if not isinstance(asked, str):
+            linear_layers.check(model, asked)
         fast = route.compile_model(
             model, plan=plan, template=template, preset=preset, mode=mode, inplace=inplace, fuel=fuel, balance=balance
         )
+        route.set_linears(fast, asked)
         if mode != "eager":
             route.compile_decoding(fast, backend(plan=route.decode_plan(fast), controls=fast.lamp.controls))
         return fast
+    if asked != "never":
+        raise OptionError(
+            "linears are chosen for transformers decoders", where=type(model).__name__, fix="leave linears out"
+        )
     return modules.compile_module(model, _graph_backend(model, plan, preset, mode, fuel, balance, options), inplace)
 
 
@@ -148,7 +161,7 @@ def _mode(mode: str, device: str) -> str:
 
 
 def _check_options(
-    plan: object, preset: str, mode: str, inplace: object, balance: str, options: dict[str, Any]
+    plan: object, preset: str, mode: str, inplace: object, choices: dict[str, Any], options: dict[str, Any]
 ) -> None:
     if mode not in MODES:
         raise OptionError(f"mode is {mode!r}", where="mode", fix=f"one of {', '.join(MODES)}")
@@ -160,7 +173,8 @@ def _check_options(
         raise OptionError(
             f"plan is a {type(plan).__name__}", where="plan", fix="a lamp_compile.Plan or the path of one"
         )
-    extra = [*options, *(["preset"] if preset != "balanced" else []), *(["balance"] if balance != "auto" else [])]
+    chosen = [name for name, default in (("balance", "auto"), ("linears", "never")) if choices[name] != default]
+    extra = [*options, *(["preset"] if preset != "balanced" else []), *chosen]
     if extra:
         raise OptionError(
             f"{extra[0]!r} next to a plan", where="options", fix="change it in the plan, or leave the plan out"

@@ -58,6 +58,12 @@ class Options:
         if plan is not None and (values or "preset" in own):
             name = next(iter(values), "preset")
             raise OptionError(f"{name!r} beside a plan", where="options", fix="edit the plan's rows instead")
+        if plan is not None and any(row.apply for row in plan.linears):
+            raise OptionError(
+                "the plan replaces linear layers, which a graph does not",
+                where="plan",
+                fix="lamp_compile.compile(model, plan=...) of a transformers decoder, or a plan without linears",
+            )
         for name in ("tau", "floor"):
             if isinstance(values.get(name), list):
                 values[name] = tuple(values[name])

@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from lamp_compile import _plugins
+from lamp_compile import _plugins, linear_plan
 from lamp_compile.errors import OptionError, PlanError
 from lamp_compile.ir import Floor
+from lamp_compile.linear_plan import LinearPlan
 
 PLAN_VERSION = 1
 FORMATS = _plugins.names("runtime/formats")
@@ -163,6 +164,8 @@ class Plan:
     """All sites of one model or graph, in graph order, and where the numbers come from."""
 
     sites: tuple[SitePlan, ...]
+    linears: tuple[LinearPlan, ...] = field(default=(), kw_only=True)
+    """Linear layers looked at; layers without a row keep their weights."""
     model: str = ""
     """What it was made for, in words (class and sizes)."""
     fingerprint: str = ""
@@ -200,6 +203,7 @@ class Plan:
                 raise PlanError(f"site {name!r} occurs twice", where="plan", fix="keep one of the rows")
         for row in self.sites:
             row.validate()
+        linear_plan.validate(self.linears)
         for name, launch in self.launch.items():
             launch.validate(f"plan, launch on {name!r}")
         return self
@@ -254,7 +258,8 @@ class Plan:
         if not isinstance(launch, dict):
             raise PlanError("`launch` must be an object", where=where, fix='{"sm_90": {"stages": 4}}, or leave it out')
         cut = {name: _row(LaunchPlan, row, f"{where}, launch on {name!r}") for name, row in launch.items()}
-        plan: Plan = _row(Plan, {**data, "sites": sites, "launch": cut}, where)
+        linears = linear_plan.read(data.get("linears", []), where)
+        plan: Plan = _row(Plan, {**data, "sites": sites, "linears": linears, "launch": cut}, where)
         if not isinstance(plan.provenance, dict):
             raise PlanError("`provenance` must be an object", where=where, fix="see docs/plan.md")
         return plan.validate()
@@ -338,9 +343,8 @@ def _row(kind: type[Any], row: object, where: str) -> Any:
             values["balance"] = _balance(values["balance"], where)
         guard = values.get("guard", {})
         values["guard"] = _row(GuardPlan, guard, f"{where}, guard")
-    for name in ("budget",):
-        if values.get(name) == "Infinity":
-            values[name] = math.inf
+    if values.get("budget") == "Infinity":
+        values["budget"] = math.inf
     return kind(**values)
 
 

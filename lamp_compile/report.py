@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from lamp_compile import linear_plan
 from lamp_compile.ir import Refusal
 from lamp_compile.plan import Plan
 
@@ -70,5 +71,6 @@ class Report:
                 lines.append(
                     f"  {title}: {refusal.site}: {refusal.reason}" + (f" (try: {refusal.fix})" if refusal.fix else "")
                 )
+        lines.extend(linear_plan.summary(self.plan.linears))
         lines.extend(f"  note: {note}" for note in self.notes)
         return "\n".join(lines)

@@ -132,3 +132,10 @@ CPU_KERNELS = {
 def limits(native: bool) -> dict[str, Limit]:
     """Of one kind of kernels."""
     return {**KERNELS, **CPU_KERNELS} if native else KERNELS
+
+
+LINEAR = {
+    "int8": Tolerance(1.2e-2, "step max/127 over normal weights, up to 1,024 of them: 0.3 max/127 = 0.8 % rms"),
+    "int8_dynamic": Tolerance(1.7e-2, "the same for weights and for each row of activations, added in squares"),
+}
+"""A linear layer in INT8 against the original in float64, standard-normal weights and activations."""

@@ -17,6 +17,9 @@ def _lower(
 ) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
+    from lamp_compile.backends._few_rows import spell_out
+
+    spell_out(module)
     patches = {**mode_options(mode), **check(options)}
     with torch.no_grad():
         compiled: Callable[..., Any] = compile_fx(module, list(inputs), config_patches=patches)

@@ -21,6 +21,10 @@ def plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=sorted(PRESETS), help="starting point of the plan (default: balanced)")
     parser.add_argument("--balance", choices=("auto", "always", "never"), help="balance key channels (default: auto)")
     parser.add_argument(
+        "--linears", choices=("never", "auto", "int8", "int8_dynamic"),
+        help="linear layers in INT8 on a CPU: auto where measured faster (default: never)",
+    )  # fmt: skip
+    parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", type=_setting, dest="settings",
         help="field of every site of the plan, such as tau=0.02 or k_format=fp8; may be repeated",
     )  # fmt: skip
@@ -44,7 +48,11 @@ def text(parser: argparse.ArgumentParser) -> None:
 
 def compile_options(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of ``lamp_compile.compile`` that the command line gave; nothing that it left open."""
-    given = {name: getattr(args, name) for name in ("preset", "balance", "plan") if getattr(args, name) is not None}
+    given = {
+        name: getattr(args, name)
+        for name in ("preset", "balance", "linears", "plan")
+        if getattr(args, name) is not None
+    }
     return {**given, **dict(args.settings)}
 
 

@@ -43,21 +43,21 @@ def readme(results: Path) -> str:
     """What the README shows: per case how many times the rivals, and whole decode steps."""
     parts = []
     for _, data in latest(results, "decode_kernel"):
-        rows = [[*_cells(row, "case refined_share ms ratio_to_bf16 ratio_to_fp8")] for row in _lamp(data)]
-        shown = _table([CASE, "refined", "ms", "speed over bf16 SDPA", "speed over FP8 KV"], rows)
+        rows = [[*number_cells(row, "case refined_share ms ratio_to_bf16 ratio_to_fp8")] for row in _lamp(data)]
+        shown = make_table([CASE, "refined", "ms", "speed over bf16 SDPA", "speed over FP8 KV"], rows)
         parts.append(f"Attention of one new token on {_device(data)}:\n\n{shown}{_weak(data)}")
     for _, data in latest(results, "decode_model"):
         keys = "case ms ratio_to_bf16 ratio_to_hf_eager joule_per_token peak_memory_gb"
         titles = [CASE, "ms a step", "speed over near-roofline bf16", "speed over transformers", "J a token", "peak GB"]
-        shown = _table(titles, [[*_cells(row, keys)] for row in _lamp(data)])
+        shown = make_table(titles, [[*number_cells(row, keys)] for row in _lamp(data)])
         parts.append(f"A whole decode step, {_subject(data)}, on {_device(data)}:\n\n{shown}")
     return "\n".join(parts) or NOTHING
 
 
-def filled(text: str, table: str) -> str:
+def filled(text: str, table: str, first: str = BEGIN) -> str:
     """A page with the table between its marks renewed."""
-    begin, end = re.escape(BEGIN), re.escape(END)
-    assert len(re.findall(begin, text)) == 1, f"one place for the decode table: {BEGIN}"
+    begin, end = re.escape(first), re.escape(END)
+    assert len(re.findall(begin, text)) == 1, f"one place for the decode table: {first}"
     return re.sub(f"(?<={begin}\n).*?(?={end})", lambda _: table, text, flags=re.DOTALL)
 
 
@@ -79,12 +79,12 @@ def _kernel(name: str, data: dict[str, Any]) -> str:
             rows.append([row["case"], f"failed: {_first_line(row['failed'])}", *[""] * 7])
         elif row["name"].startswith("lamp") and "layer" not in row["name"] and row.get("ms"):
             keys = "case refined_share ms ratio_to_bf16 ratio_to_fp8 ratio_to_floor error"
-            case, share, ms, *ratios = _cells(row, keys)
-            rivals = [_cells(named.get((case, rival), {}), "ms")[0] for rival in ("bf16", "fp8")]
+            case, share, ms, *ratios = number_cells(row, keys)
+            rivals = [number_cells(named.get((case, rival), {}), "ms")[0] for rival in ("bf16", "fp8")]
             imposed = "" if row["name"] == "lamp" else " (imposed)"
             rows.append([case, share + imposed, ms, *rivals, *ratios])
     facts = "".join(f"- {fact}\n" for fact in _facts(data))
-    return f"{textwrap.fill(head, 120)}\n\n{_table(titles, rows)}\n{facts}{_weak(data)}{_targets(data)}"
+    return f"{textwrap.fill(head, 120)}\n\n{make_table(titles, rows)}\n{facts}{_weak(data)}{targets_table(data)}"
 
 
 def _model(name: str, data: dict[str, Any]) -> str:
@@ -94,7 +94,7 @@ def _model(name: str, data: dict[str, Any]) -> str:
     rows = []
     for row in data["rows"]:
         words = WAYS.get(row["name"], row["name"])
-        cells = _cells(row, keys) if row.get("ms") else [_first_line(row.get("failed") or "not run"), *[""] * 5]
+        cells = number_cells(row, keys) if row.get("ms") else [_first_line(row.get("failed") or "not run"), *[""] * 5]
         rows.append([row["case"], words, *cells])
     titles = [
         CASE,
@@ -106,7 +106,8 @@ def _model(name: str, data: dict[str, Any]) -> str:
         "peak GB",
         "KV over bf16's",
     ]
-    return f"{textwrap.fill(head, 120)}\n\n{_table(titles, rows)}{_targets(data) if data['model'] == '8b' else ''}"
+    met = targets_table(data) if data["model"] == "8b" else ""
+    return f"{textwrap.fill(head, 120)}\n\n{make_table(titles, rows)}{met}"
 
 
 def _facts(data: dict[str, Any]) -> list[str]:
@@ -135,13 +136,14 @@ def _weak(data: dict[str, Any]) -> str:
     return f"\nThe FP8 rival is weak (below {WEAK} times bf16) at {', '.join(weak)}.\n" if weak else ""
 
 
-def _targets(data: dict[str, Any]) -> str:
+def targets_table(data: dict[str, Any]) -> str:
+    """Which targets were met; empty where there are none."""
     rows = []
     for item in data.get("targets", []):
         met = "not measured" if item["measured"] is None else "met" if item["met"] else "missed"
         measured = "-" if item["measured"] is None else f"{item['measured']:.3g}"
         rows.append([item["target"], f"{item['limit']:g}", measured, met])
-    return "\n" + _table(["target", "limit", "measured", ""], rows) if rows else ""
+    return "\n" + make_table(["target", "limit", "measured", ""], rows) if rows else ""
 
 
 def _lamp(data: dict[str, Any]) -> list[dict[str, Any]]:
@@ -168,15 +170,17 @@ def _tokens(row: dict[str, Any]) -> int:
 
 FORMS = {
     "case": "", "ms": "#.3g", "tokens_per_s": ",.0f", "refined_share": ".1%", "kv_share_of_bf16": ".0%", "error": ".1e",
+    "kv_share_of_fp32": ".1%",
     "joule_per_token": ".3f", "peak_memory_gb": ".1f",
 }  # fmt: skip
 
 
-def _cells(row: dict[str, Any], keys: str) -> list[str]:
+def number_cells(row: dict[str, Any], keys: str) -> list[str]:
     """These numbers of a row as text; ratios have two digits behind the point."""
     return ["-" if row.get(key) is None else format(row[key], FORMS.get(key, ".2f")) for key in keys.split()]
 
 
-def _table(titles: list[str], rows: Iterable[list[str]]) -> str:
+def make_table(titles: list[str], rows: Iterable[list[str]]) -> str:
+    """A table in Markdown."""
     lines = [f"| {' | '.join(cells)} |\n".replace("|  |", "| |") for cells in (titles, *rows)]
     return "".join([lines[0], "|---" * len(titles) + "|\n", *lines[1:]])

@@ -7,17 +7,17 @@ import sys
 import textwrap
 from pathlib import Path
 
-from lamp_compile.runtime import fused_ops, ops
+from lamp_compile.runtime import fused_ops, linear, ops
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "operators.md"
 
 HEAD = """\
 # Operators
 
-Generated from `lamp_compile/runtime/ops.py` and `fused_ops.py` (`make golden`). What each operator computes is
-defined by `lamp_compile/runtime/reference.py` and explained in [concepts](concepts.md). Importing
-`lamp_compile.runtime.fused_ops` registers all of them; a saved program that contains them needs that import
-before it is loaded.
+Generated from `lamp_compile/runtime/ops.py`, `fused_ops.py` and `linear.py` (`make golden`). What each operator of
+attention computes is defined by `lamp_compile/runtime/reference.py` and explained in [concepts](concepts.md). Importing
+`lamp_compile.runtime.fused_ops` registers those of attention, `lamp_compile.runtime.linear` the last two; a saved
+program that contains them needs these imports before it is loaded.
 
 Shapes: B batch, H query heads, G kv heads, S queries, N keys, D head size, Dv value size; storage tiles of
 `tile` keys (P of them), sub-tiles of `subtile` keys (T of them). Planes: `k_*` `[B, G, P, tile, width]`, `v_*`
@@ -62,13 +62,18 @@ ABOUT = {
     "fused_attention": """`look_ahead`, `select`, `attend` and `guard` over a cache in one; gives the output and writes
         the guard's state and statistics in place. It stands in rewritten graphs where [kernels](kernels.md) apply;
         called anywhere else it runs the reference.""",
+    "linear_int8": """x `[..., K]` times INT8 weights `[N, K]` with scales `[N, groups]` over groups of inputs, plus
+        bias `[N]`: `[..., N]` ([linears](linears.md)). With `dynamic` each row of x is rounded to 8 bits by a scale of
+        its own, and there is one group.""",
+    "in_memory": """A contiguous copy of x: where it stands, a compiler writes x down instead of computing it again
+        inside the loop that follows.""",
 }
 
 
 def page() -> str:
     """The page as it should be."""
     parts = [HEAD]
-    for name, schema in {**ops.SCHEMAS, **fused_ops.SCHEMAS}.items():
+    for name, schema in {**ops.SCHEMAS, **fused_ops.SCHEMAS, **linear.SCHEMAS}.items():
         inner, result = re.fullmatch(r"\((.*)\) -> (.*)", schema, re.DOTALL).groups()  # type: ignore[union-attr]
         about = textwrap.fill(" ".join(ABOUT[name].split()), 116)
         whole = re.sub(r"(?<=\w)(\??) (?=\w)", "\\1\N{NO-BREAK SPACE}", inner)  # lines break at commas only

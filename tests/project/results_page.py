@@ -1,4 +1,4 @@
-"""docs/quality.md and the tables of docs/kernels.md and the README, from benchmarks/results.
+"""docs/quality.md and the tables of docs/kernels.md, docs/cpu.md and the README, from benchmarks/results.
 
 ``python -m tests.project.results_page --write`` writes them.
 """
@@ -11,11 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.project import decode_page
+from tests.project import cpu_page, decode_page
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE, KERNELS, README = ROOT / "docs" / "quality.md", ROOT / "docs" / "kernels.md", ROOT / "README.md"
+CPU = ROOT / "docs" / "cpu.md"
 BEGIN, END = "<!-- quality table: make golden -->", "<!-- end -->"
 
 SHORT = [
@@ -122,6 +123,11 @@ def kernels() -> str:
     return decode_page.filled(KERNELS.read_text(encoding="utf-8"), decode_page.page(RESULTS))
 
 
+def cpu() -> str:
+    """docs/cpu.md with its table renewed."""
+    return decode_page.filled(CPU.read_text(encoding="utf-8"), cpu_page.page(RESULTS), cpu_page.BEGIN)
+
+
 def _words(row: dict[str, Any]) -> str:
     name = row["name"]
     rule = re.fullmatch(r"(energy|lamp_strict|lamp_relaxed|mass)_([\d.]+)(_balanced)?", name)
@@ -137,5 +143,6 @@ if __name__ == "__main__":
         PAGE.write_text(page(), encoding="utf-8")
         README.write_text(readme(), encoding="utf-8")
         KERNELS.write_text(kernels(), encoding="utf-8")
+        CPU.write_text(cpu(), encoding="utf-8")
     else:
         sys.stdout.write(page())

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from lamp_compile import cli, plan
+from lamp_compile.linear_plan import LinearPlan
 from lamp_compile.plan import GuardPlan, Plan, SitePlan
 from tests.project import operator_page
 
@@ -74,7 +75,14 @@ def rows(page: Path, title: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(
-    ("title", "kind"), [("Plan", Plan), ("SitePlan, one row", SitePlan), ("GuardPlan", GuardPlan)], ids=str
+    ("title", "kind"),
+    [
+        ("Plan", Plan),
+        ("SitePlan, one row", SitePlan),
+        ("LinearPlan, one linear layer", LinearPlan),
+        ("GuardPlan", GuardPlan),
+    ],
+    ids=str,
 )
 def test_every_plan_field_is_documented(title: str, kind: type) -> None:
     table = {row[0].strip("`"): row[1] for row in rows(ROOT / "docs" / "plan.md", title)}
@@ -86,7 +94,8 @@ def test_every_plan_field_is_documented(title: str, kind: type) -> None:
         elif isinstance(default, GuardPlan):
             assert table[field.name] == "see below"
         else:
-            assert json.loads(table[field.name].strip("`")) == default
+            written = json.loads(table[field.name].strip("`"))
+            assert (tuple(written) if isinstance(default, tuple) else written) == default
 
 
 def test_hot_fields_are_marked() -> None:

@@ -15,6 +15,7 @@ PUBLIC = {
     "DecodeStep",
     "GuardPlan",
     "LampError",
+    "LinearPlan",
     "NestedCache",
     "Plan",
     "SitePlan",

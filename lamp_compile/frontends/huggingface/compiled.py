@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lamp_compile.errors import CacheError, InputError, ModelError
-from lamp_compile.frontends import switch
+from lamp_compile.frontends import linears, switch
 from lamp_compile.frontends.huggingface.many import ManyPrompts, sizes_for, stop_tokens, streams_of
 from lamp_compile.frontends.huggingface.notes import notes_for
 from lamp_compile.frontends.huggingface.sampling import Sampling
@@ -190,7 +190,10 @@ class Lamp:
             plan=self.plan,
             rewritten=tuple(site.name for site in self._sites if site.name in rewritten),
             backend=f"transformers generate, {self.mode}",
-            notes=notes_for(self.spec, self._sites, getattr(self.backend, "reports", ())),
+            notes=(
+                *notes_for(self.spec, self._sites, getattr(self.backend, "reports", ())),
+                *linears.notes(self._model(), self.mode),
+            ),
             before=graphs[0].before if graphs else "",
             after=graphs[0].after if graphs else "",
         )

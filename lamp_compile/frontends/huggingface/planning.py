@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lamp_compile.errors import ModelError, OptionError, PlanError
+from lamp_compile.frontends import linears
 from lamp_compile.frontends.huggingface import balance as balancing
 from lamp_compile.frontends.huggingface.sites import CALIBRATION, ProbedSite
 from lamp_compile.plan import LaunchPlan, Plan, SitePlan, fingerprint
@@ -93,6 +94,7 @@ def check_plan(plan: Plan, model: nn.Module, sites: Sites) -> Plan:
                 )
     for site in sites:
         plan.site(site.name)
+    linears.check(model, plan.linears)
     return plan
 
 

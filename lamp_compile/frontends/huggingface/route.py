@@ -11,10 +11,12 @@ from torch import nn
 from transformers import CompileConfig, PreTrainedModel
 
 from lamp_compile.errors import ModelError
+from lamp_compile.frontends import linears
 from lamp_compile.frontends.huggingface import attention, planning
 from lamp_compile.frontends.huggingface.compiled import Lamp, attach, summary
-from lamp_compile.frontends.huggingface.sites import probe
+from lamp_compile.frontends.huggingface.sites import probe, probe_ids
 from lamp_compile.frontends.structure import structural_copy
+from lamp_compile.linear_plan import LinearPlan
 from lamp_compile.plan import Plan, SitePlan
 from lamp_compile.report import Report
 from lamp_compile.runtime.controls import Controls
@@ -87,6 +89,24 @@ def compile_model(
     return fast
 
 
+def set_linears(fast: Any, asked: str | tuple[LinearPlan, ...]) -> None:
+    """Replace linear layers as the plan says, or as asked where no plan was given; the original keeps its own.
+
+    Args:
+        fast: A model of ``compile_model``.
+        asked: A mode of ``linears.MODES``, or rows that were checked against this model.
+    """
+    lamp: Lamp = fast.lamp
+    if asked == "never":
+        rows = lamp.plan.linears
+    elif isinstance(asked, str):
+        rows = linears.choose(fast, asked, lambda: fast(input_ids=probe_ids(fast)))
+    else:
+        rows = asked
+    linears.apply(fast, rows)
+    lamp.plan = replace(lamp.plan, linears=rows)
+
+
 def survey(model: nn.Module) -> Report:
     """What the probe finds, for a model of which nothing can be compiled.
 
@@ -105,7 +125,7 @@ def decode_plan(fast: Any) -> Plan:
     rewritten = fast.lamp.report().rewritten
     rows = tuple(row if row.name in rewritten else replace(row, apply=False) for row in fast.lamp.plan.sites)
     plan: Plan = fast.lamp.plan
-    return replace(plan, sites=rows)
+    return replace(plan, sites=rows, linears=())
 
 
 def trace_decoding(fast: Any, backend: Any) -> None:

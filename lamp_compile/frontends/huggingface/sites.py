@@ -108,18 +108,25 @@ def probe(model: nn.Module) -> tuple[tuple[ProbedSite, ...], tuple[Refusal, ...]
             )
         )
 
-    _run(model, text, cache, observe)
+    _run(model, cache, observe)
     refusals = tuple(Refusal(site.name, site.reason, pattern="huggingface") for site in sites if site.reason)
     return tuple(sites), refusals
 
 
-def _run(model: nn.Module, text: Any, cache: _ProbeCache, observe: Any) -> None:
-    """One forward of random tokens, without touching the global random state."""
+def probe_ids(model: nn.Module) -> Tensor:
+    """The probe's random tokens ``[1, n]``, without touching the global random state."""
+    config: Any = model.config
+    text = config.get_text_config(decoder=True)
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     vocabulary = min(int(text.vocab_size), int(embedding.weight.shape[0]))
     tokens = min(PROBE_TOKENS, int(getattr(text, "max_position_embeddings", None) or PROBE_TOKENS))
     generator = torch.Generator().manual_seed(PROBE_SEED)
-    ids = torch.randint(vocabulary, (1, tokens), generator=generator).to(embedding.weight.device)
+    return torch.randint(vocabulary, (1, tokens), generator=generator).to(embedding.weight.device)
+
+
+def _run(model: nn.Module, cache: _ProbeCache, observe: Any) -> None:
+    """One forward of random tokens."""
+    ids = probe_ids(model)
     try:
         with torch.no_grad(), observing(observe):
             model(input_ids=ids, past_key_values=cache, use_cache=True)

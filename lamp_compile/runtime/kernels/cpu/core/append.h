@@ -3,33 +3,41 @@
 constexpr int LARGEST = 119;
 
 struct Row {
-  uint8_t high[MOST_DIM / 2], residual[MOST_DIM / 2];
+  uint8_t high[MOST_DIM / 2 + LANES], residual[MOST_DIM / 2 + LANES];
   uint16_t scale;
 };
 
+// Steps of -119 to 119; 0 where there is no number.
+LAMP_INLINE Vf steps_of(Vf x, Vf scale) {
+  const Vf magic = splat(12582912.0f);  // adding it rounds to a whole number
+  const Vf steps = scale == splat(0.0f) ? splat(0.0f) : x / scale;
+  const Vf known = steps == steps ? steps : splat(0.0f);
+  return (smaller(larger(known, splat((float)-LARGEST)), splat((float)LARGEST)) + magic) - magic;
+}
+
+// x has zeros behind its last channel, up to whole vectors.
 LAMP_INLINE void round_row(const float *x, int dim, Row &row) {
-  float peak = 0;
-  bool spoilt = false;
-  for (int c = 0; c < dim; c++) {
-    const float size = __builtin_fabsf(x[c]);
-    spoilt |= size != size;
-    peak = size > peak ? size : peak;
+  Vf most = splat(0.0f), spoilt = splat(0.0f);
+  for (int c = 0; c < dim; c += LANES) {
+    most = larger(magnitude(load(x + c)), most);
+    spoilt += load(x + c) * splat(0.0f);  // NaN for NaN and infinity
   }
-  // NaN in, NaN out: the scale carries it, a nibble cannot.
-  row.scale = float_to_half(spoilt ? __builtin_nanf("") : peak / (float)LARGEST);
-  const float scale = half_to_float(row.scale);
-  int16_t q[MOST_DIM];
-  for (int c = 0; c < dim; c++) {
-    const float steps = scale == 0 ? 0.0f : x[c] / scale;
-    const float held = steps > LARGEST ? LARGEST : steps < -LARGEST ? -LARGEST : steps == steps ? steps : 0.0f;
-    const float magic = 12582912.0f;
-    q[c] = (int16_t)((held + magic) - magic);
-  }
+  // NaN in, NaN out: the scale carries it, a nibble cannot. An infinity makes its row's scale infinite.
+  const float peak = largest(most), unknown = total(spoilt);
+  row.scale = float_to_half(unknown != unknown && peak <= 3.4e38f ? unknown : peak / (float)LARGEST);
+  const Vf scale = splat(half_to_float(row.scale));
   const int half = dim / 2;
-  for (int c = 0; c < half; c++) {
-    const int upper = (q[c] + 8) >> 4, lower = (q[c + half] + 8) >> 4;
-    row.high[c] = (uint8_t)((upper & 15) << 4 | (lower & 15));
-    row.residual[c] = (uint8_t)(((q[c] - upper * 16) & 15) << 4 | ((q[c + half] - lower * 16) & 15));
+  for (int c = 0; c < half; c += LANES) {
+    float behind[LANES] = {0};
+    for (int i = 0; i < LANES && c + i < half; i++) behind[i] = x[half + c + i];
+    const Vi upper = __builtin_convertvector(steps_of(load(x + c), scale), Vi);
+    const Vi lower = __builtin_convertvector(steps_of(load(behind), scale), Vi);
+    const Vi high_upper = (upper + splat(8)) >> 4, high_lower = (lower + splat(8)) >> 4;
+    const Vi low_upper = upper - (high_upper << 4), low_lower = lower - (high_lower << 4);
+    const Vb high = __builtin_convertvector((high_upper & splat(15)) << 4 | (high_lower & splat(15)), Vb);
+    const Vb residual = __builtin_convertvector((low_upper & splat(15)) << 4 | (low_lower & splat(15)), Vb);
+    __builtin_memcpy(row.high + c, &high, sizeof high);
+    __builtin_memcpy(row.residual + c, &residual, sizeof residual);
   }
 }
 
@@ -39,7 +47,7 @@ static void append_row(const LampAppend &call, int64_t b, int64_t g, int64_t i) 
   Place place;
   if (first < 0 || !find(planes, b, g, first + i, place)) return;
   const int half_k = (int)planes.half_k, half_v = (int)planes.half_v;
-  float x[MOST_DIM];
+  float x[MOST_DIM + LANES] = {0};
   Row row;
   read_row(call.k, call.dtype, b * call.k_strides[0] + g * call.k_strides[1] + i * call.k_strides[2], 2 * half_k, x);
   if (call.balance) {
@@ -52,6 +60,7 @@ static void append_row(const LampAppend &call, int64_t b, int64_t g, int64_t i) 
   __builtin_memcpy(planes.k_residual + key_at(planes, place), row.residual, half_k);
   planes.k_scale[scale_at(planes, place)] = row.scale;
 
+  for (int c = 0; c < LANES; c++) x[2 * half_v + c] = 0;
   read_row(call.v, call.dtype, b * call.v_strides[0] + g * call.v_strides[1] + i * call.v_strides[2], 2 * half_v, x);
   rotate(call.rotate_v, 2 * half_v, false, x);
   round_row(x, 2 * half_v, row);

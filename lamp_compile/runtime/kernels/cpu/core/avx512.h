@@ -10,8 +10,69 @@ LAMP_INLINE __m512i sums_of_16(__m512i *v) {
   return _mm512_add_epi32(_mm512_shuffle_i32x4(v[0], v[1], 0x88), _mm512_shuffle_i32x4(v[0], v[1], 0xdd));
 }
 
+// Sixteen vectors of four-byte words become sixteen of which word i holds what was vector i's.
+LAMP_INLINE void transpose_words(__m512i *v) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 4) {
+    const __m512i a = _mm512_unpacklo_epi32(v[i], v[i + 1]), b = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    const __m512i c = _mm512_unpacklo_epi32(v[i + 2], v[i + 3]), d = _mm512_unpackhi_epi32(v[i + 2], v[i + 3]);
+    t[i] = _mm512_unpacklo_epi64(a, c);
+    t[i + 1] = _mm512_unpackhi_epi64(a, c);
+    t[i + 2] = _mm512_unpacklo_epi64(b, d);
+    t[i + 3] = _mm512_unpackhi_epi64(b, d);
+  }
+  for (int i = 0; i < 4; i++) {
+    const __m512i a = _mm512_shuffle_i32x4(t[i], t[4 + i], 0x88), b = _mm512_shuffle_i32x4(t[i], t[4 + i], 0xdd);
+    const __m512i c = _mm512_shuffle_i32x4(t[8 + i], t[12 + i], 0x88), d = _mm512_shuffle_i32x4(t[8 + i], t[12 + i], 0xdd);
+    v[i] = _mm512_shuffle_i32x4(a, c, 0x88);
+    v[8 + i] = _mm512_shuffle_i32x4(a, c, 0xdd);
+    v[4 + i] = _mm512_shuffle_i32x4(b, d, 0x88);
+    v[12 + i] = _mm512_shuffle_i32x4(b, d, 0xdd);
+  }
+}
+
+// Whole blocks of 64 bytes a key: keys are turned into lanes first, so that nothing is summed across them.
+template <int ROWS, int HALF>
+LAMP_INLINE void dots_by_lane(const uint8_t *plane, const uint8_t *next, const int8_t *q, const int32_t *sum8, int32_t *out) {
+  const __m512i low = _mm512_set1_epi8(15), flip = _mm512_set1_epi8(8);
+  for (int j = 0; j < SUBTILE; j += LANES) {
+    __m512i sum[ROWS][4];  // four, because each product waits for the one before
+    for (int r = 0; r < ROWS; r++) {
+      sum[r][0] = _mm512_set1_epi32(-sum8[r]);  // nibbles are read as 0 to 15, 8 too much
+      sum[r][1] = sum[r][2] = sum[r][3] = _mm512_setzero_si512();
+    }
+    for (int first = 0; first < HALF; first += 64) {
+      __m512i words[16];
+      for (int i = 0; i < 16; i++) {
+        words[i] = _mm512_loadu_si512(plane + (j + i) * HALF + first);
+        __builtin_prefetch(next + (j + i) * HALF + first);
+      }
+      transpose_words(words);
+#pragma GCC unroll 16
+      for (int w = 0; w < 16; w++) {
+        // (x & 15) ^ 8: a nibble of two's complement, plus 8.
+        const __m512i upper = _mm512_ternarylogic_epi32(_mm512_srli_epi16(words[w], 4), low, flip, 0x6a);
+        const __m512i lower = _mm512_ternarylogic_epi32(words[w], low, flip, 0x6a);
+        for (int r = 0; r < ROWS; r++) {
+          const int8_t *query = q + 2 * r * PADDED + first + 4 * w;
+          int32_t four[2];
+          __builtin_memcpy(four, query, 4);
+          __builtin_memcpy(four + 1, query + PADDED, 4);
+          __m512i *to = sum[r] + w % 2 * 2;
+          to[0] = _mm512_dpbusd_epi32(to[0], upper, _mm512_set1_epi32(four[0]));
+          to[1] = _mm512_dpbusd_epi32(to[1], lower, _mm512_set1_epi32(four[1]));
+        }
+      }
+    }
+    for (int r = 0; r < ROWS; r++)
+      _mm512_storeu_si512(out + r * SUBTILE + j, _mm512_add_epi32(_mm512_add_epi32(sum[r][0], sum[r][1]),
+                                                                  _mm512_add_epi32(sum[r][2], sum[r][3])));
+  }
+}
+
 template <int ROWS, int BLOCKS>
-LAMP_INLINE void dots_of(const uint8_t *plane, int half, const int8_t *q, const int32_t *sum8, int32_t *out) {
+LAMP_INLINE void dots_of(const uint8_t *plane, const uint8_t *next, int half, const int8_t *q, const int32_t *sum8,
+                         int32_t *out) {
   constexpr int KEYS = 16 / ROWS;
   const __m512i low = _mm512_set1_epi8(15), flip = _mm512_set1_epi8(8);
   const int left = half - 64 * (BLOCKS - 1);
@@ -32,6 +93,7 @@ LAMP_INLINE void dots_of(const uint8_t *plane, int half, const int8_t *q, const 
       for (int r = 0; r < ROWS; r++) sum[r] = _mm512_setzero_si512();
       for (int b = 0; b < BLOCKS; b++) {
         const uint8_t *at = plane + (j + i) * half + 64 * b;
+        __builtin_prefetch(next + (j + i) * half + 64 * b);
         const __m512i bytes = b == BLOCKS - 1 ? _mm512_maskz_loadu_epi8(tail, at) : _mm512_loadu_si512(at);
         // (x & 15) ^ 8: a nibble of two's complement, plus 8.
         const __m512i upper = _mm512_ternarylogic_epi32(_mm512_srli_epi16(bytes, 4), low, flip, 0x6a);
@@ -59,25 +121,30 @@ LAMP_INLINE void dots_of(const uint8_t *plane, int half, const int8_t *q, const 
 }
 
 template <int ROWS>
-LAMP_INLINE void dots(const uint8_t *plane, int half, const int8_t *q, const int32_t *sum8, int32_t *out) {
-  if (half <= 64) dots_of<ROWS, 1>(plane, half, q, sum8, out);
-  else dots_of<ROWS, 2>(plane, half, q, sum8, out);
+LAMP_INLINE void dots(const uint8_t *plane, const uint8_t *next, int half, const int8_t *q, const int32_t *sum8,
+                      int32_t *out) {
+  if (ROWS > 1 && half == 64) dots_by_lane<ROWS, 64>(plane, next, q, sum8, out);
+  else if (ROWS > 1 && half == 128) dots_by_lane<ROWS, 128>(plane, next, q, sum8, out);
+  else if (half <= 64) dots_of<ROWS, 1>(plane, next, half, q, sum8, out);
+  else dots_of<ROWS, 2>(plane, next, half, q, sum8, out);
 }
 
-// 64 bytes: 32 keys of two channels.
+// 64 bytes: 32 keys of two channels. In tiles of 32 keys they lie together.
+template <bool TOGETHER>
 LAMP_INLINE __m512i two_channels(const uint8_t *at, int64_t stride) {
-  if (stride == SUBTILE) return _mm512_loadu_si512(at);
+  if (TOGETHER) return _mm512_loadu_si512(at);
   return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)at)),
                             _mm256_loadu_si256((const __m256i *)(at + stride)), 1);
 }
 
 // Adds the products of two channels: 16 * nibble times the weights of every row.
-template <int ROWS>
-LAMP_INLINE void multiply(const uint8_t *const *tiles, int count, int64_t at, int64_t stride, const uint8_t *w,
+template <int ROWS, bool TOGETHER>
+LAMP_INLINE void multiply(const uint8_t *const *tiles, const uint8_t *const *next, int count, int64_t at, int64_t stride, const uint8_t *w,
                           __m512i *upper, __m512i *lower) {
   const __m512i mask = _mm512_set1_epi8((char)0xf0);
   for (int t = 0; t < count; t++) {
-    const __m512i bytes = two_channels(tiles[t] + at, stride);
+    const __m512i bytes = two_channels<TOGETHER>(tiles[t] + at, stride);
+    __builtin_prefetch(next[t] + at);
     const __m512i high = _mm512_and_si512(bytes, mask), low = _mm512_and_si512(_mm512_slli_epi16(bytes, 4), mask);
     for (int r = 0; r < ROWS; r++) {
       const __m512i weight = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)(w + (t * ROWS + r) * SUBTILE)));
@@ -116,23 +183,40 @@ LAMP_INLINE void all_channels(int64_t stride, int half, int32_t *out, Multiply m
   }
 }
 
+template <int ROWS, bool TOGETHER>
+LAMP_INLINE void values_of(const uint8_t *const *tiles, const uint8_t *const *next, int count, int64_t stride, int half,
+                           const uint8_t *w, int32_t *out) {
+  all_channels<ROWS>(TOGETHER ? SUBTILE : stride, half, out, [&](int64_t at, __m512i *upper, __m512i *lower) LAMP_LAMBDA {
+    multiply<ROWS, TOGETHER>(tiles, next, count, at, stride, w, upper, lower);
+  });
+}
+
 template <int ROWS>
-LAMP_INLINE void values(const uint8_t *const *tiles, int count, int64_t stride, int half, const uint8_t *w, int32_t *out) {
-  all_channels<ROWS>(stride, half, out, [&](int64_t at, __m512i *upper, __m512i *lower) LAMP_LAMBDA {
-    multiply<ROWS>(tiles, count, at, stride, w, upper, lower);
+LAMP_INLINE void values(const uint8_t *const *tiles, const uint8_t *const *next, int count, int64_t stride, int half,
+                        const uint8_t *w, int32_t *out) {
+  if (stride == SUBTILE) values_of<ROWS, true>(tiles, next, count, stride, half, w, out);
+  else values_of<ROWS, false>(tiles, next, count, stride, half, w, out);
+}
+
+// Adding the three products in this order keeps one sum: ((upper * 16 + eight) * 16 + lower).
+template <int ROWS, bool TOGETHER>
+LAMP_INLINE void fine_values_of(const uint8_t *const *high, const uint8_t *const *residual, int count, int64_t stride,
+                                int half, const uint8_t *const *w, int32_t *out) {
+  const uint8_t *const *planes[3] = {high, residual, high};
+  all_channels<ROWS>(TOGETHER ? SUBTILE : stride, half, out, [&](int64_t at, __m512i *upper, __m512i *lower) LAMP_LAMBDA {
+    for (int i = 0; i < 3; i++) {
+      for (int r = 0; r < ROWS; r++) upper[r] = _mm512_slli_epi32(upper[r], 4), lower[r] = _mm512_slli_epi32(lower[r], 4);
+      multiply<ROWS, TOGETHER>(planes[i], planes[i], count, at, stride, w[i], upper, lower);
+    }
   });
 }
 
 template <int ROWS>
 LAMP_INLINE void fine_values(const uint8_t *const *high, const uint8_t *const *residual, int count, int64_t stride, int half,
                              const uint8_t *w_upper, const uint8_t *w_lower, const uint8_t *w_eight, int32_t *out) {
-  all_channels<ROWS>(stride, half, out, [&](int64_t at, __m512i *upper, __m512i *lower) LAMP_LAMBDA {
-    multiply<ROWS>(high, count, at, stride, w_upper, upper, lower);
-    for (int r = 0; r < ROWS; r++) upper[r] = _mm512_slli_epi32(upper[r], 4), lower[r] = _mm512_slli_epi32(lower[r], 4);
-    multiply<ROWS>(residual, count, at, stride, w_eight, upper, lower);
-    for (int r = 0; r < ROWS; r++) upper[r] = _mm512_slli_epi32(upper[r], 4), lower[r] = _mm512_slli_epi32(lower[r], 4);
-    multiply<ROWS>(high, count, at, stride, w_lower, upper, lower);
-  });
+  const uint8_t *const w[3] = {w_upper, w_eight, w_lower};
+  if (stride == SUBTILE) fine_values_of<ROWS, true>(high, residual, count, stride, half, w, out);
+  else fine_values_of<ROWS, false>(high, residual, count, stride, half, w, out);
 }
 
 LAMP_INLINE Vf halves(const uint16_t *from) {

@@ -4,9 +4,9 @@ template <int ROWS>
 LAMP_INLINE void fine_values(const uint8_t *const *high, const uint8_t *const *residual, int count, int64_t stride, int half,
                              const uint8_t *w_upper, const uint8_t *w_lower, const uint8_t *w_eight, int32_t *out) {
   int32_t part[ROWS * MOST_DIM];
-  values<ROWS>(high, count, stride, half, w_upper, out);
-  values<ROWS>(residual, count, stride, half, w_eight, part);
+  values<ROWS>(high, high, count, stride, half, w_upper, out);
+  values<ROWS>(residual, residual, count, stride, half, w_eight, part);
   for (int i = 0; i < ROWS * 2 * half; i++) out[i] = out[i] * 16 + part[i];
-  values<ROWS>(high, count, stride, half, w_lower, part);
+  values<ROWS>(high, high, count, stride, half, w_lower, part);
   for (int i = 0; i < ROWS * 2 * half; i++) out[i] = out[i] * 16 + part[i];
 }

@@ -24,11 +24,12 @@ LAMP_INLINE Vf scores(const LampAttend &call, const Rows &rows, int r, Vf produc
 }
 
 template <int ROWS>
-LAMP_INLINE void look_at_subtile(Work &work, int r0, int64_t j, const uint8_t *plane, const Vf *scale, Vf *most) {
+LAMP_INLINE void look_at_subtile(Work &work, int r0, int64_t j, const uint8_t *plane, const uint8_t *next, const Vf *scale,
+                                 Vf *most) {
   const LampAttend &call = *work.call;
   const Rows &rows = work.rows;
   int32_t products[ROWS * SUBTILE];
-  dots<ROWS>(plane, (int)call.planes.half_k, rows.q[r0], rows.sum8 + r0, products);
+  dots<ROWS>(plane, next, (int)call.planes.half_k, rows.q[r0], rows.sum8 + r0, products);
   uint8_t *alive = work.alive + (j - rows.from) / SUBTILE * rows.tokens;
   for (int i = 0; i < ROWS && r0 + i < rows.count; i++) {
     const int r = r0 + i;
@@ -107,21 +108,19 @@ static void look_at_segment(Work &work, int64_t segment) {
     for (int r = 0; r < rows.count; r++) most[r] = splat(-__builtin_inff());
     for (int64_t j = first; j < end; j += SUBTILE) {
       const Place place = place_of(call.planes, rows.b, rows.g, j);
-      if (j + AHEAD < rows.to) {
-        const Place next = place_of(call.planes, rows.b, rows.g, j + AHEAD);
-        fetch(call.planes.k_high + key_at(call.planes, next), SUBTILE * call.planes.half_k);
-        fetch(call.planes.k_scale + scale_at(call.planes, next), 2 * SUBTILE);
-      }
+      const Place ahead = place_of(call.planes, rows.b, rows.g, j + AHEAD < rows.to ? j + AHEAD : j);
       const uint8_t *plane = call.planes.k_high + key_at(call.planes, place);
+      const uint8_t *next = call.planes.k_high + key_at(call.planes, ahead);
+      fetch(call.planes.k_scale + scale_at(call.planes, ahead), 2 * SUBTILE);
       Vf scale[2];
       for (int h = 0; h < 2; h++) {
         scale[h] = halves(call.planes.k_scale + scale_at(call.planes, place) + h * LANES);
         scale[h] = finite(scale[h]) ? scale[h] : splat(__builtin_nanf(""));
       }
       for (int r = 0; r < rows.count;) switch (block_rows(rows.count - r)) {
-          case 4: look_at_subtile<4>(work, r, j, plane, scale, most); r += 4; break;
-          case 2: look_at_subtile<2>(work, r, j, plane, scale, most); r += 2; break;
-          default: look_at_subtile<1>(work, r, j, plane, scale, most); r += 1;
+          case 4: look_at_subtile<4>(work, r, j, plane, next, scale, most); r += 4; break;
+          case 2: look_at_subtile<2>(work, r, j, plane, next, scale, most); r += 2; break;
+          default: look_at_subtile<1>(work, r, j, plane, next, scale, most); r += 1;
         }
     }
     const int64_t keys = (end - first + SUBTILE - 1) / SUBTILE * SUBTILE;

@@ -15,7 +15,7 @@ LAMP_INLINE int32x4_t sums_of_4(int32x4_t a, int32x4_t b, int32x4_t c, int32x4_t
 }
 
 template <int ROWS>
-LAMP_INLINE void dots(const uint8_t *plane, int half, const int8_t *q, const int32_t *, int32_t *out) {
+LAMP_INLINE void dots(const uint8_t *plane, const uint8_t *, int half, const int8_t *q, const int32_t *, int32_t *out) {
   for (int j = 0; j < SUBTILE; j += 4) {
     int32x4_t sum[ROWS][4];
     for (int r = 0; r < ROWS; r++)
@@ -36,7 +36,7 @@ LAMP_INLINE void dots(const uint8_t *plane, int half, const int8_t *q, const int
 }
 
 template <int ROWS>
-LAMP_INLINE void values(const uint8_t *const *tiles, int count, int64_t stride, int half, const uint8_t *w, int32_t *out) {
+LAMP_INLINE void values(const uint8_t *const *tiles, const uint8_t *const *, int count, int64_t stride, int half, const uint8_t *w, int32_t *out) {
   // Weights go up to 255 and the dot product is signed: w = (w - 128) + 128.
   const uint8x16_t top = vdupq_n_u8(0x80);
   const int8x16_t ones = vdupq_n_s8(1);

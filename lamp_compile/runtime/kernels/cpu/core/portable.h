@@ -4,13 +4,14 @@
 // values: out[r][c] = 16 * sum over tiles and keys of w[t][r][j] * nibble[t][c][j], for 32 keys of each tile of V.
 // fine_values: out[r][c] = 16 * (256 * w_upper * high + w_lower * high + 16 * w_eight * residual), summed alike: fits
 //         into 32 bits for up to 8 tiles.
+// next: what a call soon will read in the same way, so that it can be asked for in passing.
 // q is [rows][2][PADDED] with zeros behind the channels, w [tiles][rows][32], nibbles are -8 to 7.
 
 LAMP_INLINE int upper_nibble(uint8_t b) { return (int8_t)b >> 4; }
 LAMP_INLINE int lower_nibble(uint8_t b) { return (int8_t)(b << 4) >> 4; }
 
 template <int ROWS>
-LAMP_INLINE void dots(const uint8_t *plane, int half, const int8_t *q, const int32_t *, int32_t *out) {
+LAMP_INLINE void dots(const uint8_t *plane, const uint8_t *, int half, const int8_t *q, const int32_t *, int32_t *out) {
   for (int j = 0; j < SUBTILE; j++)
     for (int r = 0; r < ROWS; r++) {
       const int8_t *upper = q + r * 2 * PADDED, *lower = upper + PADDED;
@@ -24,7 +25,7 @@ LAMP_INLINE void dots(const uint8_t *plane, int half, const int8_t *q, const int
 }
 
 template <int ROWS>
-LAMP_INLINE void values(const uint8_t *const *tiles, int count, int64_t stride, int half, const uint8_t *w, int32_t *out) {
+LAMP_INLINE void values(const uint8_t *const *tiles, const uint8_t *const *, int count, int64_t stride, int half, const uint8_t *w, int32_t *out) {
   for (int r = 0; r < ROWS; r++)
     for (int c = 0; c < half; c++) {
       int32_t upper = 0, lower = 0;

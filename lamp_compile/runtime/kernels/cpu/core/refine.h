@@ -8,6 +8,7 @@ struct Run {
   int64_t first;  // key
   int count;      // sub-tiles
   const uint8_t *k_high[RUN], *k_residual[RUN], *v_high[RUN], *v_residual[RUN];
+  const uint8_t *next[RUN];  // v_high of the run after this
   Vf k_scale[RUN][2], v_scale[RUN][2];
   uint32_t v_spoilt[RUN];  // keys whose value has no finite scale
   float cold[4][RUN_KEYS], hot[4][RUN_KEYS];  // weight * value scale; a row's sub-tile is in one of them, 0 in the other
@@ -72,11 +73,7 @@ LAMP_INLINE void open_run(const Work &work, int64_t first, int64_t end, Run &run
   run.count = 0;
   for (int64_t j = first; j < first + RUN_KEYS && j < end; j += SUBTILE) {
     const Place place = place_of(planes, work.rows.b, work.rows.g, j);
-    if (j + RUN_KEYS < work.rows.to) {
-      const Place next = place_of(planes, work.rows.b, work.rows.g, j + RUN_KEYS);
-      fetch(planes.v_scale + scale_at(planes, next), 2 * SUBTILE);
-      fetch_values(planes, planes.v_high + value_at(planes, next));
-    }
+    fetch(planes.v_scale + scale_at(planes, place_of(planes, work.rows.b, work.rows.g, j + RUN_KEYS < end ? j + RUN_KEYS : j)), 2 * SUBTILE);
     const int t = run.count++;
     run.k_high[t] = planes.k_high + key_at(planes, place);
     run.k_residual[t] = planes.k_residual + key_at(planes, place);
@@ -103,8 +100,8 @@ LAMP_INLINE void score_differences(const Work &work, const Run &run, int t, int 
   const Rows &rows = work.rows;
   const int half = (int)call.planes.half_k;
   int32_t fine[ROWS * SUBTILE], coarse[ROWS * SUBTILE];
-  dots<ROWS>(run.k_residual[t], half, rows.q[r0], rows.sum8 + r0, fine);
-  if (call.softcap != 0) dots<ROWS>(run.k_high[t], half, rows.q[r0], rows.sum8 + r0, coarse);
+  dots<ROWS>(run.k_residual[t], run.k_residual[t], half, rows.q[r0], rows.sum8 + r0, fine);
+  if (call.softcap != 0) dots<ROWS>(run.k_high[t], run.k_high[t], half, rows.q[r0], rows.sum8 + r0, coarse);
   for (int i = 0; i < ROWS; i++)
     for (int h = 0; h < 2; h++) {
       const int at = i * SUBTILE + h * LANES;
@@ -198,7 +195,7 @@ LAMP_INLINE void add_cold(Work &work, Run &run, int r0, float *const *outputs) {
   }
   const int half = (int)work.call->planes.half_v;
   int32_t out[ROWS * MOST_DIM];
-  values<ROWS>(run.v_high, run.count, work.call->planes.tile, half, w, out);
+  values<ROWS>(run.v_high, run.next, run.count, work.call->planes.tile, half, w, out);
   for (int i = 0; i < ROWS && r0 + i < work.rows.count; i++)
     for (int c = 0; c < 2 * half; c++) outputs[i][c] += step[i] * (float)out[i * 2 * half + c];
 }
@@ -290,6 +287,8 @@ static void refine_segment(Work &work, int64_t segment) {
       decide(work, next, partial);
     }
     Run &run = runs[(first - begin) / RUN_KEYS % 2];
+    const Run &after = first + RUN_KEYS < end ? runs[(first - begin) / RUN_KEYS % 2 ^ 1] : run;
+    for (int t = 0; t < run.count; t++) run.next[t] = after.v_high[t < after.count ? t : 0];
     for (int r = 0; r < rows.count;) switch (block_rows(rows.count - r)) {
         case 4: refine_rows<4>(work, run, r, partial, sums); r += 4; break;
         case 2: refine_rows<2>(work, run, r, partial, sums); r += 2; break;

@@ -2,10 +2,43 @@
 
 constexpr int MOST_DIM = 256;
 
+// Sylvester's matrix of order 16 times the lanes of a vector.
+LAMP_INLINE Vf double_lanes(Vf x) {
+#define LAMP_STEP(step, a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p)                                  \
+  {                                                                                                      \
+    const Vi lane = Vi{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};                            \
+    const Vf other = __builtin_shufflevector(x, x, a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p);      \
+    x = other + ((lane & splat(step)) != splat(0) ? -x : x);                                             \
+  }
+  LAMP_STEP(1, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14)
+  LAMP_STEP(2, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13)
+  LAMP_STEP(4, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11)
+  LAMP_STEP(8, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7)
+#undef LAMP_STEP
+  return x;
+}
+
+// A power of two of channels, at least 16; the matrix is its own transpose.
+LAMP_INLINE void rotate_vectors(int dim, float *x) {
+  Vf v[MOST_DIM / LANES];
+  const int count = dim / LANES;
+  const Vf norm = splat(1.0f / __builtin_sqrtf((float)dim));
+  for (int i = 0; i < count; i++) v[i] = double_lanes(load(x + i * LANES));
+  for (int step = 1; step < count; step *= 2)
+    for (int first = 0; first < count; first += 2 * step)
+      for (int i = first; i < first + step; i++) {
+        const Vf a = v[i], b = v[i + step];
+        v[i] = a + b;
+        v[i + step] = a - b;
+      }
+  for (int i = 0; i < count; i++) store(x + i * LANES, v[i] * norm);
+}
+
 // x R in place, or x R^T when `back`.
 LAMP_INLINE void rotate(const LampRotation &kind, int dim, bool back, float *x) {
   if (!kind.base) return;
   const int base = (int)kind.base;
+  if (base == 1 && dim >= LANES) return rotate_vectors(dim, x);
   for (int step = base; step < dim; step *= 2)
     for (int first = 0; first < dim; first += 2 * step)
       for (int i = first; i < first + step; i++) {
