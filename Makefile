@@ -6,12 +6,15 @@
 #   PIP_ARGS=...             passed to pip, such as an index with CPU builds of torch
 #   MODEL=DIR TEXT=FILE      what the demo and the benchmarks run on
 #   ARGS=...                 passed to pytest
+#   SEED=1 CASES=20000       what `make fuzz` runs: random calls of the CPU kernels under sanitizers
 
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 MODEL ?= examples/models/nano
 TEXT ?= examples/data/walden.txt
+SEED ?= 1
+CASES ?= 20000
 
 # Threads that spin while they wait make everything several times slower where other programs use the same cores.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -19,7 +22,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(notdir $(CONSTRAINTS))
 
-.PHONY: demo test check format golden bench wheel clean help
+.PHONY: demo test check format golden bench fuzz wheel clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -58,6 +61,10 @@ golden: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/compile_time.py $(MODEL)
+
+fuzz: $(STAMP)
+	$(BIN)/python -m tests.native.build build/fuzz address
+	ASAN_OPTIONS=detect_leaks=0 build/fuzz/fuzz $(SEED) $(CASES)
 
 wheel: $(STAMP)
 	rm -rf build dist

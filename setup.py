@@ -67,7 +67,8 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-setup(
-    ext_modules=[Extension("lamp_compile.runtime.kernels.cpu._core", sources=[], optional=True)],
-    cmdclass={"build_ext": BuildCore, "bdist_wheel": PlatformWheel},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension("lamp_compile.runtime.kernels.cpu._core", sources=[], optional=True)],
+        cmdclass={"build_ext": BuildCore, "bdist_wheel": PlatformWheel},
+    )

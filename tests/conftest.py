@@ -30,6 +30,23 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def reference_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a device without kernels: the reference computes, and graphs keep its five nodes."""
+    from lamp_compile.runtime import kernels
+
+    monkeypatch.setattr(kernels, "why_not_device", lambda kind: "kernels are switched off for this test")
+
+
+@pytest.fixture
+def cpu_kernels() -> None:
+    """The kernels for CPUs run on CPU tensors here."""
+    from lamp_compile.runtime import kernels
+
+    if reason := kernels.why_not_device("cpu"):
+        pytest.skip(reason)
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository."""

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from lamp_compile.runtime import kernels
 
     device = load.checked_device(args.device)
-    if reason := kernels.why_not_device(device.type):
+    if reason := tune.nothing_on(torch.device(device)):
         raise InputError(f"nothing to tune: {reason}", where=f"--device {args.device}", fix="a CUDA or ROCm device")
     model = load.load_model(args.model, device=args.device)
     fast = api.compile(model, mode="eager", **_options.compile_options(args))

@@ -162,13 +162,20 @@ class Bench:
         return float(live[min(len(live) - 1, int((1 - share) * len(live)))])
 
 
+def nothing_on(device: torch.device) -> str | None:
+    """Why there is nothing to tune on a device, or None."""
+    if reason := kernels.why_not_model(device):
+        return reason
+    return None if kernels.target_name(device) else "kernels for CPUs cut their work by shapes alone"
+
+
 def tune(bench: Bench, progress: Callable[[str], None] = lambda text: None) -> Tuned:
     """Try the choices one field after the other, keeping what is faster.
 
     Raises:
         InputError: No kernel runs on that device.
     """
-    if reason := bench.why_not():
+    if reason := nothing_on(bench.device) or bench.why_not():
         raise InputError(f"nothing to tune: {reason}", where=f"device {bench.device}", fix="a CUDA or ROCm device")
     best = LaunchPlan()
     default = time_of_best = bench.milliseconds(best)

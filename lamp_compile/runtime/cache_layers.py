@@ -163,7 +163,7 @@ class NestedLayer(GrowableLayer):
         plan = self.plan
         if self.by_kernel:
             torch.ops.lamp.append(
-                key_states, value_states, *self.planes, self.balance, self.cumulative_length.reshape(1), None,
+                key_states, value_states, *self.planes, self.balance, self._position(), None,
                 k_format=plan.k_format, v_format=plan.v_format, rotation=plan.rotation, site=self.name,
             )  # fmt: skip
             self.cumulative_length.add_(rows)
@@ -183,6 +183,13 @@ class NestedLayer(GrowableLayer):
         layout.write_scales(self.v_scale, v_scale, positions)
         self.cumulative_length.add_(rows)
         return PlaneHandle(self, False, key_states.dtype), PlaneHandle(self, True, value_states.dtype)
+
+    def _position(self) -> Tensor:
+        """Where the next row goes ``[1]``. In a graph it is computed: AOTInductor takes a view of a buffer that is all
+        zeros when a program is compiled for a constant."""
+        if torch.compiler.is_compiling():
+            return torch.arange(1, device=self.device) + self.cumulative_length
+        return self.cumulative_length.reshape(1)
 
     def attend(
         self, q: Tensor, mask: Tensor | None, bias: Tensor | None, sinks: Tensor | None,

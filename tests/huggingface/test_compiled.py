@@ -88,7 +88,11 @@ def test_controls_act_on_the_compiled_step(model: Any, ids: Tensor, greedy: dict
     assert graphs() == (1, 0)
 
 
-def test_the_graph_holds_the_planes_and_no_floats(model: Any, ids: Tensor, greedy: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("where", "store"), [("cpu_kernels", "append"), ("reference_only", "quantize")])
+def test_the_graph_holds_the_planes_and_no_floats(
+    where: str, store: str, model: Any, ids: Tensor, greedy: dict[str, Any], request: pytest.FixtureRequest
+) -> None:
+    request.getfixturevalue(where)
     fast = lamp_compile.compile(model, mode="eager")
     recorder = Recorder()
     fast.lamp.mode = "default"
@@ -97,7 +101,8 @@ def test_the_graph_holds_the_planes_and_no_floats(model: Any, ids: Tensor, greed
     (graph,) = recorder.graphs
     targets = [str(node.target) for node in graph.graph.nodes]
     assert sum(target == "lamp.attention.cached" for target in targets) == 2
-    assert sum("lamp.quantize" in target for target in targets) == 2
+    assert {target for target in targets if "lamp." in target} == {"lamp.attention.cached", f"lamp.{store}"}
+    assert sum(target == f"lamp.{store}" for target in targets) == 2
     values = [node.meta.get("example_value") for node in graph.graph.nodes]
     floats = [
         v for v in values if isinstance(v, Tensor) and v.dtype == torch.float32 and 128 in v.shape and v.dim() == 4
@@ -133,6 +138,7 @@ def test_beyond_capacity_grows_between_compiled_steps(model: Any, ids: Tensor, g
     assert torch.equal(longer[:, -4:], fast.generate(out, **greedy)[:, -4:])
 
 
+@pytest.mark.usefixtures("reference_only")
 def test_own_compiled_call_beyond_capacity_is_an_error_and_overwrites_nothing(fast: Any, ids: Tensor) -> None:
     cache = fast.lamp.cache()
     prompt = torch.cat((ids, ids, ids, ids), dim=1)[:, :128]
@@ -142,6 +148,20 @@ def test_own_compiled_call_beyond_capacity_is_an_error_and_overwrites_nothing(fa
     with pytest.raises((RuntimeError, IndexError), match=r"out of (range|bounds)"), torch.no_grad():
         step(ids[:, :1], past_key_values=cache)
     after = [getattr(cache.layers[0], name) for name in cache.layers[0].per_sequence]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_own_compiled_call_beyond_capacity_overwrites_nothing_by_kernels_either(fast: Any, ids: Tensor) -> None:
+    cache = fast.lamp.cache()
+    prompt = torch.cat((ids, ids, ids, ids), dim=1)[:, :128]
+    reference.logits(fast, prompt, past_key_values=cache)
+    names = [name for name in cache.layers[0].per_sequence if name.startswith(("k_", "v_"))]
+    assert len(names) == 6
+    before = [getattr(cache.layers[0], name).clone() for name in names]
+    with torch.no_grad():
+        torch.compile(fast.forward, backend="aot_eager", fullgraph=True)(ids[:, :1], past_key_values=cache)
+    after = [getattr(cache.layers[0], name) for name in names]
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -22,7 +23,10 @@ pytestmark = pytest.mark.usefixtures("fresh_graphs", "one_thread")
 def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Kernels apply on the CPU; how often each was called."""
     found: Counter[str] = Counter()
-    nowhere = kernels.why_not_device
+
+    def nowhere(kind: str) -> str:
+        return "stood in for"
+
     store = {"k_format": "nested8", "v_format": "nested8", "site": ""}
 
     def append(k: Tensor, v: Tensor, planes: Any, balance: Any, positions: Tensor, table: Any, rotation: str) -> None:
@@ -51,7 +55,13 @@ def tokens_and_statistics(fast: Any, ids: Tensor, **options: Any) -> tuple[Tenso
 
 
 def plain(model: Any, ids: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    return tokens_and_statistics(lamp_compile.compile(model, mode="eager"), ids, **options)
+    """By the reference."""
+    with without_kernels():
+        return tokens_and_statistics(lamp_compile.compile(model, mode="eager"), ids, **options)
+
+
+def without_kernels() -> Any:
+    return mock.patch.object(kernels, "why_not_device", return_value="switched off")
 
 
 def test_eager_mode_calls_the_kernels(model: Any, ids: Tensor, greedy: dict[str, Any], request: Any) -> None:
@@ -82,11 +92,43 @@ def test_the_graph_is_one_and_fused(model: Any, ids: Tensor, greedy: dict[str, A
     assert calls == {"append": expected, "attend": expected}
 
 
+@pytest.mark.usefixtures("cpu_kernels")
+def test_on_a_cpu_eager_mode_and_the_graph_run_the_same_kernels(
+    model: Any, ids: Tensor, greedy: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing stands in here: the compiled core, one graph, the same tokens and counts."""
+    found: Counter[str] = Counter()
+
+    def counting(name: str, real: Any) -> Any:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            found[name] += 1
+            return real(*args, **kwargs)
+
+        return counted
+
+    for name in ("append", "attend"):
+        monkeypatch.setattr(kernels.cpu, name, counting(name, getattr(kernels.cpu, name)))
+    expected = model.config.num_hidden_layers * greedy["max_new_tokens"]
+    eager = lamp_compile.compile(model, mode="eager")
+    found.clear()
+    wanted = tokens_and_statistics(eager, ids, **greedy)
+    assert found == {"append": expected, "attend": expected}
+    fast = lowered_to_eager(model)
+    found.clear()
+    tokens, statistics = tokens_and_statistics(fast, ids, **greedy)
+    assert found == {"append": expected, "attend": expected}
+    assert graphs() == (1, 0)
+    assert "lamp.fused_attention" in fast.lamp.report().after
+    assert torch.equal(tokens, wanted[0])
+    assert torch.equal(statistics, wanted[1])
+
+
 def test_slots_call_the_kernels(model: Any, request: Any) -> None:
     prompts = [[5, 6, 7], list(range(3, 40)), [9] * 12]
     options = {"max_new_tokens": 5, "streams": 2, "eos_token_id": None}
     many = lambda fast: dict(fast.lamp.generate_many(prompts, **options))  # noqa: E731
-    wanted = many(lamp_compile.compile(model, mode="eager"))
+    with without_kernels():
+        wanted = many(lamp_compile.compile(model, mode="eager"))
     calls = request.getfixturevalue("calls")
     found = many(lamp_compile.compile(model, mode="eager"))
     assert all(torch.equal(found[index], wanted[index]) for index in range(len(prompts)))
@@ -137,7 +179,8 @@ def test_one_line_per_reason(model: Any, calls: Counter[str]) -> None:
 
 
 def test_nothing_is_noted_where_kernels_run_or_never_could(model: Any, request: Any) -> None:
-    assert not noted(lamp_compile.compile(model, mode="eager", rule="mass"))
+    with without_kernels():
+        assert not noted(lamp_compile.compile(model, mode="eager", rule="mass"))
     request.getfixturevalue("calls")
     assert not noted(lamp_compile.compile(model, mode="eager"))
 
@@ -162,7 +205,7 @@ def test_a_graph_without_a_cache_notes_that_kernels_need_one(calls: Counter[str]
 @pytest.mark.parametrize("tile", [32, 64, 128])
 def test_plans_and_planes_of_any_tile(model: Any, ids: Tensor, greedy: dict[str, Any], tile: int) -> None:
     """A plan of 0.1.0 says tile 128; it loads, runs, and its tokens are those of the default."""
-    wanted = plain(model, ids, **greedy)
+    wanted = tokens_and_statistics(lamp_compile.compile(model, mode="eager"), ids, **greedy)
     plan = lamp_compile.compile(model, mode="eager").lamp.plan
     old = plan.to_json().replace('"tile": 32', f'"tile": {tile}')
     fast = lamp_compile.compile(model, mode="eager", plan=lamp_compile.Plan.from_json(old))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -13,6 +13,7 @@ from lamp_compile.ir import Precision
 from lamp_compile.runtime import guard, lookahead, reference, rotation
 from lamp_compile.runtime import ops as _ops  # noqa: F401 (registers torch.ops.lamp)
 from lamp_compile.runtime.arguments import Visibility
+from lamp_compile.runtime.kernels import cpu
 
 COLD, BOTH = 1e9, 0.0
 """tau that refines nothing, tau that refines everything."""
@@ -20,6 +21,16 @@ NAMES = ("mask", "bias", "sinks", "start", "lengths", "table")
 STRICT = replace(lookahead.get("lamp_strict"), importance=lambda z, y, live: (2 * z * y.abs()).amax(-1))
 """The strict rule as kernels have it, which is never less: without the factor 1 - z, for which a second pass would be
 needed."""
+
+
+class Native(NamedTuple):
+    """Where kernels run, in place of a torch.device: the compiled core for CPUs, with one of its instruction sets."""
+
+    name: str
+    type: str = "cpu"
+
+
+Where = torch.device | Native
 
 
 @dataclass(frozen=True)
@@ -45,7 +56,7 @@ class Call:
         scale = self.q.shape[-1] ** -0.5
         return reference.exact_attention(self.q, self.k, self.v, see, scale, self.options["softcap"])[0]
 
-    def arguments(self, device: torch.device) -> tuple[Any, ...]:
+    def arguments(self, device: Where) -> tuple[Any, ...]:
         """For ``decode``, on a device; state and statistics are copies."""
 
         def there(x: Tensor | None) -> Tensor | None:
@@ -55,7 +66,7 @@ class Call:
             moved = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
             return moved.copy_(x)
 
-        hot = tuple(x.to(device, copy=True) for x in self.hot)
+        hot = tuple(x.to(device.type, copy=True) for x in self.hot)
         return (
             there(self.q), tuple(map(there, self.planes)), hot, there(self.balance), tuple(map(there, self.seen)),
             self.options,
@@ -179,19 +190,26 @@ def guarded(call: Call, out: Tensor, lse: Tensor, certificate: Tensor, levels: T
     )  # fmt: skip
 
 
-def by_kernels(call: Call, device: torch.device) -> Outcome:
+def by_kernels(call: Call, device: Where) -> Outcome:
     """What the kernels leave, on the CPU."""
-    from lamp_compile.runtime.kernels import decode
-
     arguments = call.arguments(device)
-    result = decode.decode(*arguments)
+    if isinstance(device, Native):
+        assert cpu.instruction_set() == device.name
+        result: Any = cpu.attend(*arguments, details=True)
+    else:
+        from lamp_compile.runtime.kernels import decode
+
+        result = decode.decode(*arguments)
     state, stats = arguments[2][3:]
     return Outcome(*(x.cpu() for x in (result.out, result.lse, result.certificate, state, stats)))
 
 
-def decided_together(call: Call, device: torch.device) -> int:
-    """Tokens of one program."""
+def decided_together(call: Call, device: Where) -> int:
+    """Tokens of one program, which decide as one; on a CPU each for itself, as in the reference."""
     from lamp_compile.plan import LaunchPlan
+
+    if isinstance(device, Native):
+        return 1
     from lamp_compile.runtime.kernels import targets
 
     pages = call.planes[0].shape[2] if call.seen[5] is None else call.seen[5].shape[1]

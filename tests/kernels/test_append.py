@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from torch import Tensor
 
 from lamp_compile.runtime import fused_ops as _fused  # noqa: F401 (registers torch.ops.lamp.append)
-from lamp_compile.runtime import rotation
+from lamp_compile.runtime import kernels, rotation
+from lamp_compile.runtime.kernels import cpu
 from tests.kernels import calls
 from tests.tolerances import KERNELS
 
@@ -35,21 +38,34 @@ def planes(batch: int, kv_heads: int, dim: int, value_dim: int, pages: int = PAG
 
 def append(k, v, stored, balance, positions, table, kind, device) -> list[Tensor]:
     """By kernel, on the CPU again."""
-    from lamp_compile.runtime.kernels import append_rows
 
     def there(x: Tensor | None) -> Tensor | None:
-        return None if x is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)
+        return (
+            None if x is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device.type).copy_(x)
+        )
 
     moved = [there(x) for x in stored] if device.type != "cpu" else [x.clone() for x in stored]
-    append_rows.append(there(k), there(v), tuple(moved), there(balance), there(positions), there(table), kind)
+    arguments = (there(k), there(v), tuple(moved), there(balance), there(positions), there(table), kind)
+    if isinstance(device, calls.Native):
+        cpu.append(*arguments)
+    else:
+        from lamp_compile.runtime.kernels import append_rows
+
+        append_rows.append(*arguments)
     return [x.cpu() for x in moved]
 
 
 def by_reference(k, v, stored, balance, positions, table, kind) -> list[Tensor]:
     made = [x.clone() for x in stored]
-    options = dict(k_format="nested8", v_format="nested8", rotation=kind, site="")
-    torch.ops.lamp.append(k, v, *made, balance, positions, table, **options)
+    store(k, v, made, balance, positions, table, kind)
     return made
+
+
+def store(k, v, stored, balance, positions, table, kind) -> None:
+    """The reference's ``lamp::append``."""
+    options = dict(k_format="nested8", v_format="nested8", rotation=kind, site="")
+    with mock.patch.object(kernels, "why_not_device", return_value="switched off"):
+        torch.ops.lamp.append(k, v, *stored, balance, positions, table, **options)
 
 
 def codes(high: Tensor, residual: Tensor) -> Tensor:
@@ -139,10 +155,7 @@ def test_rows_beyond_the_capacity_go_nowhere(device):
     wanted = [x.clone() for x in stored]
     for b, tokens, first in fits:
         part = [x[b : b + 1] for x in wanted]
-        torch.ops.lamp.append(
-            k[b : b + 1, :, tokens], v[b : b + 1, :, tokens], *part, None, torch.tensor([first]), None,
-            k_format="nested8", v_format="nested8", rotation="hadamard", site="",
-        )  # fmt: skip
+        store(k[b : b + 1, :, tokens], v[b : b + 1, :, tokens], part, None, torch.tensor([first]), None, "hadamard")
     compare(got, wanted, stored, exact=True)
 
 

@@ -14,7 +14,7 @@ from tests.kernels import calls
 from tests.tolerances import KERNELS
 
 
-def compare(call: calls.Call, device: torch.device) -> tuple[calls.Outcome, calls.Outcome]:
+def compare(call: calls.Call, device: calls.Where) -> tuple[calls.Outcome, calls.Outcome]:
     """(kernels, reference with the same decisions)."""
     return calls.by_kernels(call, device), calls.by_reference(call, calls.levels_of(call))
 

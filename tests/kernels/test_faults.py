@@ -194,23 +194,23 @@ def test_repeated_it_gives_the_same_bits(settings, device, monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device")
-def test_a_graph_of_append_and_read_replays_to_the_same_bits(device):
+def test_a_graph_of_append_and_read_replays_to_the_same_bits(triton_device):
     """The row that a replay appends is read by the attention behind it, every time."""
     from lamp_compile.runtime.kernels import append_rows, decode
 
     q, planes, hot, balance, seen, options = calls.make(
         dim=128, heads=32, kv_heads=8, keys=8192, batch=4, lengths=torch.tensor([1, 1, 1, 1]), share=0.1,
-    ).arguments(device)  # fmt: skip
+    ).arguments(triton_device)  # fmt: skip
     lengths = seen[4]
-    k, v = torch.randn(2, 4, 8, 1, 128, device=device)
-    noise = torch.randn(4, 8, 1, 128, device=device)
+    k, v = torch.randn(2, 4, 8, 1, 128, device=triton_device)
+    noise = torch.randn(4, 8, 1, 128, device=triton_device)
 
     def step() -> torch.Tensor:
         append_rows.append(k + lengths[:, None, None, None] * noise * 1e-3, v, planes, None, lengths, None, "hadamard")
         lengths.add_(1)
         return decode.decode(q, planes, hot, balance, seen, options).out
 
-    start = torch.tensor([100, 2000, 5000, 7000], device=device)
+    start = torch.tensor([100, 2000, 5000, 7000], device=triton_device)
     saved = [x.clone() for x in hot[3:]]
     step()
     torch.cuda.synchronize()

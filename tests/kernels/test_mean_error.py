@@ -17,11 +17,16 @@ from lamp_compile.runtime import reference, rotation
 from lamp_compile.runtime.arguments import Scores, Visibility
 from lamp_compile.runtime.formats import nested8
 from tests.kernels import calls
-from tests.tolerances import KERNELS
+from tests.tolerances import CPU_KERNELS, KERNELS
 
 LENGTHS = (256, 1024, 4096)
 LONG = (16384, 65536)
 DIFFUSE, USUAL = 0.05, 1.0
+
+
+def fast(device: calls.Where) -> bool:
+    """No interpreter."""
+    return device.type == "cuda" or isinstance(device, calls.Native)
 
 
 @cache
@@ -32,6 +37,12 @@ def case(keys: int, sharpness: float, kind: str) -> calls.Call:
         keys=keys, heads=32, kv_heads=2, sharpness=sharpness, rotation=kind, tau=calls.COLD, tile=subtile,
         subtile=subtile,
     )  # fmt: skip
+
+
+@cache
+def cold_by_reference(keys: int) -> Tensor:
+    call = case(keys, DIFFUSE, "none")
+    return calls.by_reference(call, calls.levels_of(call)).out
 
 
 def drift(call: calls.Call, out: Tensor, lse: Tensor) -> tuple[float, float]:
@@ -49,7 +60,7 @@ def drift(call: calls.Call, out: Tensor, lse: Tensor) -> tuple[float, float]:
 
 @pytest.mark.parametrize(("sharpness", "kind"), [(DIFFUSE, "none"), (USUAL, "hadamard")])
 def test_no_mean_error_at_any_length(sharpness, kind, device):
-    for keys in LENGTHS + (LONG if device.type == "cuda" else ()):
+    for keys in LENGTHS + (LONG if fast(device) else ()):
         call = case(keys, sharpness, kind)
         got = calls.by_kernels(call, device)
         assert got.stats[..., 2].eq(0).all()
@@ -57,6 +68,16 @@ def test_no_mean_error_at_any_length(sharpness, kind, device):
         assert abs(of_values) < KERNELS["drift"].bound, keys
         if sharpness == USUAL:
             assert abs(of_keys) < KERNELS["drift"].bound, keys
+
+
+def test_the_error_shrinks_as_the_context_grows(native):
+    """Against attention over the same planes: what rounding takes from one weight it gives to another."""
+    errors = []
+    for keys in (1024, LONG[-1]):
+        got = calls.by_kernels(case(keys, DIFFUSE, "none"), native)
+        errors.append(calls.whole(got.out, cold_by_reference(keys)))
+        assert errors[-1] <= CPU_KERNELS["output"].bound, keys
+    assert errors[1] < CPU_KERNELS["growth"].bound * errors[0]
 
 
 @pytest.mark.parametrize("sharpness", [USUAL, 3.0])

@@ -78,6 +78,7 @@ def test_expanded_graph_computes_and_writes_the_same(lower):
     assert len(backend.reports) == 1
 
 
+@pytest.mark.usefixtures("reference_only")
 def test_four_nodes_replace_it_and_no_hot_tensor_is_added():
     graphs = []
 

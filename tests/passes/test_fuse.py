@@ -46,13 +46,21 @@ def fused():
     return program, expected, lamp_nodes(program.graph, SITE)["fused_attention"]
 
 
+@pytest.mark.usefixtures("reference_only")
 def test_without_kernels_nothing_is_fused_and_the_reason_is_given():
     program, sites, _ = expanded()
     before = str(program.graph)
     reasons = fuse(program, sites)
     assert list(reasons) == [SITE]
-    assert "this is cpu" in reasons[SITE]
+    assert "switched off" in reasons[SITE]
     assert str(program.graph) == before
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_on_a_cpu_with_kernels_it_is_fused():
+    program, sites, _ = expanded()
+    assert fuse(program, sites) == {SITE: None}
+    assert lamp_counts(program.graph) == {"fused_attention": 1}
 
 
 def test_one_operator_and_no_copies():

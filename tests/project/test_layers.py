@@ -84,7 +84,8 @@ def test_all_but_the_kernels_works_without_triton() -> None:
         "import sys\nsys.modules['triton'] = None\n"
         "import torch, lamp_compile.runtime.fused_ops as _\nfrom lamp_compile.runtime import kernels\n"
         "assert kernels.why_not_device('cuda') == 'triton is not installed'\n"
-        "assert 'CUDA' in kernels.why_not_device('cpu')\n"
+        "assert 'CUDA' in kernels.why_not_device('meta')\n"
+        "assert kernels.why_not_device('cpu') == kernels.cpu.why_not()\n"
         "assert torch.ops.lamp.fused_attention and torch.ops.lamp.append\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)

@@ -16,6 +16,7 @@ from lamp_compile.quality.engine import CompiledEngine
 from lamp_compile.quality.evaluate import Evaluation
 from lamp_compile.quality.metrics import Comparison
 from lamp_compile.quality.rows import RowSpec
+from tests.tolerances import ONE_FORWARD
 
 CONTEXT, COUNT = 256, 2
 
@@ -87,8 +88,10 @@ def test_the_default_plan_does_not_mind_the_outlier_twin(row, evaluation):
     assert left_out.kl > 10 * row("all_high", 30.0).kl, "the twin must hurt a plan that does not balance"
 
 
-def test_one_forward_has_the_semantics_of_decoding(model, picked):
-    """The window at once and token by token: the same logits, the same tiles refined."""
+@pytest.mark.parametrize("where", ["cpu_kernels", "reference_only"])
+def test_one_forward_has_the_semantics_of_decoding(where, model, picked, request):
+    """The window at once, by the reference, and token by token: the same logits, the same tiles refined."""
+    request.getfixturevalue(where)
     fast = lamp_compile.compile(model, mode="eager", tau=0.05, guard_budget=math.inf)
     engine = CompiledEngine(fast)
     ids = picked[:1, :70]
@@ -99,7 +102,7 @@ def test_one_forward_has_the_semantics_of_decoding(model, picked):
     # Not bit for bit: sums in another order now and then round a stored value or a query the other way.
     compared = Comparison()
     compared.add(torch.cat(steps, 1), at_once.logits, ids)
-    assert compared.result().kl < 2e-6
+    assert compared.result().kl < ONE_FORWARD[where].bound
     share = {site["site"]: site["refined_share"] for site in cache.guard_report()}
     for name, tiles in at_once.tiles.items():
         live, refined = tiles.counts.tolist()

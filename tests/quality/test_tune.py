@@ -54,8 +54,12 @@ def test_the_bench_refines_the_share_it_was_asked_for(share: float) -> None:
     assert refined / live == pytest.approx(share, abs=0.03)
 
 
-def test_without_a_gpu_there_is_nothing_to_tune(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(InputError, match="nothing to tune: kernels run on CUDA and ROCm"):
+@pytest.mark.parametrize("where", ["cpu_kernels", "reference_only"])
+def test_without_a_gpu_there_is_nothing_to_tune(
+    where: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    request.getfixturevalue(where)
+    with pytest.raises(InputError, match="nothing to tune: "):
         tune.tune(tune.Bench(SHAPE, SitePlan("site"), CPU))
     with pytest.raises(InputError, match="a length of 100"):
         tune.check_length(100)

@@ -82,6 +82,7 @@ def test_fake_shapes_of_quantize_are_the_real_ones(fmt: str, tile: int) -> None:
         assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
 
 
+@pytest.mark.usefixtures("reference_only")
 def test_cached_is_the_four_stages_one_after_the_other() -> None:
     args, kwargs = sample("attention.cached")
     q, stored, (tau, floor, budget, state, stats) = args[0], args[1:7], args[7:12]

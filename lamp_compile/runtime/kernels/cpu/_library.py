@@ -63,7 +63,7 @@ def load() -> ctypes.CDLL:
 
     Raises:
         OSError: It is not there or does not load.
-        RuntimeError: It was built from other sources than these.
+        AttributeError, RuntimeError: It was built from other sources than these.
     """
     file = path()
     if file is None:
@@ -103,7 +103,7 @@ def why_not() -> str | None:
         return "the CPU kernels were not compiled when this package was installed (no C++ compiler?)"
     try:
         core = load()
-    except (OSError, RuntimeError) as error:
+    except (OSError, AttributeError, RuntimeError) as error:
         return f"the CPU kernels do not load: {error}"
     if wanted and core.lamp_use(wanted.encode()) != 0:
         return f"{VARIABLE}={wanted}: this machine has {core.lamp_instruction_sets().decode()}"
@@ -116,5 +116,8 @@ def instruction_set() -> str:
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """All that run here, best first."""
-    return () if path() is None else tuple(load().lamp_instruction_sets().decode().split(","))
+    """All that run here, best first; none without a core that loads."""
+    try:
+        return tuple(load().lamp_instruction_sets().decode().split(","))
+    except (OSError, AttributeError, RuntimeError):
+        return ()

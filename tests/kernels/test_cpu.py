@@ -1,0 +1,173 @@
+"""The compiled core for CPUs: what no other kernel has. Threads, how work is cut, every dtype, instruction sets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lamp_compile.runtime.kernels import cpu
+from lamp_compile.runtime.kernels.cpu import _library
+from tests.kernels import calls
+from tests.kernels.test_decode import check, random_mask
+from tests.kernels.test_faults import bits, same
+from tests.tolerances import CPU_KERNELS
+
+SEGMENT = 2048
+"""Keys that share a partial result (``core/rows.h``)."""
+THREADS = (1, 2, 3, 5)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# Fewer pieces of work than threads, of several segments each: those go side by side. Otherwise whole pieces do.
+CUTS = {
+    "one head, long": {"heads": 4, "kv_heads": 1, "batch": 1, "keys": 3 * SEGMENT + 77},
+    "three heads, long": {"heads": 3, "kv_heads": 3, "batch": 1, "keys": 2 * SEGMENT + 5},
+    "many heads": {"heads": 12, "kv_heads": 6, "batch": 3, "keys": 300},
+    "tokens": {"heads": 8, "kv_heads": 1, "batch": 1, "keys": SEGMENT + 100, "tokens": 21, "causal": "bottom_right"},
+    "window": {
+        "heads": 2, "kv_heads": 1, "batch": 1, "keys": 4 * SEGMENT, "tokens": 3, "causal": "bottom_right",
+        "window": 2500,
+    },
+    "relaxed": {
+        "heads": 4, "kv_heads": 1, "batch": 1, "keys": 2 * SEGMENT + 300, "rule": "lamp_relaxed", "sharpness": 2.0,
+    },
+    "lengths": {"heads": 2, "kv_heads": 1, "keys": 3 * SEGMENT, "lengths": torch.tensor([5000, 31])},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_any_number_of_threads_gives_the_same_bits(name, native):
+    call = calls.make(**{"share": 0.1, **CUTS[name]})
+    with threads(1):
+        first = calls.by_kernels(call, native)
+    assert first.stats[..., 2].gt(0).any()
+    for count in THREADS[1:]:
+        with threads(count):
+            same(first, calls.by_kernels(call, native))
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_however_the_work_is_cut(name, native):
+    with threads(3):
+        check(calls.make(**{"share": 0.1, **CUTS[name]}), native)
+
+
+@pytest.mark.parametrize("count", THREADS)
+def test_appending_with_any_number_of_threads(count, native):
+    k, v = torch.randn(2, 3, 200, 64), torch.randn(2, 3, 200, 96)
+    made = [
+        torch.zeros_like(x) for _ in range(2) for x in calls.make(kv_heads=3, heads=3, keys=256, value_dim=96).planes
+    ]
+    for stored, number in ((made[:6], 1), (made[6:], count)):
+        with threads(number):
+            cpu.append(k, v, tuple(stored), None, torch.tensor([17, 40]), None, "hadamard")
+    assert made[0].any()
+    for one, other in zip(made[:6], made[6:], strict=True):
+        assert torch.equal(bits(one), bits(other))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("dim", "value_dim"), [(16, 20), (64, 128), (80, 48), (96, 64), (128, 80), (192, 128), (256, 192), (64, 256)]
+)
+def test_any_dtype_of_any_head_dimension(dtype, dim, value_dim, native):
+    check(
+        calls.make(
+            dim=dim, value_dim=value_dim, dtype=dtype, batch=1, heads=3, kv_heads=1, rotation=kind(dim, value_dim)
+        ),
+        native,
+    )
+
+
+def kind(*dims: int) -> str:
+    """There is no rotation of 20 channels."""
+    return "none" if 20 in dims else "hadamard"
+
+
+@pytest.mark.parametrize("rule", ["energy", "lamp_strict", "lamp_relaxed"])
+@pytest.mark.parametrize("subtile", [32, 64, 128])
+def test_long_contexts_by_every_rule(rule, subtile, native):
+    """Several segments, the last one ragged; decisions of one segment do not reach into the next."""
+    call = calls.make(
+        heads=5, kv_heads=1, batch=1, keys=2 * SEGMENT + 333, rule=rule, subtile=subtile, tile=128, sharpness=2.0,
+        share=0.1,
+    )  # fmt: skip
+    check(call, native)
+
+
+@pytest.mark.parametrize("group", [5, 13, 33, 63, 64])
+def test_groups_of_any_size(group, native):
+    """Rows are taken four, two or one at a time, up to 64."""
+    check(calls.make(heads=group, kv_heads=1, batch=1, keys=90), native)
+    if group < 33:
+        check(calls.make(heads=group, kv_heads=1, batch=1, keys=90, tokens=7, causal="bottom_right", share=0.1), native)
+
+
+@pytest.mark.parametrize("first", [0, 31, 1999, 2049, 4090])
+def test_a_window_anywhere_in_a_long_context(first, native):
+    """Work begins at the segment where the window does, and the room for scores is counted by the window."""
+    length = first + 700
+    check(
+        calls.make(
+            keys=3 * SEGMENT, batch=1, heads=2, kv_heads=1, tokens=40, causal="bottom_right", window=661, share=0.1,
+            lengths=torch.tensor([length]),
+        ),
+        native,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_lengths_of_either_kind(dtype, native):
+    """Every other element of a longer tensor, so that steps are seen."""
+    wide = torch.tensor([[150, 7], [41, 9]], dtype=dtype)
+    call = calls.make(lengths=torch.tensor([150, 41]), start=torch.tensor([3, 20]))
+    plain = check(call, native)
+    seen = (*call.seen[:3], torch.tensor([[3, 1], [20, 1]], dtype=dtype)[:, 0], wide[:, 0], None)
+    same(plain, calls.by_kernels(replace(call, seen=seen), native))
+
+
+def test_masks_and_biases_of_any_strides(native):
+    mask, bias = random_mask(2, 4, 3, 150), torch.randn(2, 4, 3, 150)
+    call = calls.make(tokens=3, mask=mask, bias=bias, share=0.1)
+    plain = check(call, native)
+    turned = tuple(x.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0) for x in (mask, bias))
+    assert not turned[0].is_contiguous()
+    same(plain, calls.by_kernels(replace(call, seen=(*turned, *call.seen[2:])), native))
+
+
+def test_a_missing_page_is_dead_as_long_as_nobody_sees_it(native):
+    """Pages before the window or behind the length may be -1 or anything else that is no page."""
+    from tests.kernels.test_decode import in_pool
+
+    call = calls.make(causal="bottom_right", window=60, lengths=torch.tensor([150, 130]))
+    pooled = in_pool(call)
+    plain = calls.by_kernels(pooled, native)
+    table = pooled.seen[5].clone()
+    table[:, :2] = torch.tensor([[-1, 10**6], [-7, -1]])
+    same(plain, calls.by_kernels(replace(pooled, seen=(*pooled.seen[:5], table)), native))
+
+
+@pytest.mark.skipif(len(cpu.instruction_sets()) < 2, reason="only one instruction set here")
+@pytest.mark.parametrize("name", CUTS)
+def test_instruction_sets_agree(name, native):
+    """Closely: integer products are the same, sums of floats have another order."""
+    call = calls.make(**{"share": 0.1, **CUTS[name]})
+    got = calls.by_kernels(call, native)
+    _library.load().lamp_use(b"portable")
+    plain = calls.by_kernels(call, calls.Native("portable"))
+    assert calls.whole(got.out, plain.out) <= CPU_KERNELS["sets"].bound
+    assert float((got.lse - plain.lse).abs().max()) <= CPU_KERNELS["lse"].bound
+    assert torch.equal(got.stats, plain.stats)

@@ -1,0 +1,210 @@
+// Random calls of the core, with every instruction set that this machine has: fuzz SEED COUNT. Case i has seed SEED + i,
+// so a failure is repeated by "fuzz ITS-SEED 1". What must hold:
+//   - nothing is read or written outside the call's own arrays (with a sanitizer; inputs stay as they are without one);
+//   - any number of threads gives the same bits;
+//   - instruction sets agree;
+//   - rows that see nothing give zeros, rows that see something have a log-sum-exp;
+//   - nothing that is not finite comes out, unless it went in where somebody looks;
+//   - appending changes the rows it names and no other byte.
+#include <cstdio>
+#include <sstream>
+#include <string>
+
+#include "case.h"
+
+static uint64_t seed_now = 0;
+
+[[noreturn]] static void fail(const char *set, const char *what, double a = 0, double b = 0) {
+  std::printf("seed %llu, %s: %s (%g, %g)\n", (unsigned long long)seed_now, set, what, a, b);
+  std::fflush(stdout);
+  std::exit(1);
+}
+
+static std::vector<std::string> instruction_sets() {
+  std::vector<std::string> found;
+  std::stringstream names(lamp_instruction_sets());
+  for (std::string name; std::getline(names, name, ',');) found.push_back(name);
+  return found;
+}
+
+struct Result {
+  std::vector<float> out, lse, certificate, state;
+  std::vector<int64_t> stats;
+  std::vector<uint16_t> halves;
+
+  bool operator==(const Result &o) const {
+    const auto same = [](const auto &a, const auto &b) {
+      return a.size() == b.size() && (a.empty() || !std::memcmp(a.data(), b.data(), a.size() * sizeof a[0]));
+    };
+    return same(out, o.out) && same(lse, o.lse) && same(certificate, o.certificate) && same(state, o.state) &&
+           same(stats, o.stats) && same(halves, o.halves);
+  }
+};
+
+static float float_of(uint16_t half, int64_t dtype) {
+  uint32_t u = (uint32_t)half << 16;
+  float f;
+  if (dtype == LAMP_BFLOAT16) {
+    std::memcpy(&f, &u, 4);
+    return f;
+  }
+  const int exponent = half >> 10 & 31, fraction = half & 1023;
+  if (exponent == 31) f = fraction ? NOT : INF;
+  else f = exponent ? std::ldexp(1024.0f + (float)fraction, exponent - 25) : std::ldexp((float)fraction, -24);
+  return half & 0x8000 ? -f : f;
+}
+
+static Result attend(Case &c, const char *set, int64_t threads, const std::vector<float> &state,
+                     const std::vector<int64_t> &stats) {
+  if (lamp_use(set)) fail(set, "is not there");
+  c.state.assign(state), c.stats.assign(stats);
+  c.call.threads = threads;
+  if (lamp_attend(&c.call)) fail(set, "no memory");
+  Result r{c.out32.copy(), c.lse.copy(), c.certificate.copy(), c.state.copy(), c.stats.copy(), c.out16.copy()};
+  for (uint16_t half : r.halves) r.out.push_back(float_of(half, c.call.dtype));
+  return r;
+}
+
+static void check_rows(const Case &c, const char *set, const Result &r, const std::vector<int64_t> &before) {
+  for (int64_t b = 0; b < c.batch; b++)
+    for (int64_t h = 0; h < c.heads; h++)
+      for (int64_t s = 0; s < c.queries; s++) {
+        const int64_t row = (b * c.heads + h) * c.queries + s;
+        bool seen = false;
+        for (int64_t j = c.begin(b); j < c.end(b) && !seen; j++) seen = c.sees(b, h, s, j);
+        for (int64_t i = 0; i < c.value_dim; i++) {
+          const float x = r.out[row * c.value_dim + i];
+          if (!seen && x != 0) fail(set, "a row that sees nothing is not 0", (double)row, x);
+          if (!c.wild && !std::isfinite(x)) fail(set, "not finite", (double)row, x);
+        }
+        if (r.lse.empty()) continue;
+        if (!seen && r.lse[row] != -INF) fail(set, "a row that sees nothing has a log-sum-exp", (double)row, r.lse[row]);
+        if (seen && !c.wild && !c.call.bias && !std::isfinite(r.lse[row])) fail(set, "no log-sum-exp", (double)row, r.lse[row]);
+        for (int64_t i = 0; i < 3; i++) {
+          const float x = r.certificate[3 * row + i];
+          if (!seen && x != 0) fail(set, "a row that sees nothing has a certificate", (double)row, x);
+          if (!c.wild && !(x >= 0 && x < INF)) fail(set, "certificate", (double)row, x);
+        }
+      }
+  for (int64_t i = 0; i < c.batch * c.kv_heads; i++) {
+    const int64_t *now = r.stats.data() + 7 * i, *then = before.data() + 7 * i;
+    const int64_t alive = now[1] - then[1], refined = now[2] - then[2];
+    if (refined < 0 || refined > alive || alive > c.queries * c.room / c.call.subtile) fail(set, "counts", (double)alive, (double)refined);
+    if (now[3] != then[3]) fail(set, "there is no exact tier");
+    if (!c.wild && now[6] != then[6]) fail(set, "a bad step");
+    for (int k = 0; k < 4; k++)
+      if (!c.wild && !std::isfinite(r.state[4 * i + k])) fail(set, "guard state", (double)i, k);
+  }
+}
+
+// As near as rounding and a few tipped weights allow, where both decided alike.
+static void check_close(const Case &c, const char *set, const Result &a, const Result &b) {
+  for (size_t i = 0; i < a.lse.size(); i++) {
+    if (std::isnan(a.lse[i]) != std::isnan(b.lse[i])) fail(set, "NaN in one instruction set only", (double)i);
+    if (!c.wild && std::fabs(a.lse[i] - b.lse[i]) > 1e-3f * (1 + std::fabs(b.lse[i]))) fail(set, "log-sum-exp", a.lse[i], b.lse[i]);
+  }
+  for (size_t i = 0; i < a.stats.size(); i++)
+    if (i % 7 == 1 && a.stats[i] != b.stats[i]) fail(set, "live sub-tiles", (double)a.stats[i], (double)b.stats[i]);
+  if (c.wild) return;
+  for (size_t i = 0; i < a.stats.size(); i++)
+    if (i % 7 == 2 && a.stats[i] != b.stats[i]) return;
+  const double rounding = c.call.dtype == LAMP_FLOAT32 ? 0 : c.call.dtype == LAMP_BFLOAT16 ? 0.01 : 0.002;
+  // Of the largest value there is: 2^-6 * 136 a channel, times what a matrix of any signs makes of it.
+  const double spread = c.call.rotate_v.base ? c.call.rotate_v.base / std::sqrt((double)c.call.rotate_v.base) : 1;
+  const double bound = 0.002 * 136.0 / 64 * std::sqrt((double)c.value_dim) * spread;
+  for (int64_t row = 0; row < c.batch * c.heads * c.queries; row++) {
+    double difference = 0, size = 0;
+    for (int64_t i = 0; i < c.value_dim; i++) {
+      const double x = a.out[row * c.value_dim + i], y = b.out[row * c.value_dim + i];
+      difference += (x - y) * (x - y), size += y * y;
+    }
+    if (std::sqrt(difference) > bound + rounding * std::sqrt(size)) fail(set, "output", std::sqrt(difference), std::sqrt(size));
+  }
+}
+
+static void fuzz_attend(uint64_t seed, const std::vector<std::string> &sets) {
+  Case c(seed);
+  const auto state = c.state.copy();
+  const auto stats = c.stats.copy();
+  const auto k_high = c.k_high.copy(), v_residual = c.v_residual.copy();
+  const auto k_scale = c.k_scale.copy();
+  const Result plain = attend(c, "portable", 1, state, stats);
+  for (const std::string &set : sets) {
+    const Result one = set == "portable" ? plain : attend(c, set.c_str(), 1, state, stats);
+    check_rows(c, set.c_str(), one, stats);
+    check_close(c, set.c_str(), one, plain);
+    const int64_t more[] = {2, 3, 5, 16};
+    for (int k = 0; k < 2; k++)
+      if (!(attend(c, set.c_str(), c.random.pick(more), state, stats) == one)) fail(set.c_str(), "other bits with other threads");
+  }
+  if (!c.k_high.same(k_high) || !c.v_residual.same(v_residual) || !c.k_scale.same(k_scale)) fail("all", "planes were written");
+}
+
+static void fuzz_append(uint64_t seed, const std::vector<std::string> &sets) {
+  Case c(seed);
+  Random &random = c.random;
+  const int64_t rows = 1 + random.below(random.chance(0.3) ? 150 : 3), gap = random.below(3);
+  const int64_t n = c.batch * c.kv_heads * rows;
+  Exact<float> k(random, n * (c.dim + gap) - gap), v(random, n * (c.value_dim + gap) - gap);
+  for (Exact<float> *x : {&k, &v})
+    for (int64_t i = 0; i < x->size(); i++) (*x)[i] = c.number(1);
+  Exact<int64_t> positions(random, c.batch);
+  for (int64_t b = 0; b < c.batch; b++) positions[b] = random.below(c.room + 40) - 20;
+  LampAppend call = {};
+  call.planes = c.call.planes, call.rotate_k = c.call.rotate_k, call.rotate_v = c.call.rotate_v;
+  call.k = k.data(), call.v = v.data(), call.batch = c.batch, call.rows = rows;
+  for (int axis = 0, step = 1; axis < 3; axis++, step *= axis == 1 ? (int)rows : (int)c.kv_heads)
+    call.k_strides[2 - axis] = step * (c.dim + gap), call.v_strides[2 - axis] = step * (c.value_dim + gap);
+  call.balance = c.call.balance, call.balance_stride = c.call.balance_stride;
+  call.positions = {positions.data(), 8, 1};
+  const auto before_k = c.k_high.copy(), before_v = c.v_high.copy();
+  const auto before_scale = c.k_scale.copy();
+  std::vector<char> written((size_t)c.k_scale.size());
+  for (int64_t b = 0; b < c.batch; b++)
+    for (int64_t g = 0; g < c.kv_heads; g++)
+      for (int64_t i = 0; i < rows; i++) {
+        const int64_t j = positions[b] + i;
+        if (positions[b] < 0 || j >= c.room) continue;
+        const int64_t listed = c.paged ? c.table[b * c.call.planes.table_stride + j / c.tile] : j / c.tile;
+        if (listed < 0 || listed >= c.stored) continue;
+        const int64_t at = c.paged ? g * c.stored + listed : (b * c.kv_heads + g) * c.stored + listed;
+        written[(size_t)(at * c.tile + j % c.tile)] = 1;
+      }
+  for (const std::string &set : sets) {
+    lamp_use(set.c_str());
+    std::vector<uint8_t> first;
+    for (int64_t threads : {1, 2, 5}) {
+      c.k_high.assign(before_k), c.v_high.assign(before_v), c.k_scale.assign(before_scale);
+      call.threads = threads;
+      if (lamp_append(&call)) fail(set.c_str(), "no memory to append");
+      auto now = c.k_high.copy();
+      const auto values = c.v_high.copy();
+      now.insert(now.end(), values.begin(), values.end());
+      if (first.empty()) first = now;
+      // Two sequences whose tables list one page write into the same rows; whoever comes last wins.
+      if (first != now && !c.paged) fail(set.c_str(), "appended other bytes with other threads");
+    }
+    for (int64_t row = 0; row < c.k_scale.size(); row++) {
+      if (written[(size_t)row]) continue;
+      if (c.k_scale[row] != before_scale[row]) fail(set.c_str(), "wrote the scale of another row", (double)row);
+      for (int64_t i = 0; i < c.dim / 2; i++)
+        if (c.k_high[row * c.dim / 2 + i] != before_k[row * c.dim / 2 + i]) fail(set.c_str(), "wrote another key", (double)row);
+      const int64_t at = row / c.tile * c.tile * (c.value_dim / 2) + row % c.tile;
+      for (int64_t i = 0; i < c.value_dim / 2; i++)
+        if (c.v_high[at + i * c.tile] != before_v[at + i * c.tile]) fail(set.c_str(), "wrote another value", (double)row);
+    }
+  }
+}
+
+int main(int count, char **arguments) {
+  const uint64_t first = count > 1 ? std::strtoull(arguments[1], nullptr, 10) : 1;
+  const uint64_t cases = count > 2 ? std::strtoull(arguments[2], nullptr, 10) : 1000;
+  const std::vector<std::string> sets = instruction_sets();
+  for (uint64_t i = 0; i < cases; i++) {
+    seed_now = first + i;
+    if (seed_now % 5 == 0) fuzz_append(seed_now, sets);
+    else fuzz_attend(seed_now, sets);
+  }
+  std::printf("%llu cases from seed %llu: %s\n", (unsigned long long)cases, (unsigned long long)first, lamp_instruction_sets());
+  return 0;
+}

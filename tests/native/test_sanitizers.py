@@ -1,0 +1,74 @@
+"""The core under sanitizers, on random calls; on another instruction set under an emulator; with another compiler.
+
+``make fuzz`` runs many more cases. A failure prints its seed: ``python -m tests.native.build FOLDER address`` and
+``FOLDER/fuzz SEED 1`` repeat it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.native.build import KINDS, build, compile_core
+
+FIRST = 1
+CASES = {"address": 300, "thread": 40, "aarch64": 60}
+"""Each takes about ten seconds of two cores, besides compiling."""
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+
+
+def made(folder: Path, kind: str) -> Path:
+    """The program; what the compiler said where it fails."""
+    try:
+        return build(folder, kind)
+    except subprocess.CalledProcessError as error:
+        pytest.fail(f"{kind}: {error.stderr[-3000:]}")
+
+
+def run(command: list[str], **environment: str) -> str:
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=500, check=False, env={**os.environ, **environment}
+    )
+    said = (done.stdout + done.stderr)[-4000:]
+    assert done.returncode == 0, said
+    return said
+
+
+def fuzz(program: Path, kind: str, *before: str, **environment: str) -> str:
+    said = run([*before, str(program), str(FIRST), str(CASES[kind])], **environment)
+    assert f"{CASES[kind]} cases" in said
+    return said
+
+
+def test_nothing_is_read_or_written_out_of_bounds(tmp_path: Path) -> None:
+    fuzz(made(tmp_path, "address"), "address", ASAN_OPTIONS="detect_leaks=0")
+
+
+def test_threads_do_not_race(tmp_path: Path) -> None:
+    fuzz(made(tmp_path, "thread"), "thread")
+
+
+def test_neon_under_an_emulator(tmp_path: Path) -> None:
+    compiler, emulator = KINDS["aarch64"].compiler[0], "qemu-aarch64-static"
+    for tool, package in ((compiler, "g++-aarch64-linux-gnu"), (emulator, "qemu-user-static")):
+        if shutil.which(tool) is None and platform.machine() != "aarch64":
+            pytest.skip(f"{tool} is missing (Debian: {package})")
+    said = fuzz(made(tmp_path, "aarch64"), "aarch64", emulator)
+    assert "neon,portable" in said
+
+
+@pytest.mark.parametrize("kind", ["warnings", "clang"])
+def test_compilers_have_nothing_to_say(kind: str, tmp_path: Path) -> None:
+    if kind == "clang" and importlib.util.find_spec("ziglang") is None:
+        pytest.skip("no clang: pip install ziglang")
+    try:
+        compile_core(tmp_path, kind)
+    except subprocess.CalledProcessError as error:
+        pytest.fail(f"{kind}: {error.stderr[-3000:]}")
