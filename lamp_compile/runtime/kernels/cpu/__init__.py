@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lamp_compile.errors import CacheError
 from lamp_compile.runtime import rotation
 from lamp_compile.runtime.kernels.cpu import _library
-from lamp_compile.runtime.kernels.cpu._library import instruction_set, instruction_sets, why_not
+from lamp_compile.runtime.kernels.cpu._library import instruction_set, instruction_sets
 
 __all__ = ["Result", "append", "attend", "instruction_set", "instruction_sets", "why_not"]
 
@@ -26,6 +27,12 @@ RULES = {"energy": 0, "lamp_strict": 1, "lamp_relaxed": 2}
 CAUSAL = {"": 0, "top_left": 1, "bottom_right": 2}
 MOST_GROUP = 64
 """Query heads that share a kv head, at most (``MOST_ROWS`` of ``core/rows.h``)."""
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def why_not() -> str | None:
+    """Why the core does not run here, or None."""
+    return _library.why_not()
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,7 @@ def append(
     """Store rows k ``[B, G, n, D]`` and v ``[B, G, n, Dv]`` in six planes, in place.
 
     Raises:
-        MemoryError: None is left; nothing was written.
+        CacheError: They do not fit; nothing was written.
     """
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     if v.dtype != k.dtype:
@@ -59,7 +66,12 @@ def append(
         _address(balance), _sequence_step(balance, 3), *_integers(positions), torch.get_num_threads(),
     )  # fmt: skip
     if _library.load().lamp_append(_library.pointer(call)):
-        raise MemoryError("no memory to append")
+        room = planes[0].shape[2] * planes[0].shape[3]
+        raise CacheError(
+            f"{rows} rows from {positions.tolist()} on do not fit into planes for {room} keys",
+            where="lamp::append",
+            fix="a larger cache, fast.lamp.cache(tokens); nothing was written",
+        )
 
 
 def attend(

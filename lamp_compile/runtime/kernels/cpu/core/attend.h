@@ -22,7 +22,7 @@ LAMP_INLINE Sizes sizes_of(const LampAttend &call, int64_t rows, int64_t tokens,
   Sizes s;
   s.z = aligned(4 * rows * segments * SEGMENT);
   s.most = aligned(4 * segments * (SEGMENT / CHUNK) * stride);
-  s.weight = aligned(4 * segments * (SEGMENT / SUBTILE) * rows);
+  s.weight = aligned(4 * segments * (SEGMENT / SUBTILE) * rows + 4 * LANES);
   s.alive = aligned(segments * (SEGMENT / SUBTILE) * tokens);
   s.partial = aligned(4 * segments * rows * width);
   s.all = aligned(sizeof(Work)) + s.z + 2 * s.most + s.weight + s.alive + s.partial;

@@ -164,6 +164,7 @@ LAMP_INLINE void put_channels(__m512i *v, int pairs, int32_t *out) {
   _mm512_mask_storeu_epi32(out, (__mmask16)((1u << (2 * pairs)) - 1), _mm512_permutexvar_epi32(order, joined));
 }
 
+// All channels, sixteen at a time, each pair of two by `multiply_pair(where, upper, lower)`.
 template <int ROWS, class Multiply>
 LAMP_INLINE void all_channels(int64_t stride, int half, int32_t *out, Multiply multiply_pair) {
   __m512i sums[ROWS][2][8];

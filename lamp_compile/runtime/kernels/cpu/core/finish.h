@@ -27,13 +27,14 @@ LAMP_INLINE void finish_row(Work &work, int r, int64_t segments, Evidence &evide
   if (sums[POISON] != 0) inverse = __builtin_nanf("");
   const float one = seen ? 1.0f / weight : 0.0f, two = one * one;
 
-  const float scores = call.scale * call.scale / 12.0f, v_square = (float)value_dim * PEAK_SQUARE;
+  // Rounding errors are uniform over a step: of 16 scales for the high plane alone, to which refined keys were compared.
+  const float scores = 256.0f * call.scale * call.scale / 12.0f, v_square = (float)value_dim * PEAK_SQUARE;
   // The query's rounding is one vector for all keys: its share goes with the weights, not their squares.
   const float soft = call.scale * call.scale * rows.rounding[r] * 2.0f * (float)call.planes.half_k * PEAK_SQUARE;
   const float hard = scores * rows.norm[r];
   float certificate[3] = {
       hard * sums[SCORES_HARD] * two + soft * sums[SCORES_SOFT] * one,
-      sums[VALUE_HARD] * two * (float)value_dim / 12.0f,
+      256.0f * sums[VALUE_HARD] * two * (float)value_dim / 12.0f,
       (hard * sums[BOTH_HARD] * two + soft * sums[BOTH_SOFT] * one) * v_square,
   };
   float square = 0;

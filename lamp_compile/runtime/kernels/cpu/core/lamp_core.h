@@ -89,7 +89,7 @@ LAMP_API const char *lamp_instruction_set(void);
 LAMP_API int lamp_use(const char *name);
 // The OpenMP runtime that torch has started: its GOMP_parallel. Without it threads are started for every call.
 LAMP_API void lamp_use_threads_of(void (*gomp_parallel)(void (*)(void *), void *, unsigned, unsigned));
-// 0, or -1 without memory (nothing is written then).
+// 0; -1 without memory; -2 for rows beyond the planes. Nothing is written then.
 LAMP_API int lamp_append(const LampAppend *call);
 LAMP_API int lamp_attend(const LampAttend *call);
 // sizeof of both structures, so that a binding that is out of step is noticed.

@@ -1,4 +1,5 @@
-// First pass: scores from the high plane alone, what each sub-tile weighs, and the log-sum-exp.
+// First pass: scores from the high plane alone, what each sub-tile weighs, and the log-sum-exp. Where all is refined
+// anyway (floor 1) the scores come from both planes.
 
 // Everything that both passes and the end share, for one piece of work.
 struct Work {
@@ -24,22 +25,29 @@ LAMP_INLINE Vf scores(const LampAttend &call, const Rows &rows, int r, Vf produc
 }
 
 template <int ROWS>
-LAMP_INLINE void look_at_subtile(Work &work, int r0, int64_t j, const uint8_t *plane, const uint8_t *next, const Vf *scale,
-                                 Vf *most) {
+LAMP_INLINE void look_at_subtile(Work &work, int r0, int64_t j, const uint8_t *plane, const uint8_t *next,
+                                 const uint8_t *residual, const Vf *scale, Vf *most) {
   const LampAttend &call = *work.call;
   const Rows &rows = work.rows;
-  int32_t products[ROWS * SUBTILE];
+  const bool both = work.level >= 1;  // nothing is left to decide: the scores are final at once
+  int32_t products[ROWS * SUBTILE], fine[ROWS * SUBTILE];
   dots<ROWS>(plane, next, (int)call.planes.half_k, rows.q[r0], rows.sum8 + r0, products);
+  if (both) dots<ROWS>(residual, residual, (int)call.planes.half_k, rows.q[r0], rows.sum8 + r0, fine);
   uint8_t *alive = work.alive + (j - rows.from) / SUBTILE * rows.tokens;
-  for (int i = 0; i < ROWS && r0 + i < rows.count; i++) {
-    const int r = r0 + i;
-    const uint32_t seen = visible(call, rows, r, j);
-    if (seen) alive[r / rows.group] = 1;
+  uint32_t seen = 0;
+  for (int i = 0, known = -1; i < ROWS && r0 + i < rows.count; i++) {
+    const int r = r0 + i, token = r / rows.group;
+    if (call.mask || token != known) {  // without a mask the heads of a token see the same
+      seen = visible(call, rows, r, j);
+      if (seen) alive[token] = 1;
+      known = token;
+    }
     float *z = work.z + r * work.span + (j - rows.from);
     for (int h = 0; h < 2; h++) {
       // 16 times the high nibble, and the -1/2 that the residual nibble averages.
-      Vf y = floats(load(products + i * SUBTILE + h * LANES)) * splat(16.0f) - splat(rows.half_sum[r]);
-      y = scores(call, rows, r, y, scale[h]);
+      const int at = i * SUBTILE + h * LANES;
+      const Vf low = both ? floats(load(fine + at)) : splat(-rows.half_sum[r]);
+      Vf y = scores(call, rows, r, floats(load(products + at)) * splat(16.0f) + low, scale[h]);
       if (call.bias) {
         float added[LANES];
         for (int k = 0; k < LANES; k++) added[k] = bias_of(call, rows, r, j + h * LANES + k);
@@ -112,15 +120,16 @@ static void look_at_segment(Work &work, int64_t segment) {
       const uint8_t *plane = call.planes.k_high + key_at(call.planes, place);
       const uint8_t *next = call.planes.k_high + key_at(call.planes, ahead);
       fetch(call.planes.k_scale + scale_at(call.planes, ahead), 2 * SUBTILE);
+      const uint8_t *residual = call.planes.k_residual + key_at(call.planes, place);
       Vf scale[2];
       for (int h = 0; h < 2; h++) {
         scale[h] = halves(call.planes.k_scale + scale_at(call.planes, place) + h * LANES);
         scale[h] = finite(scale[h]) ? scale[h] : splat(__builtin_nanf(""));
       }
       for (int r = 0; r < rows.count;) switch (block_rows(rows.count - r)) {
-          case 4: look_at_subtile<4>(work, r, j, plane, next, scale, most); r += 4; break;
-          case 2: look_at_subtile<2>(work, r, j, plane, next, scale, most); r += 2; break;
-          default: look_at_subtile<1>(work, r, j, plane, next, scale, most); r += 1;
+          case 4: look_at_subtile<4>(work, r, j, plane, next, residual, scale, most); r += 4; break;
+          case 2: look_at_subtile<2>(work, r, j, plane, next, residual, scale, most); r += 2; break;
+          default: look_at_subtile<1>(work, r, j, plane, next, residual, scale, most); r += 1;
         }
     }
     const int64_t keys = (end - first + SUBTILE - 1) / SUBTILE * SUBTILE;
@@ -129,7 +138,7 @@ static void look_at_segment(Work &work, int64_t segment) {
 }
 
 LAMP_INLINE float log2_of(float x) { return __builtin_log2f(x); }
-LAMP_INLINE float exp2_of(float x) { return exp2(splat(x))[0]; }
+LAMP_INLINE float exp2_of(float x) { return exp2(splat(x > 127.0f ? 127.0f : x))[0]; }
 
 // The log-sum-exp of every row, sinks included, and what the relaxed rule divides by.
 static void join_looks(Work &work) {

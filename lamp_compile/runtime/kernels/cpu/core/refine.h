@@ -24,16 +24,28 @@ LAMP_INLINE void fetch_values(const LampPlanes &planes, const uint8_t *plane) {
   for (int64_t c = 0; c < planes.half_v; c++) __builtin_prefetch(plane + c * planes.tile);
 }
 
-// The rule's statistic of one unit of decision for a row, on tau's scale.
-LAMP_INLINE float importance(const Work &work, int64_t first, int64_t end, int r, float factor) {
-  float weight = 0;
-  for (int64_t s = first; s < end; s++) {
-    const float w = work.weight[r * (work.span / SUBTILE) + s] * factor;
-    if (work.call->rule == LAMP_ENERGY) weight += w * w;
-    else weight = w > weight || w != w ? w : weight;
+// Whether a row wants units of decision refined, for the sixteen sub-tiles from `first` on (those of a unit alike). Not
+// "above tau": NaN cannot be judged, so it is refined.
+LAMP_INLINE Vi wanted(const Work &work, const Run &run, int64_t first, int r) {
+  if (work.lse[r] == -__builtin_inff()) return splat(0);
+  const int unit = (int)(work.call->subtile / SUBTILE);
+  Vf weight = load(work.weight + r * (work.span / SUBTILE) + first) * splat(run.factor[r]);
+  if (unit > 1) {
+    for (int t = 0; t < LANES; t += unit) {
+      float joined = 0;
+      for (int s = t; s < t + unit; s++) {
+        // Behind the last key there is nothing.
+        const float w = work.rows.from + (first + s) * SUBTILE < work.rows.to ? weight[s] : 0.0f;
+        if (work.call->rule == LAMP_ENERGY) joined += w * w;
+        else joined = w > joined || w != w ? w : joined;
+      }
+      if (work.call->rule == LAMP_ENERGY) joined = __builtin_sqrtf(joined);
+      for (int s = t; s < t + unit; s++) weight[s] = joined;
+    }
   }
-  if (work.call->rule == LAMP_ENERGY) return __builtin_sqrtf(weight);
-  return work.call->rule == LAMP_STRICT ? 2 * weight : weight * work.inverse[r];
+  if (work.call->rule == LAMP_STRICT) weight *= splat(2.0f);
+  if (work.call->rule == LAMP_RELAXED) weight *= splat(work.inverse[r]);
+  return ~(weight <= splat(work.tau));
 }
 
 // Which sub-tiles of a run are alive and which are refined, for every token: for all of its heads when one asks for it.
@@ -46,25 +58,27 @@ LAMP_INLINE void decide(const Work &work, Run &run, float *partial) {
     const float most = work.most[base * SUBTILE / CHUNK * work.stride + r];
     run.factor[r] = work.lse[r] == -__builtin_inff() ? 0.0f : exp2_of(most - work.lse[r]);
   }
-  for (int token = 0; token < rows.tokens; token++)
+  for (int token = 0; token < rows.tokens; token++) {
+    Vi hot = splat(work.level >= 1 ? -1 : 0);
+    for (int r = token * rows.group; work.level < 1 && r < (token + 1) * rows.group; r++) hot |= wanted(work, run, base, r);
+    int32_t flags[LANES];
+    __builtin_memcpy(flags, &hot, sizeof flags);
+    float *sums = partial + token * rows.group * width + width - SUMS;
     for (int t = 0; t < run.count; t += unit) {
       const int end = t + unit < run.count ? t + unit : run.count;
-      bool alive = false, hot = work.level >= 1;
+      bool alive = false;
       for (int s = t; s < end; s++) alive |= work.alive[(base + s) * rows.tokens + token];
-      // Not "above tau": NaN cannot be judged, so it is refined.
-      for (int r = token * rows.group; alive && !hot && r < (token + 1) * rows.group; r++)
-        hot = work.lse[r] != -__builtin_inff() && !(importance(work, base + t, base + end, r, run.factor[r]) <= work.tau);
       for (int s = t; s < end; s++) {
         run.alive[s][token] = alive;
-        run.hot_for[s][token] = alive && hot;
-        if (!alive || !hot) continue;
-        fetch(run.k_residual[s], SUBTILE * work.call->planes.half_k);
+        run.hot_for[s][token] = alive && flags[t];
+        if (!run.hot_for[s][token]) continue;
+        if (work.level < 1) fetch(run.k_residual[s], SUBTILE * work.call->planes.half_k);
         fetch_values(work.call->planes, run.v_residual[s]);
       }
-      float *sums = partial + token * rows.group * width + width - SUMS;
       sums[ALIVE] += alive;
-      sums[REFINED] += alive && hot;
+      sums[REFINED] += alive && flags[t];
     }
+  }
 }
 
 LAMP_INLINE void open_run(const Work &work, int64_t first, int64_t end, Run &run) {
@@ -126,20 +140,21 @@ LAMP_INLINE void weigh(const Work &work, Run &run, int i, int r, const float *di
      hottest = zero;
   for (int t = 0; t < run.count; t++) {
     const bool hot = run.refined[t][i];
-    const Vf noise = splat(hot ? 1.0f : 256.0f);
+    const Vf noise = splat(1.0f / 256.0f);  // of both planes, over that of the high plane alone
     float *to = hot ? run.hot[i] : run.cold[i], *other = hot ? run.cold[i] : run.hot[i];
     for (int h = 0; h < 2; h++) {
       const int at = t * SUBTILE + h * LANES;
       Vf p = load(z + at) * factor;
-      if (hot) p = p * exp2(load(differences + (t * rows + i) * SUBTILE + h * LANES));
-      const Vf ps = p * run.k_scale[t][h], sv = run.v_scale[t][h], w = p * sv;
-      const Vf pss = ps * run.k_scale[t][h], p2 = noise * ps * ps, v2 = sv * sv;
+      if (hot && work.level < 1) p = p * exp2(smaller(splat(127.0f), load(differences + (t * rows + i) * SUBTILE + h * LANES)));
+      const Vf ps = p * run.k_scale[t][h], w = p * run.v_scale[t][h], pss = ps * run.k_scale[t][h];
+      const Vf v2 = run.v_scale[t][h] * run.v_scale[t][h];
+      const Vf p2 = hot ? noise * ps * ps : ps * ps, w2 = hot ? noise * w * w : w * w;
       store(to + at, w);
       if (run.any_hot[t]) store(other + at, zero);
       weight += p;
       hard += p2;
       soft += pss;
-      value += noise * w * w;
+      value += w2;
       both += p2 * v2;
       both_soft += pss * v2;
       if (hot) {
@@ -252,7 +267,7 @@ LAMP_INLINE void refine_rows(Work &work, Run &run, int r0, float *partial, Vf (*
       run.any_cold |= r < work.rows.count && run.alive[t][token] && !run.hot_for[t][token];
     }
     run.any |= run.any_hot[t];
-    if (run.any_hot[t]) score_differences<ROWS>(work, run, t, r0, differences + t * ROWS * SUBTILE);
+    if (run.any_hot[t] && work.level < 1) score_differences<ROWS>(work, run, t, r0, differences + t * ROWS * SUBTILE);
   }
   for (int i = 0; i < ROWS; i++) {
     if (r0 + i < work.rows.count) {

@@ -42,7 +42,8 @@ LAMP_INLINE void prepare_row(const LampAttend &call, Rows &rows, int r) {
   int32_t sum = 0, squares = 0;
   for (int c = 0; c < dim; c++) {
     const float magic = 12582912.0f, steps = step > 0 ? x[c] / step : 0.0f;
-    const int q = (int)((steps + magic) - magic);
+    int q = (int)((steps + magic) - magic);
+    q = q > 127 ? 127 : q < -127 ? -127 : q;  // a step below the smallest normal number is not exact
     rows.q[r][c < half ? c : PADDED + c - half] = (int8_t)q;
     sum += q;
     squares += q * q;

@@ -75,14 +75,14 @@ LAMP_INLINE bool any(Vi v) {
   return found != 0;
 }
 
-// 2^x to two units in the last place; 0 below -126, NaN for NaN. A polynomial fitted to 2^f on [-1/2, 1/2].
+// 2^x to two units in the last place, for x up to 127; 0 from -127 down, NaN for NaN. A polynomial fitted to 2^f on
+// [-1/2, 1/2] (the one of Cephes' exp2f).
 LAMP_INLINE Vf exp2(Vf x) {
-  const Vi gone = x <= splat(-126.0f);
-  const Vf given = x;
-  x = smaller(gone ? splat(-126.0f) : x, splat(126.0f));  // NaN becomes 126 here
-  const Vf magic = splat(12582912.0f);                    // 1.5 * 2^23: adding it rounds to a whole number
-  const Vf whole = (x + magic) - magic;
-  const Vf f = x - whole;
+  x = splat(-127.0f) > x ? splat(-127.0f) : x;  // in this order NaN stays
+  // 1.5 * 2^23 rounds what is added to it to a whole number; with 127 more, its last bits are that number's exponent.
+  const Vf magic = splat(12582912.0f + 127.0f);
+  const Vf rounded = x + magic;
+  const Vf f = x - (rounded - magic);
   Vf p = splat(1.535336188319500e-4f);
   p = p * f + splat(1.339887440266574e-3f);
   p = p * f + splat(9.618437357674640e-3f);
@@ -90,9 +90,7 @@ LAMP_INLINE Vf exp2(Vf x) {
   p = p * f + splat(2.402264791363012e-1f);
   p = p * f + splat(6.931472028550421e-1f);
   p = p * f + splat(1.0f);
-  const Vi power = (__builtin_convertvector(whole, Vi) + splat(127)) << 23;
-  const Vf made = gone ? splat(0.0f) : p * bits(power);
-  return given == given ? made : given;
+  return p * bits((Vi)rounded << 23);
 }
 
 LAMP_INLINE float half_to_float(uint16_t h) {
