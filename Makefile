@@ -28,7 +28,9 @@ STAMP := $(VENV)/.installed-$(notdir $(CONSTRAINTS))
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
 
-$(STAMP): pyproject.toml $(CONSTRAINTS)
+CORE := setup.py $(wildcard lamp_compile/runtime/kernels/cpu/core/*)
+
+$(STAMP): pyproject.toml $(CONSTRAINTS) $(CORE)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else \
 	    f"python {v.major}.{v.minor} found; lamp_compile needs 3.11 to 3.13: make PYTHON=python3.12 ...")'
 	@echo "Setting up $(VENV), once; the download of torch takes most of the time."

@@ -11,7 +11,7 @@ NEVER_BELOW = 0.95
 
 
 def targets(
-    rows: list[dict[str, Any]], real: list[dict[str, Any]], model: list[dict[str, Any]]
+    rows: list[dict[str, Any]], real: list[dict[str, Any]], prefill: list[dict[str, Any]], model: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """The project's targets on a CPU, each with what was measured; nothing measured is nothing met."""
     step = {row["case"]: row for row in rows if row["name"] == "lamp" and "ms" in row and "failed" not in row}
@@ -28,6 +28,9 @@ def targets(
     errors = {row["name"]: row["error"] for row in real}
     share = errors["lamp"] / errors["fp8"] if {"lamp", "fp8"} <= set(errors) and errors["fp8"] else None
     check("error on real data over that of fp8", share, 1.0, True)
+
+    prompts = [row["ratio_to_sdpa"] for row in prefill if "ratio_to_sdpa" in row]
+    check("prefill of any length: times SDPA", min(prompts, default=None), NEVER_BELOW)
 
     def ratio(case: str, name: str) -> float | None:
         value: float | None = whole.get((case, name), {}).get("ratio_to_compiled")

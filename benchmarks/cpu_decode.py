@@ -11,6 +11,8 @@ the layers of a model do; a way's time is the median over rounds in which all wa
 held against float64. Bytes are those that must be read; their share is of the bandwidth that the row "read" reaches,
 which reads a buffer much larger than the cache and takes its turns with the others.
 
+Prefill: the keys and values of a prompt stored and attended by all of its tokens, against SDPA over them as they are.
+
 Model: every way decodes the text in a process of its own, and all take turns. A step is given the text's token, so that
 what it would have written can be compared with the uncompiled model in float32: agreement is that of the timed steps.
 
@@ -29,6 +31,7 @@ import _cpu_attention
 import _cpu_machine
 import _cpu_model
 import _cpu_ort
+import _cpu_prefill
 import _cpu_targets
 import _real
 import torch
@@ -45,7 +48,7 @@ from lamp_compile.runtime import kernels
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL, TEXT = ROOT / "examples" / "models" / "nano", ROOT / "examples" / "data" / "walden.txt"
-PARTS = ("attention", "model")
+PARTS = ("attention", "prefill", "model")
 ROUNDED = {
     "fp8": round_per_token,
     "fp8 per head": rounded_fp8,
@@ -69,6 +72,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--group", type=int, default=4)
     parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--prompts", default="128,512,1024,4096", help="prefill: tokens of a prompt")
     parser.add_argument("--contexts", default="512,1024,2048,4096", help="model: tokens of context")
     parser.add_argument("--model-rows", default=",".join(_cpu_model.ROWS), help="model: which rows")
     parser.add_argument("--steps", type=int, default=512, help="model: steps at most, and a quarter of the context")
@@ -106,6 +110,7 @@ class Run:
         print(f"lamp runs: {self.data['kernel']}; package {self.data['package_mb']:.2f} MB", flush=True)
         self.real: dict[str, Any] = {"rows": [], "layers": [], "shares": []}
         self.attention_rows: list[dict[str, Any]] = []
+        self.prefill_rows: list[dict[str, Any]] = []
         self.model_rows: list[dict[str, Any]] = []
 
     def over(self, what: str) -> bool:
@@ -151,6 +156,18 @@ class Run:
             print("\n".join(map(_cpu_attention.line, bench.case(case))), flush=True)
             self.write()
 
+    def prefill(self) -> None:
+        """All prompts."""
+        args = self.args
+        print(_cpu_prefill.HEAD)
+        for length in dict.fromkeys(map(int, args.prompts.split(","))):
+            if self.over(f"a prompt of {length}"):
+                break
+            found = _cpu_prefill.rows(length, Shape(args.kv_heads, args.group, args.dim), args.rounds)
+            print("\n".join(map(_cpu_prefill.line, found)), flush=True)
+            self.prefill_rows += found
+            self.write()
+
     def model(self, most: int) -> None:
         """All contexts of the whole decode step."""
         args = self.args
@@ -170,6 +187,7 @@ class Run:
     def write(self) -> None:
         """Everything so far."""
         rows = [{"part": "attention", **row} for row in self.attention_rows]
+        rows += [{"part": "prefill", **row} for row in self.prefill_rows]
         rows += [{"part": "model", **row} for row in self.model_rows]
         known = [_cpu_model.agreement(self.model_rows, name) for name in _cpu_model.ROWS]
         self.data |= {
@@ -177,7 +195,7 @@ class Run:
             "real_layers": self.real["layers"],
             "agreement": [item for item in known if item],
             "break_even": _cpu_targets.break_even(self.attention_rows),
-            "targets": _cpu_targets.targets(self.attention_rows, self.real["rows"], self.model_rows),
+            "targets": _cpu_targets.targets(self.attention_rows, self.real["rows"], self.prefill_rows, self.model_rows),
         }
         if self.out:
             write_json(self.out, self.data)
@@ -199,6 +217,8 @@ def main(argv: list[str] | None = None) -> int:
             if "attention" in parts:
                 run.measure_real(most)
                 run.attention()
+            if "prefill" in parts:
+                run.prefill()
             if "model" in parts:
                 run.model(most)
             run.write()

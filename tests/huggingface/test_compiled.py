@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import lamp_compile
+from lamp_compile.errors import CacheError
 from lamp_compile.frontends.huggingface import route
 from tests.huggingface import reference
 
@@ -152,15 +153,16 @@ def test_own_compiled_call_beyond_capacity_is_an_error_and_overwrites_nothing(fa
 
 
 @pytest.mark.usefixtures("cpu_kernels")
-def test_own_compiled_call_beyond_capacity_overwrites_nothing_by_kernels_either(fast: Any, ids: Tensor) -> None:
+def test_own_compiled_call_beyond_capacity_is_an_error_of_kernels_too(fast: Any, ids: Tensor) -> None:
     cache = fast.lamp.cache()
     prompt = torch.cat((ids, ids, ids, ids), dim=1)[:, :128]
     reference.logits(fast, prompt, past_key_values=cache)
     names = [name for name in cache.layers[0].per_sequence if name.startswith(("k_", "v_"))]
     assert len(names) == 6
     before = [getattr(cache.layers[0], name).clone() for name in names]
-    with torch.no_grad():
-        torch.compile(fast.forward, backend="aot_eager", fullgraph=True)(ids[:, :1], past_key_values=cache)
+    step = torch.compile(fast.forward, backend="aot_eager", fullgraph=True)
+    with pytest.raises(CacheError, match="do not fit into planes for 128 keys"), torch.no_grad():
+        step(ids[:, :1], past_key_values=cache)
     after = [getattr(cache.layers[0], name) for name in names]
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 

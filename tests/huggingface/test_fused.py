@@ -178,11 +178,15 @@ def test_one_line_per_reason(model: Any, calls: Counter[str]) -> None:
     assert second not in note
 
 
-def test_nothing_is_noted_where_kernels_run_or_never_could(model: Any, request: Any) -> None:
-    with without_kernels():
-        assert not noted(lamp_compile.compile(model, mode="eager", rule="mass"))
-    request.getfixturevalue("calls")
+@pytest.mark.usefixtures("calls")
+def test_nothing_is_noted_where_kernels_run(model: Any) -> None:
     assert not noted(lamp_compile.compile(model, mode="eager"))
+
+
+def test_without_kernels_it_is_said_that_the_reference_is_slow(model: Any) -> None:
+    with without_kernels():
+        (note,) = noted(lamp_compile.compile(model, mode="eager"))
+    assert "switched off; the reference runs there, slowly" in note
 
 
 def test_graphs_note_it_too(model: Any, ids: Tensor, greedy: dict[str, Any], calls: Counter[str]) -> None:

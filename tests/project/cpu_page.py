@@ -11,6 +11,7 @@ from tests.project.decode_page import CASE, latest, make_table, number_cells, ta
 BEGIN = "<!-- cpu table: make golden -->"
 NOTHING = "*No results of `benchmarks/cpu_decode.py` are committed yet.*\n"
 ORDER = ("lamp", "sdpa_fp32", "sdpa_bf16", "matmul_bf16", "ort_fp32", "ort_int8", "ort_int4", "fp8")
+PARTS = ("real", "attention", "prefill", "model")
 STEP = "case ms ratio_to_sdpa ratio_to_best refined_share error"
 WHOLE = "case ms tokens_per_s ratio_to_compiled kv_share_of_fp32 refined_share"
 
@@ -29,7 +30,7 @@ def _run(name: str, data: dict[str, Any]) -> str:
         f"cache of {machine['cache_mb']:.0f} MB, {packages}. lamp runs {kernel}."
     )
     parts = [textwrap.fill(head, 120)]
-    rows = {part: [row for row in data["rows"] if row["part"] == part] for part in ("real", "attention", "model")}
+    rows = {part: [row for row in data["rows"] if row["part"] == part] for part in PARTS}
     if rows["attention"]:
         parts.append(_attention(data, rows["attention"]))
     if rows["real"]:
@@ -37,6 +38,8 @@ def _run(name: str, data: dict[str, Any]) -> str:
         parts.append(
             textwrap.fill(f"Median error of the output on the model's own queries, keys and values: {said}.", 120)
         )
+    if rows["prefill"]:
+        parts.append(_prefill(rows["prefill"]))
     if rows["model"]:
         parts.append(_model(data, rows["model"]))
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n" + targets_table(data)
@@ -61,6 +64,20 @@ def _attention(data: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         cells.append([case, f"`{row['name']}`", *(number.rstrip(".") for number in numbers), *speed])
     titles = [CASE, "way", "ms", "speed over SDPA", "over the best in floats", "refined", "error", "GB/s"]
     titles.append("of the bandwidth")
+    return f"{textwrap.fill(about, 120)}\n\n{make_table(titles, cells)}"
+
+
+def _prefill(rows: list[dict[str, Any]]) -> str:
+    about = (
+        "Prefill: keys and values of a prompt stored and attended by all of its tokens. Inputs are normal numbers, of "
+        "which more is refined than of text."
+    )
+    cells = []
+    for row in rows:
+        ratio, share = row.get("ratio_to_sdpa"), row.get("refined_share")
+        cells.append([row["case"], f"`{row['name']}`", f"{row['ms']:.1f}", f"{ratio:.2f}" if ratio else "-",
+                      f"{share:.1%}" if share is not None else "-", f"{row['error']:.1e}"])  # fmt: skip
+    titles = [CASE, "way", "ms", "speed over SDPA", "refined", "error"]
     return f"{textwrap.fill(about, 120)}\n\n{make_table(titles, cells)}"
 
 

@@ -87,6 +87,25 @@ def test_the_attention_part_times_checks_and_writes(cpu_decode, root, tmp_path, 
     assert "| 1x512 | `lamp all refined` | " in page
 
 
+def test_prefill_is_right_and_on_the_page(cpu_decode, tmp_path):
+    out = tmp_path / "2000-01-01-cpu_decode-cpu.json"
+    arguments = ["--parts", "prefill", "--prompts", "40,96", *map(str, TINY)]
+    assert cpu_decode.main([*arguments, "--out", str(out)]) == 0
+    rows = [row for row in json.loads(out.read_text())["rows"] if row["part"] == "prefill"]
+    assert [(row["case"], row["name"]) for row in rows] == [
+        (f"1x{length}", f"{way}_{dtype}")
+        for length in (40, 96)
+        for dtype in ("fp32", "bf16")
+        for way in ("sdpa", "lamp")
+    ]
+    for sdpa, lamp in zip(rows[::2], rows[1::2], strict=True):
+        assert sdpa["error"] < 1e-2
+        assert lamp["error"] < STORAGE["nested8"].relative * 2
+        assert lamp["ratio_to_sdpa"] == sdpa["ms"] / lamp["ms"]
+        assert 0.5 < lamp["refined_share"] <= 1
+    assert f"| 1x96 | `lamp_bf16` | {rows[-1]['ms']:.1f} |" in cpu_page.page(tmp_path)
+
+
 def test_every_way_is_right(ways, folder):
     sources = _sources(ways)
     made = [
@@ -223,19 +242,25 @@ def _good():
          "kv_share_of_bf16": 0.508, "same_tokens": 499, "positions": 500, "graph_breaks": 0, "recompiles": 0}
         for length, name, ratio in ((512, "lamp", 1.0), (4096, "lamp", 1.4), (4096, "lamp_linears", 2.1))
     ]  # fmt: skip
-    return rows, real, whole
+    prompts = [{"name": "lamp_fp32", "ratio_to_sdpa": 1.0}, {"name": "sdpa_fp32"}]
+    return rows, real, prompts, whole
 
 
 def test_targets_can_be_met_and_missed(folder):
     check = importlib.import_module("_cpu_targets")
     assert [item["target"] for item in check.targets(*_good()) if not item["met"]] == []
-    assert not any(item["met"] for item in check.targets([], [], []))
-    rows, real, whole = _good()
+    assert not any(item["met"] for item in check.targets([], [], [], []))
+    rows, real, prompts, whole = _good()
     whole[0]["ratio_to_compiled"] = 0.9
-    missed = [item["target"] for item in check.targets(rows, real, whole) if not item["met"]]
+    missed = [item["target"] for item in check.targets(rows, real, prompts, whole) if not item["met"]]
     assert missed == ["any length: times compiled float32"]
+    prompts[0]["ratio_to_sdpa"] = 0.9
+    assert "prefill of any length: times SDPA" in [
+        item["target"] for item in check.targets(rows, real, prompts, whole) if not item["met"]
+    ]
+    prompts[0]["ratio_to_sdpa"] = 1.0
     rows[1]["failed"] = "wrong output"
-    assert len([item for item in check.targets(rows, real, whole) if not item["met"]]) == 2
+    assert len([item for item in check.targets(rows, real, prompts, whole) if not item["met"]]) == 2
     assert check.break_even(_good()[0]) == 512
     rows[2]["ratio_to_sdpa"] = 0.9
     assert check.break_even(rows) is None
