@@ -16,8 +16,10 @@ TEXT ?= examples/data/walden.txt
 SEED ?= 1
 CASES ?= 20000
 
-# Threads that spin while they wait make everything several times slower where other programs use the same cores.
+# Threads that spin for long while they wait make everything several times slower where other programs use the same
+# cores; those that sleep at once are slow to come back, and a decode step has many short loops.
 export OMP_WAIT_POLICY ?= PASSIVE
+export GOMP_SPINCOUNT ?= 20000
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(notdir $(CONSTRAINTS))

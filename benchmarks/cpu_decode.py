@@ -1,6 +1,6 @@
 """Decoding on a CPU: the attention of one new token, and whole decode steps of a model, each against its rivals.
 
-    OMP_WAIT_POLICY=PASSIVE python benchmarks/cpu_decode.py --model DIR --text FILE --out
+    python benchmarks/cpu_decode.py --model DIR --text FILE --out
 
 Attention: lamp::append and lamp::fused_attention, as they are, against SDPA in float32 and bf16 (the fastest of several
 calls), products in bf16, e4m3 keys and values (in plain torch: there for its error, no rival for speed), and ONNX

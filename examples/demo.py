@@ -29,6 +29,8 @@ from lamp_compile.quality.engine import CompiledEngine
 from lamp_compile.quality.environment import cpp_compiler, environment
 from lamp_compile.quality.evaluate import Evaluation, Row
 from lamp_compile.report import Report
+from lamp_compile.runtime import kernels
+from lamp_compile.runtime.kernels import cpu
 
 MIN_AGREEMENT = 0.98
 PROMPT_TOKENS, NEW_TOKENS = 96, 32
@@ -105,7 +107,9 @@ def show_table(measured: list[Row], speed: dict[str, float]) -> list[dict[str, A
     smaller = plain.kv_bytes / lamp.kv_bytes
     print(f"KV memory is {smaller:.2f}x smaller; a step reads {lamp.bits_per_value:.2f} bits a value")
     word = "a slow-down" if ratio < 1 else "a speed-up"
-    print(f"Speed: {ratio:.2f} times the uncompiled model's tokens/s, {word} (plain torch operators, no kernel yet).")
+    slow = kernels.why_not_device("cpu")
+    runs = f"the reference in plain torch: {slow}" if slow else f"CPU kernels, {cpu.instruction_set()}"
+    print(f"Speed: {ratio:.2f} times the uncompiled model's tokens/s, {word} ({runs}).")
     return table
 
 
