@@ -14,7 +14,8 @@ LAMP_INLINE void finish_row(Work &work, int r, int64_t segments, Evidence &evide
   const int value_dim = 2 * (int)call.planes.half_v, width = value_dim + SUMS;
   const int64_t head = rows.g * rows.group + r % rows.group, token = rows.first_token + r / rows.group;
   const int64_t place = (rows.b * call.heads + head) * call.queries + token;
-  float x[MOST_DIM + SUMS];
+  static_assert(SUMS <= LANES, "one vector behind the output holds the sums");
+  float x[MOST_DIM + LANES];
   for (int c = 0; c < width; c++) x[c] = 0;
   for (int64_t s = 0; s < segments; s++)
     for (int c = 0; c < width; c++) x[c] += work.partial[(s * rows.count + r) * width + c];
@@ -37,11 +38,14 @@ LAMP_INLINE void finish_row(Work &work, int r, int64_t segments, Evidence &evide
       256.0f * sums[VALUE_HARD] * two * (float)value_dim / 12.0f,
       (hard * sums[BOTH_HARD] * two + soft * sums[BOTH_SOFT] * one) * v_square,
   };
-  float square = 0;
-  bool sound = true;
-  for (int c = 0; c < value_dim; c++) x[c] = seen ? (x[c] + sums[CORRECTION]) * inverse : 0.0f;
+  const float correction = sums[CORRECTION];
+  for (int c = 0; c < value_dim; c++) x[c] = seen ? (x[c] + correction) * inverse : 0.0f;
+  for (int c = value_dim; c < value_dim + LANES; c++) x[c] = 0;
   rotate(call.rotate_v, value_dim, true, x);
-  for (int c = 0; c < value_dim; c++) square += x[c] * x[c], sound &= healthy(x[c]);
+  Vf squares = splat(0.0f);
+  for (int c = 0; c < value_dim; c += LANES) squares += load(x + c) * load(x + c);
+  const float square = total(squares);  // not finite where an output is not, or its square
+  bool sound = healthy(square);
   write_row(call.out, call.dtype, place * value_dim, value_dim, x);
   const float lse = seen ? (before + log2_of(weight)) / LOG2E : -__builtin_inff();
   if (call.lse) call.lse[place] = lse;

@@ -24,34 +24,39 @@ LAMP_INLINE int block_rows(int left) { return left >= 3 ? 4 : left; }
 LAMP_INLINE void prepare_row(const LampAttend &call, Rows &rows, int r) {
   const int half = (int)call.planes.half_k, dim = 2 * half;
   const int64_t token = rows.first_token + r / rows.group, head = rows.g * rows.group + r % rows.group;
-  float x[MOST_DIM];
+  float x[MOST_DIM + LANES] = {0};
   read_row(call.q, call.dtype, rows.b * call.q_strides[0] + head * call.q_strides[1] + token * call.q_strides[2], dim, x);
   if (call.balance) {
     const float *balance = call.balance + rows.b * call.balance_stride + rows.g * dim;
     for (int c = 0; c < dim; c++) x[c] *= balance[c];
   }
   rotate(call.rotate_k, dim, false, x);
-  float peak = 0;
-  bool spoilt = false;
-  for (int c = 0; c < dim; c++) {
-    const float size = __builtin_fabsf(x[c]);
-    spoilt |= !(size <= 3.4e38f);
-    peak = size > peak ? size : peak;
+  Vf most = splat(0.0f), spoilt = splat(0.0f);
+  for (int c = 0; c < dim; c += LANES) {
+    most = larger(magnitude(load(x + c)), most);
+    spoilt += load(x + c) * splat(0.0f);  // NaN for NaN and infinity
   }
-  const float step = spoilt ? __builtin_nanf("") : peak / 127.0f;
-  int32_t sum = 0, squares = 0;
-  for (int c = 0; c < dim; c++) {
-    const float magic = 12582912.0f, steps = step > 0 ? x[c] / step : 0.0f;
-    int q = (int)((steps + magic) - magic);
-    q = q > 127 ? 127 : q < -127 ? -127 : q;  // a step below the smallest normal number is not exact
-    rows.q[r][c < half ? c : PADDED + c - half] = (int8_t)q;
-    sum += q;
+  const float unknown = total(spoilt), step = unknown != unknown ? unknown : largest(most) / 127.0f;
+  Vi sums = splat(0), squares = splat(0);
+  int8_t rounded[MOST_DIM + LANES];
+  for (int c = 0; c < dim; c += LANES) {
+    const Vf magic = splat(12582912.0f), steps = step > 0 ? load(x + c) / splat(step) : splat(0.0f);
+    // A step below the smallest normal number is not exact, so the largest could come out above 127.
+    const Vf held = smaller(larger((steps + magic) - magic, splat(-127.0f)), splat(127.0f));
+    const Vi q = __builtin_convertvector(held, Vi);
+    const Vb bytes = __builtin_convertvector(q, Vb);
+    __builtin_memcpy(rounded + c, &bytes, sizeof bytes);
+    sums += q;
     squares += q * q;
   }
+  __builtin_memcpy(rows.q[r], rounded, half);
+  __builtin_memcpy(rows.q[r] + PADDED, rounded + half, half);
+  int32_t sum = 0, square = 0;
+  for (int i = 0; i < LANES; i++) sum += sums[i], square += squares[i];
   rows.coefficient[r] = step * call.scale * LOG2E;
   rows.half_sum[r] = 0.5f * (float)sum;
   rows.sum8[r] = 8 * sum;
-  rows.norm[r] = step * step * (float)squares;
+  rows.norm[r] = step * step * (float)square;
   rows.rounding[r] = step * step / 12.0f;
 }
 
