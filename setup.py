@@ -43,7 +43,7 @@ class BuildCore(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """As setuptools would, but for the flags, and for the C++ linker."""
-        macro, flags = instruction_sets(os.environ.get("LAMP_MACHINE", platform.machine()))
+        macro, flags = instruction_sets(platform.machine())
         extra = os.environ.get("LAMP_CXXFLAGS", "").split()
         objects = []
         for source in ("core", "portable", *flags):

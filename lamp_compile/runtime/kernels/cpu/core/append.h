@@ -10,8 +10,8 @@ struct Row {
 // Steps of -119 to 119; 0 where there is no number.
 LAMP_INLINE Vf steps_of(Vf x, Vf scale) {
   const Vf magic = splat(12582912.0f);  // adding it rounds to a whole number
-  const Vf steps = scale == splat(0.0f) ? splat(0.0f) : x / scale;
-  const Vf known = steps == steps ? steps : splat(0.0f);
+  const Vf steps = select(scale == splat(0.0f), splat(0.0f), x / scale);
+  const Vf known = select(steps == steps, steps, splat(0.0f));
   return (smaller(larger(known, splat((float)-LARGEST)), splat((float)LARGEST)) + magic) - magic;
 }
 
@@ -88,9 +88,10 @@ static void append_task(void *data, int64_t task, int64_t) {
 static int append(const LampAppend *call) {
   // Before anything is written. A table may be shorter than its sequence: rows without a page go nowhere.
   for (int64_t b = 0; !call->planes.table && b < call->batch; b++)
-    if (integer(call->positions, b) + call->rows > call->planes.pages * call->planes.tile) return -2;
+    if (integer(call->positions, b) >= 0 && integer(call->positions, b) + call->rows > call->planes.pages * call->planes.tile)
+      return -2;
   // Rows of one storage tile share cache lines, so a task takes whole runs of them.
   AppendWork work = {call, 64, (call->rows + 63) / 64};
-  run(append_task, &work, call->batch * call->planes.kv_heads * work.blocks, call->rows < 16 ? 1 : call->threads);
+  run(append_task, &work, call->batch * call->planes.kv_heads * work.blocks, call->batch * call->planes.kv_heads * call->rows < 128 ? 1 : call->threads);
   return 0;
 }

@@ -63,11 +63,13 @@ LAMP_INLINE int64_t segments_of(const Work &work) {
   return work.rows.to > work.rows.from ? (work.rows.to - work.rows.from + SEGMENT - 1) / SEGMENT : 0;
 }
 
-static void finish_piece(const Plan &plan, int64_t piece, Work &work) {
+// False where it must be done again with both planes from the start.
+static bool finish_piece(const Plan &plan, int64_t piece, Work &work) {
   const Rows &rows = work.rows;
   const int64_t all = rows.group * plan.call->queries, segments = segments_of(work);
   Evidence *evidence = plan.evidence + piece / plan.per_head * all + rows.first_token * rows.group;
-  for (int r = 0; r < rows.count; r++) finish_row(work, r, segments, evidence[r]);
+  bool done = true;
+  for (int r = 0; r < rows.count; r++) done &= finish_row(work, r, segments, evidence[r]);
   const int value_dim = 2 * (int)plan.call->planes.half_v;
   int64_t alive = 0, refined = 0;
   for (int64_t i = 0; i < segments * rows.count; i++) {
@@ -76,17 +78,30 @@ static void finish_piece(const Plan &plan, int64_t piece, Work &work) {
   }
   plan.counts[2 * piece] = alive;
   plan.counts[2 * piece + 1] = refined;
+  return done || work.level >= 1;
+}
+
+static void work_through(Work &work) {
+  const int64_t segments = segments_of(work);
+  for (int64_t s = 0; s < segments; s++) look_at_segment(work, s);
+  join_looks(work);
+  for (int64_t s = 0; s < segments; s++) refine_segment(work, s);
+}
+
+// Scores in the thousands: where every score comes from both planes at once, none moves.
+static void finish_or_repeat(const Plan &plan, int64_t piece, Work &work) {
+  if (finish_piece(plan, piece, work)) return;
+  work.level = 1;
+  work_through(work);
+  finish_piece(plan, piece, work);
 }
 
 // Whole pieces, each by one thread in that thread's memory.
 static void whole_piece(void *data, int64_t piece, int64_t thread) {
   const Plan &plan = *(const Plan *)data;
   Work &work = open_work(plan, piece, plan.scratch + thread * plan.bytes);
-  const int64_t segments = segments_of(work);
-  for (int64_t s = 0; s < segments; s++) look_at_segment(work, s);
-  join_looks(work);
-  for (int64_t s = 0; s < segments; s++) refine_segment(work, s);
-  finish_piece(plan, piece, work);
+  work_through(work);
+  finish_or_repeat(plan, piece, work);
 }
 
 // Or, where there are fewer pieces than threads would like, all segments of all pieces side by side.
@@ -108,7 +123,7 @@ static void refine_task(void *data, int64_t task, int64_t) {
 }
 static void close_piece(void *data, int64_t piece, int64_t) {
   const Plan &plan = *(const Plan *)data;
-  finish_piece(plan, piece, work_of(plan, piece));
+  finish_or_repeat(plan, piece, work_of(plan, piece));
 }
 
 static int attend(const LampAttend *given) {

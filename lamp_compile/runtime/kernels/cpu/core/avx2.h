@@ -9,6 +9,10 @@ LAMP_INLINE __m256i sums_of_8(__m256i *v) {
 // Up to 32 bytes, zeros behind them; never reads past the last.
 LAMP_INLINE __m256i bytes_of(const uint8_t *at, int count) {
   if (count >= 32) return _mm256_loadu_si256((const __m256i *)at);
+  if (count % 4 == 0) {
+    const __m256i word = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_maskload_epi32((const int *)at, _mm256_cmpgt_epi32(_mm256_set1_epi32(count / 4), word));
+  }
   uint8_t padded[32] = {0};
   __builtin_memcpy(padded, at, count);
   return _mm256_loadu_si256((const __m256i *)padded);

@@ -1,6 +1,8 @@
 // Integer products with AVX-512 VNNI. What they compute: portable.h.
 
 #define LAMP_LAMBDA __attribute__((always_inline))
+// Inlined into what is around them, these loops lose their registers to it.
+#define LAMP_APART static __attribute__((noinline))
 
 // The sums of 16 vectors, in order.
 LAMP_INLINE __m512i sums_of_16(__m512i *v) {
@@ -33,7 +35,7 @@ LAMP_INLINE void transpose_words(__m512i *v) {
 
 // Whole blocks of 64 bytes a key: keys are turned into lanes first, so that nothing is summed across them.
 template <int ROWS, int HALF>
-LAMP_INLINE void dots_by_lane(const uint8_t *plane, const uint8_t *next, const int8_t *q, const int32_t *sum8, int32_t *out) {
+LAMP_APART void dots_by_lane(const uint8_t *plane, const uint8_t *next, const int8_t *q, const int32_t *sum8, int32_t *out) {
   const __m512i low = _mm512_set1_epi8(15), flip = _mm512_set1_epi8(8);
   for (int j = 0; j < SUBTILE; j += LANES) {
     __m512i sum[ROWS][4];  // four, because each product waits for the one before
@@ -71,7 +73,7 @@ LAMP_INLINE void dots_by_lane(const uint8_t *plane, const uint8_t *next, const i
 }
 
 template <int ROWS, int BLOCKS>
-LAMP_INLINE void dots_of(const uint8_t *plane, const uint8_t *next, int half, const int8_t *q, const int32_t *sum8,
+LAMP_APART void dots_of(const uint8_t *plane, const uint8_t *next, int half, const int8_t *q, const int32_t *sum8,
                          int32_t *out) {
   constexpr int KEYS = 16 / ROWS;
   const __m512i low = _mm512_set1_epi8(15), flip = _mm512_set1_epi8(8);
@@ -185,7 +187,7 @@ LAMP_INLINE void all_channels(int64_t stride, int half, int32_t *out, Multiply m
 }
 
 template <int ROWS, bool TOGETHER>
-LAMP_INLINE void values_of(const uint8_t *const *tiles, const uint8_t *const *next, int count, int64_t stride, int half,
+LAMP_APART void values_of(const uint8_t *const *tiles, const uint8_t *const *next, int count, int64_t stride, int half,
                            const uint8_t *w, int32_t *out) {
   all_channels<ROWS>(TOGETHER ? SUBTILE : stride, half, out, [&](int64_t at, __m512i *upper, __m512i *lower) LAMP_LAMBDA {
     multiply<ROWS, TOGETHER>(tiles, next, count, at, stride, w, upper, lower);
@@ -201,7 +203,7 @@ LAMP_INLINE void values(const uint8_t *const *tiles, const uint8_t *const *next,
 
 // Adding the three products in this order keeps one sum: ((upper * 16 + eight) * 16 + lower).
 template <int ROWS, bool TOGETHER>
-LAMP_INLINE void fine_values_of(const uint8_t *const *high, const uint8_t *const *residual, int count, int64_t stride,
+LAMP_APART void fine_values_of(const uint8_t *const *high, const uint8_t *const *residual, int count, int64_t stride,
                                 int half, const uint8_t *const *w, int32_t *out) {
   const uint8_t *const *planes[3] = {high, residual, high};
   all_channels<ROWS>(TOGETHER ? SUBTILE : stride, half, out, [&](int64_t at, __m512i *upper, __m512i *lower) LAMP_LAMBDA {

@@ -22,7 +22,7 @@ std::vector<const Kernels *> find_kernels() {
   std::vector<const Kernels *> found;
 #if defined(LAMP_X86)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // and F16C, which all of these have
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"))
     found.push_back(&lamp_avx512);
@@ -77,16 +77,17 @@ constexpr int64_t MOST_KEPT = 256 << 20;
 }  // namespace
 
 void run(Task task, void *data, int64_t count, int64_t threads) {
-  if (threads > count) threads = count;
-  if (threads <= 1) {
+  if (threads <= 1 || count <= 1) {
     for (int64_t i = 0; i < count; i++) task(data, i, 0);
     return;
   }
   Job job{task, data, count, {0}, {0}};
   if (const GompParallel parallel = gomp.load(std::memory_order_relaxed)) {
+    // All of them, also those that will find no task: libgomp ends threads that a smaller team has no use for.
     parallel(take_tasks, &job, static_cast<unsigned>(threads), 0);
     return;
   }
+  if (threads > count) threads = count;
   std::vector<std::thread> started;
   for (int64_t i = 1; i < threads; i++) {
     try {

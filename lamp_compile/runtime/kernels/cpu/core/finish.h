@@ -8,11 +8,12 @@ struct Evidence {
 
 LAMP_INLINE bool healthy(float x) { return __builtin_fabsf(x) <= 3.4028235e38f; }
 
-LAMP_INLINE void finish_row(Work &work, int r, int64_t segments, Evidence &evidence) {
+// False where the scores, not the data, went out of range: refinement moved them too far from the look-ahead's maximum.
+LAMP_INLINE bool finish_row(Work &work, int r, int64_t segments, Evidence &evidence) {
   const LampAttend &call = *work.call;
   const Rows &rows = work.rows;
   const int value_dim = 2 * (int)call.planes.half_v, width = value_dim + SUMS;
-  const int64_t head = rows.g * rows.group + r % rows.group, token = rows.first_token + r / rows.group;
+  const int64_t head = rows.head[r], token = rows.first_token + rows.token[r];
   const int64_t place = (rows.b * call.heads + head) * call.queries + token;
   static_assert(SUMS <= LANES, "one vector behind the output holds the sums");
   float x[MOST_DIM + LANES];
@@ -25,7 +26,8 @@ LAMP_INLINE void finish_row(Work &work, int r, int64_t segments, Evidence &evide
   float weight = sums[WEIGHT];
   if (seen && call.sinks) weight += exp2_of(LOG2E * call.sinks[head] - before);
   float inverse = seen ? 1.0f / weight : 0.0f;
-  if (sums[POISON] != 0) inverse = __builtin_nanf("");
+  const bool poisoned = sums[POISON] != 0;
+  if (poisoned) inverse = __builtin_nanf("");
   const float one = seen ? 1.0f / weight : 0.0f, two = one * one;
 
   // Rounding errors are uniform over a step: of 16 scales for the high plane alone, to which refined keys were compared.
@@ -58,6 +60,7 @@ LAMP_INLINE void finish_row(Work &work, int r, int64_t segments, Evidence &evide
   const float estimate = certificate[0] * square + certificate[1] + certificate[2];
   const float size = square > 1.17549435e-38f ? square : 1.17549435e-38f;
   evidence = {seen && sound ? 1.0f : 0.0f, seen && sound ? estimate / size : 0.0f, seen && !sound ? 1.0f : 0.0f};
+  return sound || !seen || poisoned || !healthy(before);
 }
 
 // runtime/guard.py: step, for one sequence and kv head.

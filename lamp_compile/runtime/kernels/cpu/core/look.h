@@ -36,7 +36,7 @@ LAMP_INLINE void look_at_subtile(Work &work, int r0, int64_t j, const uint8_t *p
   uint8_t *alive = work.alive + (j - rows.from) / SUBTILE * rows.tokens;
   uint32_t seen = 0;
   for (int i = 0, known = -1; i < ROWS && r0 + i < rows.count; i++) {
-    const int r = r0 + i, token = r / rows.group;
+    const int r = r0 + i, token = rows.token[r];
     if (call.mask || token != known) {  // without a mask the heads of a token see the same
       seen = visible(call, rows, r, j);
       if (seen) alive[token] = 1;
@@ -53,7 +53,7 @@ LAMP_INLINE void look_at_subtile(Work &work, int r0, int64_t j, const uint8_t *p
         for (int k = 0; k < LANES; k++) added[k] = bias_of(call, rows, r, j + h * LANES + k);
         y += load(added);
       }
-      if (seen != ~0u) y = lanes_of(seen, h) ? y : splat(-__builtin_inff());
+      if (seen != ~0u) y = select(lanes_of(seen, h), y, splat(-__builtin_inff()));
       store(z + h * LANES, y);
       most[r] = larger(y, most[r]);
     }
@@ -64,7 +64,7 @@ LAMP_INLINE void look_at_subtile(Work &work, int r0, int64_t j, const uint8_t *p
 LAMP_INLINE Vf sensitivity(const Work &work, int64_t at, int r, Vf y, Vf z) {
   if (work.call->bias)
     for (int k = 0; k < LANES; k++) y[k] -= bias_of(*work.call, work.rows, r, work.rows.from + at + k);
-  return z > splat(0.0f) ? magnitude(y) * splat(1.0f / LOG2E) * z : z;
+  return select(z > splat(0.0f), magnitude(y) * splat(1.0f / LOG2E) * z, z);
 }
 
 // Turn scores into weights relative to the chunk's maximum; sum them and what the rule asks of each sub-tile.
@@ -88,7 +88,7 @@ LAMP_INLINE void weigh_chunk(Work &work, int64_t chunk, int64_t keys, int r, flo
         mass[s] += x * x;
       } else {
         const Vf m = sensitivity(work, first + at, r, y, x);
-        mass[s] = m == m ? larger(m, mass[s]) : m;
+        mass[s] = select(m == m, larger(m, mass[s]), m);
       }
     }
   }
@@ -124,7 +124,7 @@ static void look_at_segment(Work &work, int64_t segment) {
       Vf scale[2];
       for (int h = 0; h < 2; h++) {
         scale[h] = halves(call.planes.k_scale + scale_at(call.planes, place) + h * LANES);
-        scale[h] = finite(scale[h]) ? scale[h] : splat(__builtin_nanf(""));
+        scale[h] = select(finite(scale[h]), scale[h], splat(__builtin_nanf("")));
       }
       for (int r = 0; r < rows.count;) switch (block_rows(rows.count - r)) {
           case 4: look_at_subtile<4>(work, r, j, plane, next, residual, scale, most); r += 4; break;
@@ -160,7 +160,7 @@ static void join_looks(Work &work) {
     const bool seen = sum > 0 || sum != sum;
     float lse = seen ? (most > -__builtin_inff() ? most : 0) + log2_of(sum) : -__builtin_inff();
     if (seen && call.sinks) {
-      const float sink = LOG2E * call.sinks[rows.g * rows.group + r % rows.group];
+      const float sink = LOG2E * call.sinks[rows.head[r]];
       const float top = sink > lse ? sink : lse;
       lse = top + log2_of(exp2_of(lse - top) + exp2_of(sink - top)) + (lse - lse);
     }

@@ -3,7 +3,7 @@
 // dots:   out[r][j] = sum over channels of q[r][c] * nibble[j][c], for 32 keys of a K plane.
 // values: out[r][c] = 16 * sum over tiles and keys of w[t][r][j] * nibble[t][c][j], for 32 keys of each tile of V.
 // fine_values: out[r][c] = 16 * (256 * w_upper * high + w_lower * high + 16 * w_eight * residual), summed alike: fits
-//         into 32 bits for up to 8 tiles.
+//         into 32 bits for up to 8 tiles, because the high plane holds -7 to 7.
 // next: what a call soon will read in the same way, so that it can be asked for in passing.
 // q is [rows][2][PADDED] with zeros behind the channels, w [tiles][rows][32], nibbles are -8 to 7.
 

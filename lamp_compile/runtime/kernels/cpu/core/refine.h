@@ -9,7 +9,7 @@ struct Run {
   int count;      // sub-tiles
   const uint8_t *k_high[RUN], *k_residual[RUN], *v_high[RUN], *v_residual[RUN];
   const uint8_t *next[RUN];  // v_high of the run after this
-  Vf k_scale[RUN][2], v_scale[RUN][2];
+  Vf k_scale[RUN][2], v_scale[RUN][2], v_square[RUN][2];
   uint32_t v_spoilt[RUN];  // keys whose value has no finite scale
   float cold[4][RUN_KEYS], hot[4][RUN_KEYS];  // weight * value scale; a row's sub-tile is in one of them, 0 in the other
   float factor[MOST_ROWS];  // from the chunk's weights to the row's
@@ -98,8 +98,9 @@ LAMP_INLINE void open_run(const Work &work, int64_t first, int64_t end, Run &run
       const Vf k = halves(planes.k_scale + scale_at(planes, place) + h * LANES);
       const Vf v = halves(planes.v_scale + scale_at(planes, place) + h * LANES);
       // What is not finite has spoilt its scores already; as a value it spoils the rows that weigh it.
-      run.k_scale[t][h] = finite(k) ? k : splat(0.0f);
-      run.v_scale[t][h] = finite(v) ? v : splat(0.0f);
+      run.k_scale[t][h] = select(finite(k), k, splat(0.0f));
+      run.v_scale[t][h] = select(finite(v), v, splat(0.0f));
+      run.v_square[t][h] = run.v_scale[t][h] * run.v_scale[t][h];
       if (any(~finite(v)))
         for (int i = 0; i < LANES; i++)
           if (!finite(v)[i]) run.v_spoilt[t] |= 1u << (h * LANES + i);
@@ -147,7 +148,7 @@ LAMP_INLINE void weigh(const Work &work, Run &run, int i, int r, const float *di
       Vf p = load(z + at) * factor;
       if (hot && work.level < 1) p = p * exp2(smaller(splat(127.0f), load(differences + (t * rows + i) * SUBTILE + h * LANES)));
       const Vf ps = p * run.k_scale[t][h], w = p * run.v_scale[t][h], pss = ps * run.k_scale[t][h];
-      const Vf v2 = run.v_scale[t][h] * run.v_scale[t][h];
+      const Vf v2 = run.v_square[t][h];
       const Vf p2 = hot ? noise * ps * ps : ps * ps, w2 = hot ? noise * w * w : w * w;
       store(to + at, w);
       if (run.any_hot[t]) store(other + at, zero);
@@ -185,8 +186,7 @@ LAMP_INLINE Vf dither(int64_t key) {
   const Vf lane = Vf{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const float first = (float)((uint32_t)(key * 2654435769u) >> 8) * 5.9604645e-8f;  // key / golden ratio, its fraction
   Vf x = splat(first) + lane * splat(0.61803399f);
-  x = x - floats(__builtin_convertvector(x, Vi));
-  return x;
+  return x - floats(__builtin_convertvector(x, Vi));
 }
 
 LAMP_INLINE void as_bytes(Vi x, uint8_t *to) {
@@ -261,7 +261,7 @@ LAMP_INLINE void refine_rows(Work &work, Run &run, int r0, float *partial, Vf (*
   for (int t = 0; t < run.count; t++) {
     run.any_hot[t] = false;
     for (int i = 0; i < ROWS; i++) {
-      const int r = r0 + i, token = r / work.rows.group;
+      const int r = r0 + i, token = work.rows.token[r];
       run.refined[t][i] = r < work.rows.count && run.hot_for[t][token];
       run.any_hot[t] |= run.refined[t][i];
       run.any_cold |= r < work.rows.count && run.alive[t][token] && !run.hot_for[t][token];

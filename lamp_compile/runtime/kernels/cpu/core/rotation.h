@@ -7,8 +7,8 @@ LAMP_INLINE Vf double_lanes(Vf x) {
 #define LAMP_STEP(step, a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p)                                  \
   {                                                                                                      \
     const Vi lane = Vi{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};                            \
-    const Vf other = __builtin_shufflevector(x, x, a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p);      \
-    x = other + ((lane & splat(step)) != splat(0) ? -x : x);                                             \
+    const Vf other = LAMP_PAIR(x, x, a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p);      \
+    x = other + select((lane & splat(step)) != splat(0), -x, x);                                             \
   }
   LAMP_STEP(1, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14)
   LAMP_STEP(2, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13)

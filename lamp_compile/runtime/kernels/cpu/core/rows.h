@@ -8,6 +8,7 @@ constexpr float PEAK_SQUARE = 119.0f * 119.0f / 7.5f;  // mean square of a store
 
 struct Rows {
   int count, group, tokens, first_token;
+  int token[MOST_ROWS + 4], head[MOST_ROWS + 4];  // of this work, and of the call
   int64_t b, g;
   int64_t low[MOST_ROWS], high[MOST_ROWS];  // keys that a token of this work may see, by token
   int64_t from, to;                         // and any of them
@@ -23,7 +24,7 @@ LAMP_INLINE int block_rows(int left) { return left >= 3 ? 4 : left; }
 
 LAMP_INLINE void prepare_row(const LampAttend &call, Rows &rows, int r) {
   const int half = (int)call.planes.half_k, dim = 2 * half;
-  const int64_t token = rows.first_token + r / rows.group, head = rows.g * rows.group + r % rows.group;
+  const int64_t token = rows.first_token + rows.token[r], head = rows.head[r];
   float x[MOST_DIM + LANES] = {0};
   read_row(call.q, call.dtype, rows.b * call.q_strides[0] + head * call.q_strides[1] + token * call.q_strides[2], dim, x);
   if (call.balance) {
@@ -80,6 +81,10 @@ LAMP_INLINE void see(const LampAttend &call, Rows &rows, int t) {
 static void prepare_rows(const LampAttend &call, Rows &rows) {
   __builtin_memset(rows.q, 0, sizeof rows.q);
   rows.count = rows.tokens * rows.group;
+  for (int r = 0; r < rows.count + 4; r++) {
+    rows.token[r] = r / rows.group;
+    rows.head[r] = (int)rows.g * rows.group + r % rows.group;
+  }
   for (int r = 0; r < rows.count; r++) prepare_row(call, rows, r);
   for (int r = rows.count; r < MOST_ROWS && r < rows.count + 4; r++) rows.coefficient[r] = rows.half_sum[r] = 0, rows.sum8[r] = 0;
   rows.from = rows.to = 0;
@@ -94,13 +99,13 @@ static void prepare_rows(const LampAttend &call, Rows &rows) {
 
 // Which of 32 keys from j on a row may see, one bit each.
 LAMP_INLINE uint32_t visible(const LampAttend &call, const Rows &rows, int r, int64_t j) {
-  const int t = r / rows.group;
+  const int t = rows.token[r];
   if (j >= rows.high[t] || j + SUBTILE <= rows.low[t]) return 0;
   uint32_t seen = ~0u;
   if (rows.low[t] > j) seen &= ~0u << (rows.low[t] - j);
   if (rows.high[t] < j + SUBTILE) seen &= ~0u >> (j + SUBTILE - rows.high[t]);
   if (!call.mask) return seen;
-  const int64_t *steps = call.mask_strides, head = rows.g * rows.group + r % rows.group;
+  const int64_t *steps = call.mask_strides, head = rows.head[r];
   const uint8_t *mask = call.mask + rows.b * steps[0] + head * steps[1] + (rows.first_token + t) * steps[2];
   for (int i = 0; i < SUBTILE; i++) {
     const int64_t key = call.mask_keys == 1 ? 0 : j + i;
@@ -111,10 +116,10 @@ LAMP_INLINE uint32_t visible(const LampAttend &call, const Rows &rows, int r, in
 
 // The bias of key j for a row, in base 2.
 LAMP_INLINE float bias_of(const LampAttend &call, const Rows &rows, int r, int64_t j) {
-  const int64_t *steps = call.bias_strides, head = rows.g * rows.group + r % rows.group;
+  const int64_t *steps = call.bias_strides, head = rows.head[r];
   if (call.bias_keys == 1) j = 0;
   if (j >= call.bias_keys) return 0;
-  const int64_t token = rows.first_token + r / rows.group;
+  const int64_t token = rows.first_token + rows.token[r];
   return LOG2E * call.bias[rows.b * steps[0] + head * steps[1] + token * steps[2] + j * steps[3]];
 }
 
@@ -128,5 +133,5 @@ LAMP_INLINE Vf soft_cap(Vf y, float cap) {
   const Vf x = y * splat(1.0f / (cap * LOG2E));
   const Vf grown = exp2(smaller(larger(x, splat(-20.0f)), splat(20.0f)) * splat(2.0f * LOG2E));
   const Vf capped = splat(cap * LOG2E) * (splat(1.0f) - splat(2.0f) / (grown + splat(1.0f)));
-  return x == x ? capped : x;
+  return select(x == x, capped, x);
 }

@@ -6,6 +6,12 @@ typedef int32_t Vi __attribute__((vector_size(64)));
 typedef uint8_t Vb __attribute__((vector_size(16)));
 constexpr int LANES = 16;
 
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 12
+#define LAMP_PAIR(a, b, ...) __builtin_shuffle(a, b, Vi{__VA_ARGS__})
+#else
+#define LAMP_PAIR(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#endif
+
 #define LAMP_INLINE static inline __attribute__((always_inline))
 
 LAMP_INLINE Vf splat(float x) { return Vf{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
@@ -23,8 +29,16 @@ LAMP_INLINE Vi load(const int32_t *from) {
 LAMP_INLINE void store(float *to, Vf v) { __builtin_memcpy(to, &v, sizeof v); }
 LAMP_INLINE Vf floats(Vi v) { return __builtin_convertvector(v, Vf); }
 LAMP_INLINE Vf bits(Vi v) { return (Vf)v; }
-LAMP_INLINE Vf larger(Vf a, Vf b) { return a > b ? a : b; }  // b where a is NaN
-LAMP_INLINE Vf smaller(Vf a, Vf b) { return a < b ? a : b; }
+// Compilers pick lanes of a vector wider than the machine's one by one; bits they take as wide as they can.
+LAMP_INLINE Vf select(Vi where, Vf a, Vf b) {
+#if defined(__AVX512F__)
+  return where ? a : b;
+#else
+  return (Vf)(((Vi)a & where) | ((Vi)b & ~where));
+#endif
+}
+LAMP_INLINE Vf larger(Vf a, Vf b) { return select(a > b, a, b); }  // b where a is NaN
+LAMP_INLINE Vf smaller(Vf a, Vf b) { return select(a < b, a, b); }
 LAMP_INLINE Vf magnitude(Vf v) { return (Vf)((Vi)v & splat(0x7fffffff)); }
 LAMP_INLINE Vi finite(Vf v) { return ((Vi)v & splat(0x7f800000)) != splat(0x7f800000); }
 
@@ -44,7 +58,6 @@ LAMP_INLINE float largest(Vf v) {
 }
 // The totals of sixteen vectors, in order: a transposition on the way costs three shuffles a vector.
 LAMP_INLINE Vf totals(Vf *v) {
-#define LAMP_PAIR(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
   for (int i = 0; i < 8; i++) {
     const Vf a = v[2 * i], b = v[2 * i + 1];
     v[i] = LAMP_PAIR(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
@@ -62,7 +75,6 @@ LAMP_INLINE Vf totals(Vf *v) {
   }
   return LAMP_PAIR(v[0], v[1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
          LAMP_PAIR(v[0], v[1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-#undef LAMP_PAIR
 }
 LAMP_INLINE Vf root(Vf v) {
   for (int i = 0; i < LANES; i++) v[i] = __builtin_sqrtf(v[i]);
@@ -78,7 +90,7 @@ LAMP_INLINE bool any(Vi v) {
 // 2^x to two units in the last place, for x up to 127; 0 from -127 down, NaN for NaN. A polynomial fitted to 2^f on
 // [-1/2, 1/2] (the one of Cephes' exp2f).
 LAMP_INLINE Vf exp2(Vf x) {
-  x = splat(-127.0f) > x ? splat(-127.0f) : x;  // in this order NaN stays
+  x = larger(splat(-127.0f), x);  // in this order NaN stays
   // 1.5 * 2^23 rounds what is added to it to a whole number; with 127 more, its last bits are that number's exponent.
   const Vf magic = splat(12582912.0f + 127.0f);
   const Vf rounded = x + magic;
