@@ -190,7 +190,8 @@ def line(row: dict[str, Any]) -> str:
     if row.get("refined_share") is not None:
         tail += f", refined {row['refined_share']:.1%}"
     if "check" in row:
-        tail += ", checked" if row["check"].get("ok") else f", CHECK FAILED: {row['check']}"
+        ok = row["check"].get("ok", False)
+        tail += ", not checked" if ok is None else ", checked" if ok else f", CHECK FAILED: {row['check']}"
     return f"{row['case']:12s} {row['name']:10s} {' '.join(words)}  {tail}, {row['row_seconds']:.0f} s"
 
 

@@ -177,7 +177,7 @@ FORMS = {
 
 def number_cells(row: dict[str, Any], keys: str) -> list[str]:
     """These numbers of a row as text; ratios have two digits behind the point."""
-    return ["-" if row.get(key) is None else format(row[key], FORMS.get(key, ".2f")) for key in keys.split()]
+    return ["-" if row.get(k) is None else format(row[k], FORMS.get(k, ".2f")).rstrip(".") for k in keys.split()]
 
 
 def make_table(titles: list[str], rows: Iterable[list[str]]) -> str:

@@ -56,7 +56,8 @@ def test_decode_tables_show_what_was_measured(samples: Path) -> None:
     rows = [row for row in data["rows"] if row["name"].startswith("lamp") and "layer" not in row["name"]]
     assert sum(line.startswith(("| 1x256 |", "| 2x256 |")) for line in page.splitlines()) == len(rows) + 2
     (row,) = (row for row in rows if (row["case"], row["name"]) == ("1x256", "lamp"))
-    shown = f"| 1x256 | {row['refined_share']:.1%} | {row['ms']:#.3g} | "
+    (milliseconds,) = decode_page.number_cells(row, "ms")
+    shown = f"| 1x256 | {row['refined_share']:.1%} | {milliseconds} | "
     assert shown in page
     assert f"{shown}{row['ratio_to_bf16']:.2f} | {row['ratio_to_fp8']:.2f} |\n" in short
     assert "| 2x256 | **lamp_compile** | " in page
@@ -65,6 +66,11 @@ def test_decode_tables_show_what_was_measured(samples: Path) -> None:
     for text in (page, short):
         for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
             assert len({line.count("|") for line in block.splitlines()}) == 1, block
+
+
+def test_numbers_have_three_digits_and_no_bare_point() -> None:
+    shown = [decode_page.number_cells({"ms": ms}, "ms") for ms in (0.30, 9.84, 156.8)]
+    assert shown == [["0.300"], ["9.84"], ["157"]]
 
 
 def test_only_the_newest_results_are_shown(samples: Path, tmp_path: Path) -> None:

@@ -93,6 +93,8 @@ def test_rows_fail_alone_are_cut_short_and_respect_the_budget(scripts, monkeypat
     assert rows["static"]["failed"] == "RuntimeError: out of something"
     assert rows["lamp"]["cut_short"]
     assert rows["lamp"]["finished"] == 1
+    assert 0 <= rows["lamp"]["refined_share"] <= 1, "slots that were running count too"
+    assert rows["lamp"]["check"]["ok"], "a request that finishes early is checked"
     assert scripts.serving.main([*arguments, "--budget", "-1"]) == 0
     assert {row["failed"] for row in json.loads(out.read_text())["rows"]} == {"out of budget"}
 
@@ -107,6 +109,10 @@ def test_the_check_notices_other_tokens(scripts, one_thread):
         scripts.requests.Clock(bench.device, bench.energy),
     )
     assert served.extra["check"]()["ok"]
+    everything = dict(served.tokens)
+    served.tokens.clear()
+    assert served.extra["check"]()["ok"] is None
+    served.tokens |= everything
     for tokens in served.tokens.values():
         tokens[0] = (tokens[0] + 1) % 512
     found = served.extra["check"]()
