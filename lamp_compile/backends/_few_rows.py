@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
 from lamp_compile.runtime.linear import LEVELS, SMALLEST
@@ -21,23 +22,22 @@ MOST_ROWS = 16
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("x", "weight", "scale", "bias")
 aten, lamp = torch.ops.aten, torch.ops.lamp
+PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
 LINEAR = (torch.nn.functional.linear, aten.linear.default)
-
-
-Made = dict[tuple[Node, bool], tuple[Node, Node | None]]
-"""Rows that are in memory already, by node and whether they are rounded: layers that read the same rows share them."""
 
 
 def spell_out(module: GraphModule) -> int:
     """Replace by loops that do the same, on a CPU: every ``lamp::linear_int8`` of few rows, and every linear layer of
-    float weights and one row. Gives back how many."""
-    made: Made = {}
+    float weights and one row. Gives back how many.
+
+    Each layer reads its rows where it stands: a graph of Dynamo's may change them in place between two layers.
+    """
     done = 0
     for node in list(module.graph.nodes):
         if node.target in (lamp.linear_int8, lamp.linear_int8.default):
-            out = _spell_int8(module.graph, node, made)
+            out = _spell_int8(module.graph, node)
         elif node.target in LINEAR:
-            out = _spell_float(module.graph, node, made)
+            out = _spell_float(module.graph, node)
         else:
             continue
         if out is None:
@@ -56,31 +56,29 @@ def _given(node: Node, *names: str) -> list[Any]:
     return [node.args[i] if i < len(node.args) else node.kwargs.get(name) for i, name in enumerate(names)]
 
 
-def _spell_int8(graph: Graph, node: Node, made: Made) -> Node | None:
+def _spell_int8(graph: Graph, node: Node) -> Node | None:
     given = _given(node, *NAMES)
     x, weight, scale = (_value(argument) for argument in given[:3])
     if x is None or weight is None or scale is None or not _few(x, weight, MOST_ROWS):
         return None
-    key = (given[0], bool(node.kwargs["dynamic"]))
     with graph.inserting_before(node):
         emit = _Emit(graph)
-        if key not in made:
-            made[key] = emit.rows(given[0], x, key[1])
-        return emit.products(made[key], given[1:], (x, weight, scale))
+        rows = emit.rows(given[0], x, bool(node.kwargs["dynamic"]))
+        return emit.products(rows, given[1:], (x, weight, scale))
 
 
-def _spell_float(graph: Graph, node: Node, made: Made) -> Node | None:
+def _spell_float(graph: Graph, node: Node) -> Node | None:
     given = _given(node, "input", "weight", "bias")
     x, weight = (_value(argument) for argument in given[:2])
     if x is None or weight is None or weight.dim() != 2 or not _few(x, weight, 1):
         return None
-    if x.dtype != weight.dtype or x.dtype not in FLOATS:
+    made = _value(node)  # under autocast a layer answers in another dtype than it is asked in
+    if x.dtype != weight.dtype or x.dtype not in FLOATS or made is None or made.dtype != x.dtype:
         return None
     with graph.inserting_before(node):
         emit = _Emit(graph)
-        if (given[0], False) not in made:
-            made[given[0], False] = emit.rows(given[0], x, False)
-        return emit.float_products(made[given[0], False][0], given[1:], x, weight.shape[0])
+        row, _ = emit.rows(given[0], x, False)
+        return emit.float_products(row, given[1:], x, weight.shape[0])
 
 
 class _Emit:
@@ -135,7 +133,8 @@ class _Emit:
 
 def _value(node: Any) -> Tensor | None:
     value = node.meta.get("val", node.meta.get("example_value")) if isinstance(node, Node) else None
-    return value if isinstance(value, Tensor) else None
+    # A subclass may have a linear layer of its own.
+    return value if type(value) in PLAIN else None
 
 
 def _few(x: Tensor, weight: Tensor, most: int) -> bool:

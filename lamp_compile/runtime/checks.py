@@ -12,6 +12,9 @@ from lamp_compile.runtime.arguments import CAUSAL
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+INTEGERS = (torch.int64, torch.int32)
+
+
 def floating(site: str, **tensors: Tensor) -> None:
     """Raise InputError unless every tensor is ``[batch, heads, length, channels]``, not empty, and of a float dtype."""
     for name, x in tensors.items():
@@ -47,6 +50,120 @@ def keys_and_values(site: str, k: Tensor, v: Tensor) -> None:
             f"k {tuple(k.shape)} and v {tuple(v.shape)} differ in batch, heads or length",
             where=_where(site, "k, v"),
             fix="k [B, G, N, D] and v [B, G, N, Dv]",
+        )
+
+
+def planes(site: str, six: tuple[Tensor, ...], table: Tensor | None, batch: int, v_width: int | None = None) -> None:
+    """Raise InputError unless six planes of ``nested8`` belong together and hold ``batch`` sequences: what kernels take
+    as addresses.
+
+    Args:
+        site: For the message.
+        six: K high ``[B, G, P, tile, D/2]``, residual and scale ``[B, G, P * tile]``, the same of V.
+        table: ``[batch, pages]``, int32 or int64: the planes are a pool then, with B = 1.
+        batch: Sequences of the call.
+        v_width: Bytes of a row of V, where the call says so.
+    """
+    k_high, k_residual, k_scale, v_high, v_residual, v_scale = six
+    where = _where(site, "planes")
+    for name, x, dtype in zip(
+        ("k_high", "k_residual", "k_scale", "v_high", "v_residual", "v_scale"),
+        six,
+        (torch.uint8, torch.uint8, torch.float16) * 2,
+        strict=True,
+    ):
+        if x.dtype != dtype:
+            raise InputError(f"{name} is {_word(x.dtype)}", where=where, fix=f"{_word(dtype)}")
+    sequences, kv_heads, pages, tile, half = k_high.shape if k_high.dim() == 5 else (0, 0, 0, 0, 0)
+    wanted = (sequences, kv_heads, pages)
+    fits = (
+        k_residual.shape == (*wanted, tile, half)
+        and v_high.dim() == 5
+        and v_high.shape == v_residual.shape == (*wanted, v_high.shape[3], tile)
+        and k_scale.shape == v_scale.shape == (sequences, kv_heads, pages * tile)
+        and (v_width is None or v_high.shape[3] == v_width)
+    )
+    if not fits:
+        raise InputError(
+            f"planes of shapes {', '.join(str(tuple(x.shape)) for x in six)} do not belong together",
+            where=where,
+            fix="K [B, G, P, tile, D/2], V [B, G, P, Dv/2, tile], scales [B, G, P * tile]",
+        )
+    if sequences != (batch if table is None else 1):
+        raise InputError(f"planes of {sequences} sequences for {batch}", where=where, fix="one batch size for both")
+    if table is not None and (table.dim() != 2 or table.shape[0] != batch or table.dtype not in INTEGERS):
+        raise InputError(
+            f"a block table {tuple(table.shape)}, {_word(table.dtype)}", where=where, fix=f"int32 [{batch}, pages]"
+        )
+
+
+def stored(
+    site: str, q: Tensor, six: tuple[Tensor, ...], kept: tuple[Tensor | None, ...], seen: tuple[Tensor | None, ...]
+) -> None:
+    """Raise InputError unless what an attention reads of a cache belongs to its query ``[B, H, S, D]``.
+
+    Args:
+        site: For the message.
+        q: The query.
+        six: Planes.
+        kept: The guard's statistics, and balance.
+        seen: mask, bias, sinks, start, lengths, block table.
+    """
+    (stats, factors), (_, _, sink, start, lengths, table) = kept, seen
+    batch, kv_heads = q.shape[0], six[0].shape[1]
+    planes(site, six, table, batch)
+    per_sequence(site, batch, start=start, lengths=lengths)
+    balance(site, factors, kv_heads, q.shape[3], batch)
+    sinks(site, sink, q.shape[1])
+    if stats is None or stats.dtype != torch.int64 or stats.shape[:2] != (batch, kv_heads) or not stats.is_contiguous():
+        raise InputError(
+            "statistics that are not contiguous int64 [B, G, 7]", where=_where(site, "stats"), fix="guard.new_stats"
+        )
+
+
+def keys_of_planes(site: str, k: Tensor, k_high: Tensor) -> None:
+    """Raise InputError unless k ``[B, G, n, D]`` has the heads and channels of a plane of ``nested8``."""
+    if k.shape[1] != k_high.shape[1] or k.shape[3] != 2 * k_high.shape[4]:
+        raise InputError(
+            f"k {tuple(k.shape)} for planes of {k_high.shape[1]} heads and {2 * k_high.shape[4]} channels",
+            where=_where(site, "k"),
+            fix="keys of the model that the planes were made for",
+        )
+
+
+def per_sequence(site: str, batch: int, **numbers: Tensor | None) -> None:
+    """Raise InputError unless each is one integer, or one for each of ``batch`` sequences."""
+    for name, x in numbers.items():
+        if x is None:
+            continue
+        if x.dtype not in INTEGERS:
+            raise InputError(f"{name} is {_word(x.dtype)}", where=_where(site, name), fix="int64 or int32")
+        if x.numel() not in (1, batch):
+            raise InputError(
+                f"{name} has {x.numel()} numbers for {batch} sequences",
+                where=_where(site, name),
+                fix="one, or one each",
+            )
+
+
+def balance(site: str, given: Tensor | None, kv_heads: int, dim: int, batch: int) -> None:
+    """Raise InputError unless balance is ``[G, D]`` or ``[B, G, D]``."""
+    if given is None:
+        return
+    leading = tuple(given.shape[:-2])
+    if given.dim() not in (2, 3) or tuple(given.shape[-2:]) != (kv_heads, dim) or leading not in ((), (1,), (batch,)):
+        raise InputError(
+            f"balance {tuple(given.shape)} for {kv_heads} kv heads of {dim} channels",
+            where=_where(site, "balance"),
+            fix="[G, D] or [B, G, D]",
+        )
+
+
+def sinks(site: str, given: Tensor | None, heads: int) -> None:
+    """Raise InputError unless there is a sink for every head, or one for all."""
+    if given is not None and given.numel() not in (1, heads):
+        raise InputError(
+            f"{given.numel()} sinks for {heads} heads", where=_where(site, "sinks"), fix=f"[{heads}], one per head"
         )
 
 
@@ -110,9 +227,11 @@ def visibility(
         )
 
 
-def heads_of_setting(site: str, name: str, setting: Tensor, kv_heads: int) -> None:
+def heads_of_setting(site: str, name: str, setting: Tensor, kv_heads: int, batch: int | None = None) -> None:
     """Raise InputError unless tau, floor or budget is ``[G]`` or ``[B, G]``."""
-    if setting.dim() not in (1, 2) or setting.shape[-1] != kv_heads:
+    leading = setting.shape[0] if setting.dim() == 2 else 1
+    wrong = batch is not None and leading not in (1, batch)
+    if setting.dim() not in (1, 2) or setting.shape[-1] != kv_heads or wrong:
         raise InputError(
             f"{name} has shape {tuple(setting.shape)} for {kv_heads} kv heads",
             where=_where(site, name),

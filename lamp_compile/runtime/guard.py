@@ -31,7 +31,7 @@ STATS_FIELDS = 7
 
 def new_state(batch: int, kv_heads: int, device: torch.device | str = "cpu") -> Tensor:
     """A fresh state ``[B, G, 4]``."""
-    return torch.zeros(batch, kv_heads, STATE_FIELDS, device=device)
+    return torch.zeros(batch, kv_heads, STATE_FIELDS, dtype=torch.float32, device=device)
 
 
 def new_stats(batch: int, kv_heads: int, device: torch.device | str = "cpu") -> Tensor:

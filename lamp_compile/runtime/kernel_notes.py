@@ -49,4 +49,5 @@ def why_not_plan(plan: SitePlan, q: torch.Tensor, kv_heads: int, value_dim: int)
         torch.empty(*lead, tile, k_high, device=q.device), torch.empty(*lead, tile, k_residual, device=q.device), scale,
         torch.empty(*lead, v_high, tile, device=q.device), torch.empty(*lead, v_residual, tile, device=q.device), scale,
     )  # fmt: skip
-    return kernels.why_not_attend(q[:0], planes, q[:0], vars(plan))
+    state = torch.empty(0, kv_heads, 4, dtype=torch.float32, device=q.device)
+    return kernels.why_not_attend(q[:0], planes, state, vars(plan))

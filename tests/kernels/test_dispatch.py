@@ -34,7 +34,7 @@ def any_device(monkeypatch) -> None:
 
 def why_not(q=None, stored=None, state=None, **options) -> str | None:
     q = meta(2, 8, 1, 128) if q is None else q
-    state = meta(2, 2, 4) if state is None else state
+    state = meta(2, 2, 4, dtype=torch.float32) if state is None else state
     return kernels.why_not_attend(q, tuple(stored or planes()), state, {**OPTIONS, **options})
 
 
@@ -77,8 +77,12 @@ REASONS = {
     "wide keys": ({"stored": planes(320, 128)}, "head dimension of 320"),
     "wide values": ({"stored": planes(128, 512)}, "head dimension of 512"),
     "wide sub-tile": ({"subtile": 64}, "sub-tiles of 64 keys in storage tiles of 32"),
-    "views of a state": ({"state": meta(2, 4, 2).transpose(1, 2)}, "state that is not contiguous"),
-    "many heads": ({"q": meta(65536, 4, 1, 128), "state": meta(65536, 2, 4)}, "more than 65535 sequences"),
+    "views of a state": ({"state": meta(2, 4, 2, dtype=torch.float32).transpose(1, 2)}, "state that is not contiguous"),
+    "state of another dtype": ({"state": meta(2, 2, 4)}, "not contiguous float32"),
+    "many heads": (
+        {"q": meta(65536, 4, 1, 128), "state": meta(65536, 2, 4, dtype=torch.float32)},
+        "more than 65535 sequences",
+    ),
     "keys not contiguous": ({"stored": not_contiguous(0)}, "not contiguous"),
     "values not contiguous": ({"stored": not_contiguous(4)}, "not contiguous"),
 }

@@ -35,7 +35,8 @@ _refused: dict[torch.device, str] = {}
 def why_not_device(kind: str) -> str | None:
     """Why no kernel runs on a type of device, or None."""
     if kind == "cpu":
-        return cpu.why_not()
+        reason: str | None = cpu.why_not()
+        return reason
     if kind != "cuda":
         return f"kernels run on CUDA and ROCm devices and on CPUs, this is {kind}"
     if not _TRITON:
@@ -94,8 +95,8 @@ def why_not_attend(q: Tensor, planes: tuple[Tensor, ...], state: Tensor, options
         return f"sub-tiles of {options['subtile']} keys in storage tiles of {planes[0].shape[3]}"
     if state.shape[0] != q.shape[0]:
         return "a guard state that sequences share"
-    if not state.is_contiguous():
-        return "a guard state that is not contiguous"
+    if not state.is_contiguous() or state.dtype != torch.float32:
+        return "a guard state that is not contiguous float32"
     if q.shape[0] * planes[0].shape[1] > MOST_HEADS:
         return f"more than {MOST_HEADS} sequences times kv heads"
     if q.dtype == torch.float64:

@@ -96,12 +96,15 @@ def attend(
     tau, floor, budget = (_dense(x) for x in hot[:3])
     state, stats = hot[3:]
     mask, bias, sinks, start, lengths, table = seen
+    sinks = None if sinks is None else sinks.expand(q.shape[1])
     balance, bias, sinks, table = _dense(balance), None if bias is None else bias.float(), _dense(sinks), _table(table)
     batch, heads, queries, dim = q.shape
     value_dim = 2 * planes[3].shape[3]
     out = q.new_empty(batch, heads, queries, value_dim)
     rows = (batch, heads, queries) if details else (0,)
-    lse, certificate = (torch.empty(*rows, *last, dtype=torch.float32) for last in ((), (3,) if details else ()))
+    lse, certificate = (
+        torch.empty(*rows, *last, dtype=torch.float32, device=q.device) for last in ((), (3,) if details else ())
+    )
     scale = options["scale"]
     call = _library.Attend(
         *_planes(planes, table), *_rotation(dim, options["rotation"]), *_rotation(value_dim, options["rotation"]),
@@ -162,7 +165,7 @@ def _sequence_step(x: Tensor | None, axes: int) -> int:
 
 def _integers(x: Tensor | None) -> tuple[int | None, int, int]:
     """One integer per sequence, or one for all."""
-    return (None, 0, 0) if x is None else (x.data_ptr(), x.element_size(), 0 if x.numel() == 1 else x.stride(0))
+    return (None, 0, 0) if x is None else (x.data_ptr(), x.element_size(), 0 if x.numel() == 1 else x.stride(-1))
 
 
 def _broadcast(x: Tensor | None) -> tuple[int | None, ...]:
