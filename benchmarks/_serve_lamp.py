@@ -19,6 +19,8 @@ from lamp_compile.frontends.huggingface.many import ManyPrompts
 from lamp_compile.runtime import guard
 
 WARM_NEW = 8
+WARM_PROMPTS = 24
+"""How kernels are cut depends on the length of a prompt, and each cut is compiled once: outside the clock."""
 CHECKED_NEW = 48
 KEPT_LOGITS = 4
 TOLERANCE = 0.06
@@ -114,7 +116,7 @@ def serve(model: Any, requests: Sequence[Request], setup: Any, clock: Clock) -> 
     cache = fast.lamp.slots(setup.streams, setup.pool, max(request.tokens for request in requests))
     if setup.shares is not None:
         impose(fast, cache, requests, setup.shares)
-    for _ in run(fast, cache, spread(requests, 4), Log(), WARM_NEW):
+    for _ in run(fast, cache, spread(requests, WARM_PROMPTS), Log(), WARM_NEW):
         pass
     soonest = min(requests[: setup.streams], key=lambda request: request.new)  # finishes also where time is short
     watched = [request.index for request in (*spread(requests, 3), requests[-1], soonest)]

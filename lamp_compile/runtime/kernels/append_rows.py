@@ -55,7 +55,7 @@ def nested_rows(source, channels_step, valid, DIVISOR, SIGNS, root, HALF: tl.con
     return high.to(tl.uint8), residual.to(tl.uint8), scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "count"], do_not_specialize_on_alignment=["POSITIONS", "TABLE"])
 def append_rows(
     K, V, KH, KL, KS, VH, VL, VS, BALANCE, POSITIONS, TABLE, SIGNS_K, SIGNS_V,
     k_b, k_g, k_n, k_d, v_b, v_g, v_n, v_d, position_step, balance_b, table_stride, pages, kv_heads, batch, count,

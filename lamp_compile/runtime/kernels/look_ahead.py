@@ -121,7 +121,10 @@ def seen_scores(x, j, lo, hi, row_position, MASK, mask_key, BIAS, bias_key, mask
     return tl.where(seen, x, DEAD)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["queries", "first_token", "keys", "subtiles", "slots", "splits"],
+    do_not_specialize_on_alignment=["START", "LENGTHS", "TABLE"],
+)
 def look_ahead(
     Q8, ROWINFO, KH, KS, VH, VS, TAU, FLOOR, STATE, MASK, BIAS, START, LENGTHS, TABLE, PARTIAL, META, ENERGY, OTHER,
     PEAK,

@@ -12,7 +12,7 @@ PEAK_SQUARE = tl.constexpr(119.0 * 119.0 / 7.5)
 """Mean square of a stored row's channels in units of its scale (``formats._base.mean_square_of_peak``)."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "first_token", "all_blocks", "slots", "splits"])
 def merge(
     PARTIAL, META, ROWINFO, SINKS, SIGNS, OUT, LSE, CERTIFICATE, EVIDENCE, COUNTS,
     kv_heads, heads, queries, first_token, all_blocks, slots, splits, scale, root,
@@ -110,7 +110,7 @@ def merge(
             tl.store(counts + 1, tl.sum(tl.load(meta + 10 * GP, mask=inside, other=0.0), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "blocks"])
 def guard_step(
     EVIDENCE, COUNTS, STATE, STATS, FLOOR, BUDGET, floor_b, budget_b, kv_heads, rows, blocks, window, hold, hysteresis,
     ROWS: tl.constexpr, PDL: tl.constexpr,

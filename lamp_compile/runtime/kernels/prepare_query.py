@@ -8,7 +8,7 @@ import triton.language as tl
 from lamp_compile.runtime.kernels._device import rotated, round_even
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "first_token"])
 def prepare_query(
     Q, BALANCE, SIGNS, Q8, ROWINFO,
     stride_b, stride_h, stride_s, balance_b, kv_heads, queries, first_token, root,

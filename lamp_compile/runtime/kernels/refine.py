@@ -128,7 +128,10 @@ def picked(first, order, hot, tile, PACK: tl.constexpr):
     return tl.sum(tl.where(match, tile[:, None], 0), 0)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["queries", "first_token", "keys", "subtiles", "slots", "splits", "segments"],
+    do_not_specialize_on_alignment=["START", "LENGTHS", "TABLE"],
+)
 def refine(
     Q8, ROWINFO, KH, KL, KS, VH, VL, VS, TAU, FLOOR, STATE, SINKS, MASK, BIAS, START, LENGTHS, TABLE, PARTIAL, META,
     ENERGY, OTHER, PEAK,
