@@ -307,14 +307,12 @@ def check_attention(
     Raises:
         InputError: Shapes, dtypes or devices do not fit together.
     """
-    mask, bias, sinks, start, lengths, table = seen
+    mask, bias, *_, table = seen
     k_high, site = planes[0], options["site"]
     batch = k_high.shape[0] if table is None else table.shape[0]
     checks.query(site, q, k_high.shape[1], batch, formats.get(options["k_format"]).channels(k_high.shape[4]))
-    checks.one_device(
-        site, q, k_planes=k_high, v_planes=planes[3], mask=mask, bias=bias, sinks=sinks, start=start, lengths=lengths,
-        table=table,
-    )  # fmt: skip
+    others = dict(zip(("mask", "bias", "sinks", "start", "lengths", "table"), seen, strict=True))
+    checks.one_device(site, q, k_planes=k_high, v_planes=planes[3], **others)
     names = ("tau", "floor", "budget", "state", "stats", "balance")
     checks.one_device(site, q, **dict(zip(names, hot, strict=True)))
     for name, setting in zip(names[:3], hot, strict=False):
