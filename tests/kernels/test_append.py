@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lamp_compile.errors import CacheError
 from lamp_compile.runtime import fused_ops as _fused  # noqa: F401 (registers torch.ops.lamp.append)
 from lamp_compile.runtime import kernels, rotation
 from lamp_compile.runtime.kernels import cpu
@@ -148,8 +149,14 @@ def test_rows_as_a_projection_leaves_them(dtype, dim, device):
 
 
 def test_rows_beyond_the_capacity_go_nowhere(device):
-    """The reference would raise on the host; a kernel cannot, and must not write into the next head."""
+    """On a CPU they are refused. A kernel on a GPU cannot raise, and must not write into the next head."""
     k, v, stored, *rest = inputs(count=10, positions=torch.tensor([122, 500, 0]))
+    if isinstance(device, calls.Native):
+        made = [x.clone() for x in stored]
+        with pytest.raises(CacheError, match="nothing was written"):
+            cpu.append(k, v, tuple(made), *rest)
+        assert all(torch.equal(a, b) for a, b in zip(made, stored, strict=True))
+        return
     got = append(k, v, stored, *rest, device)
     fits = [(0, slice(0, 6), 122), (2, slice(0, 10), 0)]
     wanted = [x.clone() for x in stored]
