@@ -87,7 +87,9 @@ struct Case {
   }
 
   template <class T>
-  Exact<T> made(int64_t count) { return Exact<T>(random, count); }
+  Exact<T> made(int64_t count) {
+    return Exact<T>(random, count);
+  }
 
   void planes() {
     const int64_t tiles = (paged ? 1 : batch) * kv_heads * stored, half_k = dim / 2, half_v = value_dim / 2;
@@ -112,7 +114,8 @@ struct Case {
     LampPlanes &p = call.planes;
     p.k_high = k_high.data(), p.k_residual = k_residual.data(), p.k_scale = k_scale.data();
     p.v_high = v_high.data(), p.v_residual = v_residual.data(), p.v_scale = v_scale.data();
-    p.pages = pages, p.stored_tiles = stored, p.tile = tile, p.half_k = half_k, p.half_v = half_v, p.kv_heads = kv_heads;
+    p.pages = pages, p.stored_tiles = stored, p.tile = tile, p.half_k = half_k, p.half_v = half_v,
+    p.kv_heads = kv_heads;
   }
 
   LampRotation rotation(int64_t size, Exact<int8_t> &signs) {
@@ -164,12 +167,16 @@ struct Case {
   LampIntegers integers(Exact<int32_t> &narrow, Exact<int64_t> &wide, int64_t most) {
     const int64_t step = random.chance(0.3) ? 0 : 1 + random.below(2), count = step * (batch - 1) + 1;
     const bool small = random.chance(0.5);
-    if (small) narrow = made<int32_t>(count);
-    else wide = made<int64_t>(count);
+    if (small)
+      narrow = made<int32_t>(count);
+    else
+      wide = made<int64_t>(count);
     for (int64_t i = 0; i < count; i++) {
       const int64_t x = random.chance(0.1) ? -3 : random.chance(0.1) ? 0 : random.below(most + 3);
-      if (small) narrow[i] = (int32_t)x;
-      else wide[i] = x;
+      if (small)
+        narrow[i] = (int32_t)x;
+      else
+        wide[i] = x;
     }
     return {small ? (const void *)narrow.data() : (const void *)wide.data(), small ? 4 : 8, step};
   }
@@ -216,16 +223,19 @@ struct Case {
     // Pages that no row can see may be anything.
     for (int64_t b = 0; paged && b < batch; b++)
       for (int64_t p = 0; p < pages; p++)
-        if ((p + 1) * tile <= begin(b) || p * tile >= end(b)) table[b * call.planes.table_stride + p] = (int32_t)(random.next() >> 32);
+        if ((p + 1) * tile <= begin(b) || p * tile >= end(b))
+          table[b * call.planes.table_stride + p] = (int32_t)(random.next() >> 32);
   }
 
   void give_scale(int64_t b, int64_t g, int64_t j) {
     const int64_t page = j / tile;
-    const int64_t at = paged ? g * stored + table[b * call.planes.table_stride + page] : (b * kv_heads + g) * stored + page;
+    const int64_t at =
+        paged ? g * stored + table[b * call.planes.table_stride + page] : (b * kv_heads + g) * stored + page;
     for (Exact<uint16_t> *x : {&k_scale, &v_scale}) {
       uint16_t half = (uint16_t)((5 + random.below(4)) << 10 | random.below(1024));  // up to 2^-6
       if (random.chance(0.02)) half = (uint16_t)random.below(1024);                  // denormal or zero
-      if (wild && random.chance(0.02)) half = random.chance(0.5) ? (uint16_t)random.next() : random.chance(0.5) ? HALF_NAN : HALF_INF;
+      if (wild && random.chance(0.02))
+        half = random.chance(0.5) ? (uint16_t)random.next() : random.chance(0.5) ? HALF_NAN : HALF_INF;
       (*x)[at * tile + j % tile] = half;
     }
   }

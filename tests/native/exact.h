@@ -1,5 +1,5 @@
-// Memory of exactly the size asked for, at any alignment its elements allow, so that a sanitizer sees a single byte read
-// or written before or behind it; and numbers from a seed.
+// Memory of exactly the size asked for, at any alignment its elements allow, so that a sanitizer sees a single byte
+// read or written before or behind it; and numbers from a seed.
 #pragma once
 #include <cstdint>
 #include <cstdlib>
@@ -31,7 +31,9 @@ struct Random {  // splitmix64
     return (float)(sum - 6);
   }
   template <class T, size_t N>
-  T pick(const T (&values)[N]) { return values[below(N)]; }
+  T pick(const T (&values)[N]) {
+    return values[below(N)];
+  }
 };
 
 template <class T>

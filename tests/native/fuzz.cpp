@@ -1,5 +1,5 @@
-// Random calls of the core, with every instruction set that this machine has: fuzz SEED COUNT. Case i has seed SEED + i,
-// so a failure is repeated by "fuzz ITS-SEED 1". What must hold:
+// Random calls of the core, with every instruction set that this machine has: fuzz SEED COUNT. Case i has seed SEED +
+// i, so a failure is repeated by "fuzz ITS-SEED 1". What must hold:
 //   - nothing is read or written outside the call's own arrays (with a sanitizer; inputs stay as they are without one);
 //   - any number of threads gives the same bits;
 //   - instruction sets agree;
@@ -49,8 +49,10 @@ static float float_of(uint16_t half, int64_t dtype) {
     return f;
   }
   const int exponent = half >> 10 & 31, fraction = half & 1023;
-  if (exponent == 31) f = fraction ? NOT : INF;
-  else f = exponent ? std::ldexp(1024.0f + (float)fraction, exponent - 25) : std::ldexp((float)fraction, -24);
+  if (exponent == 31)
+    f = fraction ? NOT : INF;
+  else
+    f = exponent ? std::ldexp(1024.0f + (float)fraction, exponent - 25) : std::ldexp((float)fraction, -24);
   return half & 0x8000 ? -f : f;
 }
 
@@ -78,8 +80,10 @@ static void check_rows(const Case &c, const char *set, const Result &r, const st
           if (!c.wild && !std::isfinite(x)) fail(set, "not finite", (double)row, x);
         }
         if (r.lse.empty()) continue;
-        if (!seen && r.lse[row] != -INF) fail(set, "a row that sees nothing has a log-sum-exp", (double)row, r.lse[row]);
-        if (seen && !c.wild && !c.call.bias && !std::isfinite(r.lse[row])) fail(set, "no log-sum-exp", (double)row, r.lse[row]);
+        if (!seen && r.lse[row] != -INF)
+          fail(set, "a row that sees nothing has a log-sum-exp", (double)row, r.lse[row]);
+        if (seen && !c.wild && !c.call.bias && !std::isfinite(r.lse[row]))
+          fail(set, "no log-sum-exp", (double)row, r.lse[row]);
         for (int64_t i = 0; i < 3; i++) {
           const float x = r.certificate[3 * row + i];
           if (!seen && x != 0) fail(set, "a row that sees nothing has a certificate", (double)row, x);
@@ -89,7 +93,8 @@ static void check_rows(const Case &c, const char *set, const Result &r, const st
   for (int64_t i = 0; i < c.batch * c.kv_heads; i++) {
     const int64_t *now = r.stats.data() + 7 * i, *then = before.data() + 7 * i;
     const int64_t alive = now[1] - then[1], refined = now[2] - then[2];
-    if (refined < 0 || refined > alive || alive > c.queries * c.room / c.call.subtile) fail(set, "counts", (double)alive, (double)refined);
+    if (refined < 0 || refined > alive || alive > c.queries * c.room / c.call.subtile)
+      fail(set, "counts", (double)alive, (double)refined);
     if (now[3] != then[3]) fail(set, "there is no exact tier");
     if (!c.wild && now[6] != then[6]) fail(set, "a bad step");
     for (int k = 0; k < 4; k++)
@@ -101,7 +106,8 @@ static void check_rows(const Case &c, const char *set, const Result &r, const st
 static void check_close(const Case &c, const char *set, const Result &a, const Result &b) {
   for (size_t i = 0; i < a.lse.size(); i++) {
     if (std::isnan(a.lse[i]) != std::isnan(b.lse[i])) fail(set, "NaN in one instruction set only", (double)i);
-    if (!c.wild && std::fabs(a.lse[i] - b.lse[i]) > 1e-3f * (1 + std::fabs(b.lse[i]))) fail(set, "log-sum-exp", a.lse[i], b.lse[i]);
+    if (!c.wild && std::fabs(a.lse[i] - b.lse[i]) > 1e-3f * (1 + std::fabs(b.lse[i])))
+      fail(set, "log-sum-exp", a.lse[i], b.lse[i]);
   }
   for (size_t i = 0; i < a.stats.size(); i++)
     if (i % 7 == 1 && a.stats[i] != b.stats[i]) fail(set, "live sub-tiles", (double)a.stats[i], (double)b.stats[i]);
@@ -118,7 +124,8 @@ static void check_close(const Case &c, const char *set, const Result &a, const R
       const double x = a.out[row * c.value_dim + i], y = b.out[row * c.value_dim + i];
       difference += (x - y) * (x - y), size += y * y;
     }
-    if (std::sqrt(difference) > bound + rounding * std::sqrt(size)) fail(set, "output", std::sqrt(difference), std::sqrt(size));
+    if (std::sqrt(difference) > bound + rounding * std::sqrt(size))
+      fail(set, "output", std::sqrt(difference), std::sqrt(size));
   }
 }
 
@@ -135,9 +142,11 @@ static void fuzz_attend(uint64_t seed, const std::vector<std::string> &sets) {
     check_close(c, set.c_str(), one, plain);
     const int64_t more[] = {2, 3, 5, 16};
     for (int k = 0; k < 2; k++)
-      if (!(attend(c, set.c_str(), c.random.pick(more), state, stats) == one)) fail(set.c_str(), "other bits with other threads");
+      if (!(attend(c, set.c_str(), c.random.pick(more), state, stats) == one))
+        fail(set.c_str(), "other bits with other threads");
   }
-  if (!c.k_high.same(k_high) || !c.v_residual.same(v_residual) || !c.k_scale.same(k_scale)) fail("all", "planes were written");
+  if (!c.k_high.same(k_high) || !c.v_residual.same(v_residual) || !c.k_scale.same(k_scale))
+    fail("all", "planes were written");
 }
 
 static void fuzz_append(uint64_t seed, const std::vector<std::string> &sets) {
@@ -191,10 +200,12 @@ static void fuzz_append(uint64_t seed, const std::vector<std::string> &sets) {
       if (written[(size_t)row]) continue;
       if (c.k_scale[row] != before_scale[row]) fail(set.c_str(), "wrote the scale of another row", (double)row);
       for (int64_t i = 0; i < c.dim / 2; i++)
-        if (c.k_high[row * c.dim / 2 + i] != before_k[row * c.dim / 2 + i]) fail(set.c_str(), "wrote another key", (double)row);
+        if (c.k_high[row * c.dim / 2 + i] != before_k[row * c.dim / 2 + i])
+          fail(set.c_str(), "wrote another key", (double)row);
       const int64_t at = row / c.tile * c.tile * (c.value_dim / 2) + row % c.tile;
       for (int64_t i = 0; i < c.value_dim / 2; i++)
-        if (c.v_high[at + i * c.tile] != before_v[at + i * c.tile]) fail(set.c_str(), "wrote another value", (double)row);
+        if (c.v_high[at + i * c.tile] != before_v[at + i * c.tile])
+          fail(set.c_str(), "wrote another value", (double)row);
     }
   }
 }
@@ -205,9 +216,12 @@ int main(int count, char **arguments) {
   const std::vector<std::string> sets = instruction_sets();
   for (uint64_t i = 0; i < cases; i++) {
     seed_now = first + i;
-    if (seed_now % 5 == 0) fuzz_append(seed_now, sets);
-    else fuzz_attend(seed_now, sets);
+    if (seed_now % 5 == 0)
+      fuzz_append(seed_now, sets);
+    else
+      fuzz_attend(seed_now, sets);
   }
-  std::printf("%llu cases from seed %llu: %s\n", (unsigned long long)cases, (unsigned long long)first, lamp_instruction_sets());
+  std::printf("%llu cases from seed %llu: %s\n", (unsigned long long)cases, (unsigned long long)first,
+              lamp_instruction_sets());
   return 0;
 }

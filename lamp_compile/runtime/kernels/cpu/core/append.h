@@ -88,10 +88,12 @@ static void append_task(void *data, int64_t task, int64_t) {
 static int append(const LampAppend *call) {
   // Before anything is written. A table may be shorter than its sequence: rows without a page go nowhere.
   for (int64_t b = 0; !call->planes.table && b < call->batch; b++)
-    if (integer(call->positions, b) >= 0 && integer(call->positions, b) + call->rows > call->planes.pages * call->planes.tile)
+    if (integer(call->positions, b) >= 0 &&
+        integer(call->positions, b) + call->rows > call->planes.pages * call->planes.tile)
       return -2;
   // Rows of one storage tile share cache lines, so a task takes whole runs of them.
   AppendWork work = {call, 64, (call->rows + 63) / 64};
-  run(append_task, &work, call->batch * call->planes.kv_heads * work.blocks, call->batch * call->planes.kv_heads * call->rows < 128 ? 1 : call->threads);
+  run(append_task, &work, call->batch * call->planes.kv_heads * work.blocks,
+      call->batch * call->planes.kv_heads * call->rows < 128 ? 1 : call->threads);
   return 0;
 }

@@ -1,5 +1,5 @@
-// One attention: cut into pieces of work (a sequence, a kv head, some tokens), each of whole segments of keys. How it is
-// cut depends on shapes alone, and partial results are joined in order: any number of threads gives the same bits.
+// One attention: cut into pieces of work (a sequence, a kv head, some tokens), each of whole segments of keys. How it
+// is cut depends on shapes alone, and partial results are joined in order: any number of threads gives the same bits.
 
 constexpr int64_t SCRATCH = 1 << 24;  // bytes of scores that one piece of work may hold, unless one token needs more
 

@@ -1,4 +1,5 @@
-// Integer products with AVX2. What they compute: portable.h. Sixteen-bit sums hold all there is to add: see the asserts.
+// Integer products with AVX2. What they compute: portable.h. Sixteen-bit sums hold all there is to add: see the
+// asserts.
 
 LAMP_INLINE __m256i sums_of_8(__m256i *v) {
   for (int i = 0; i < 4; i++) v[i] = _mm256_hadd_epi32(v[2 * i], v[2 * i + 1]);
@@ -19,7 +20,8 @@ LAMP_INLINE __m256i bytes_of(const uint8_t *at, int count) {
 }
 
 template <int ROWS>
-LAMP_INLINE void dots(const uint8_t *plane, const uint8_t *, int half, const int8_t *q, const int32_t *sum8, int32_t *out) {
+LAMP_INLINE void dots(const uint8_t *plane, const uint8_t *, int half, const int8_t *q, const int32_t *sum8,
+                      int32_t *out) {
   constexpr int KEYS = 8 / ROWS;
   static_assert(2 * 2 * 15 * 127 * (PADDED / 32) < 32768, "products of a whole row fit into sixteen bits");
   const __m256i low = _mm256_set1_epi8(15), flip = _mm256_set1_epi8(8), ones = _mm256_set1_epi16(1);
@@ -51,7 +53,8 @@ LAMP_INLINE void dots(const uint8_t *plane, const uint8_t *, int half, const int
 }
 
 template <int ROWS>
-LAMP_INLINE void values(const uint8_t *const *tiles, const uint8_t *const *, int count, int64_t stride, int half, const uint8_t *w, int32_t *out) {
+LAMP_INLINE void values(const uint8_t *const *tiles, const uint8_t *const *, int count, int64_t stride, int half,
+                        const uint8_t *w, int32_t *out) {
   constexpr int MOST = 8;  // sub-tiles in one call
   static_assert(2 * 255 * 8 * MOST < 32768, "products of all sub-tiles fit into sixteen bits");
   const __m256i low = _mm256_set1_epi8(15), eight = _mm256_set1_epi8(8), ones = _mm256_set1_epi16(1);
@@ -63,7 +66,8 @@ LAMP_INLINE void values(const uint8_t *const *tiles, const uint8_t *const *, int
       for (int r = 0; r < ROWS; r++) upper[r] = lower[r] = _mm256_setzero_si256();
       for (int t = 0; t < count; t++) {
         const __m256i bytes = _mm256_loadu_si256((const __m256i *)(tiles[t] + (c + p) * stride));
-        const __m256i high = _mm256_sub_epi8(_mm256_xor_si256(_mm256_and_si256(_mm256_srli_epi16(bytes, 4), low), eight), eight);
+        const __m256i high =
+            _mm256_sub_epi8(_mm256_xor_si256(_mm256_and_si256(_mm256_srli_epi16(bytes, 4), low), eight), eight);
         const __m256i less = _mm256_sub_epi8(_mm256_xor_si256(_mm256_and_si256(bytes, low), eight), eight);
         for (int r = 0; r < ROWS; r++) {
           const __m256i weight = _mm256_loadu_si256((const __m256i *)(w + (t * ROWS + r) * SUBTILE));

@@ -6,9 +6,15 @@
 
 // The sums of 16 vectors, in order.
 LAMP_INLINE __m512i sums_of_16(__m512i *v) {
-  for (int i = 0; i < 8; i++) v[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]));
-  for (int i = 0; i < 4; i++) v[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_epi64(v[2 * i], v[2 * i + 1]));
-  for (int i = 0; i < 2; i++) v[i] = _mm512_add_epi32(_mm512_shuffle_i32x4(v[2 * i], v[2 * i + 1], 0x88), _mm512_shuffle_i32x4(v[2 * i], v[2 * i + 1], 0xdd));
+  for (int i = 0; i < 8; i++)
+    v[i] =
+        _mm512_add_epi32(_mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]));
+  for (int i = 0; i < 4; i++)
+    v[i] =
+        _mm512_add_epi32(_mm512_unpacklo_epi64(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_epi64(v[2 * i], v[2 * i + 1]));
+  for (int i = 0; i < 2; i++)
+    v[i] = _mm512_add_epi32(_mm512_shuffle_i32x4(v[2 * i], v[2 * i + 1], 0x88),
+                            _mm512_shuffle_i32x4(v[2 * i], v[2 * i + 1], 0xdd));
   return _mm512_add_epi32(_mm512_shuffle_i32x4(v[0], v[1], 0x88), _mm512_shuffle_i32x4(v[0], v[1], 0xdd));
 }
 
@@ -25,7 +31,8 @@ LAMP_INLINE void transpose_words(__m512i *v) {
   }
   for (int i = 0; i < 4; i++) {
     const __m512i a = _mm512_shuffle_i32x4(t[i], t[4 + i], 0x88), b = _mm512_shuffle_i32x4(t[i], t[4 + i], 0xdd);
-    const __m512i c = _mm512_shuffle_i32x4(t[8 + i], t[12 + i], 0x88), d = _mm512_shuffle_i32x4(t[8 + i], t[12 + i], 0xdd);
+    const __m512i c = _mm512_shuffle_i32x4(t[8 + i], t[12 + i], 0x88),
+                  d = _mm512_shuffle_i32x4(t[8 + i], t[12 + i], 0xdd);
     v[i] = _mm512_shuffle_i32x4(a, c, 0x88);
     v[8 + i] = _mm512_shuffle_i32x4(a, c, 0xdd);
     v[4 + i] = _mm512_shuffle_i32x4(b, d, 0x88);
@@ -35,7 +42,8 @@ LAMP_INLINE void transpose_words(__m512i *v) {
 
 // Whole blocks of 64 bytes a key: keys are turned into lanes first, so that nothing is summed across them.
 template <int ROWS, int HALF>
-LAMP_APART void dots_by_lane(const uint8_t *plane, const uint8_t *next, const int8_t *q, const int32_t *sum8, int32_t *out) {
+LAMP_APART void dots_by_lane(const uint8_t *plane, const uint8_t *next, const int8_t *q, const int32_t *sum8,
+                             int32_t *out) {
   const __m512i low = _mm512_set1_epi8(15), flip = _mm512_set1_epi8(8);
   for (int j = 0; j < SUBTILE; j += LANES) {
     __m512i sum[ROWS][4];  // four, because each product waits for the one before
@@ -74,7 +82,7 @@ LAMP_APART void dots_by_lane(const uint8_t *plane, const uint8_t *next, const in
 
 template <int ROWS, int BLOCKS>
 LAMP_APART void dots_of(const uint8_t *plane, const uint8_t *next, int half, const int8_t *q, const int32_t *sum8,
-                         int32_t *out) {
+                        int32_t *out) {
   constexpr int KEYS = 16 / ROWS;
   const __m512i low = _mm512_set1_epi8(15), flip = _mm512_set1_epi8(8);
   const int left = half - 64 * (BLOCKS - 1);
@@ -125,10 +133,14 @@ LAMP_APART void dots_of(const uint8_t *plane, const uint8_t *next, int half, con
 template <int ROWS>
 LAMP_INLINE void dots(const uint8_t *plane, const uint8_t *next, int half, const int8_t *q, const int32_t *sum8,
                       int32_t *out) {
-  if (ROWS > 1 && half == 64) dots_by_lane<ROWS, 64>(plane, next, q, sum8, out);
-  else if (ROWS > 1 && half == 128) dots_by_lane<ROWS, 128>(plane, next, q, sum8, out);
-  else if (half <= 64) dots_of<ROWS, 1>(plane, next, half, q, sum8, out);
-  else dots_of<ROWS, 2>(plane, next, half, q, sum8, out);
+  if (ROWS > 1 && half == 64)
+    dots_by_lane<ROWS, 64>(plane, next, q, sum8, out);
+  else if (ROWS > 1 && half == 128)
+    dots_by_lane<ROWS, 128>(plane, next, q, sum8, out);
+  else if (half <= 64)
+    dots_of<ROWS, 1>(plane, next, half, q, sum8, out);
+  else
+    dots_of<ROWS, 2>(plane, next, half, q, sum8, out);
 }
 
 // 64 bytes: 32 keys of two channels. In tiles of 32 keys they lie together.
@@ -141,15 +153,16 @@ LAMP_INLINE __m512i two_channels(const uint8_t *at, int64_t stride) {
 
 // Adds the products of two channels: 16 * nibble times the weights of every row.
 template <int ROWS, bool TOGETHER>
-LAMP_INLINE void multiply(const uint8_t *const *tiles, const uint8_t *const *next, int count, int64_t at, int64_t stride, const uint8_t *w,
-                          __m512i *upper, __m512i *lower) {
+LAMP_INLINE void multiply(const uint8_t *const *tiles, const uint8_t *const *next, int count, int64_t at,
+                          int64_t stride, const uint8_t *w, __m512i *upper, __m512i *lower) {
   const __m512i mask = _mm512_set1_epi8((char)0xf0);
   for (int t = 0; t < count; t++) {
     const __m512i bytes = two_channels<TOGETHER>(tiles[t] + at, stride);
     __builtin_prefetch(next[t] + at);
     const __m512i high = _mm512_and_si512(bytes, mask), low = _mm512_and_si512(_mm512_slli_epi16(bytes, 4), mask);
     for (int r = 0; r < ROWS; r++) {
-      const __m512i weight = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)(w + (t * ROWS + r) * SUBTILE)));
+      const __m512i weight =
+          _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)(w + (t * ROWS + r) * SUBTILE)));
       upper[r] = _mm512_dpbusd_epi32(upper[r], weight, high);
       lower[r] = _mm512_dpbusd_epi32(lower[r], weight, low);
     }
@@ -160,9 +173,14 @@ LAMP_INLINE void multiply(const uint8_t *const *tiles, const uint8_t *const *nex
 LAMP_INLINE void put_channels(__m512i *v, int pairs, int32_t *out) {
   const __m512i order = _mm512_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
   for (int p = pairs; p < 8; p++) v[p] = _mm512_setzero_si512();
-  for (int i = 0; i < 4; i++) v[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]));
-  for (int i = 0; i < 2; i++) v[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_epi64(v[2 * i], v[2 * i + 1]));
-  const __m512i joined = _mm512_add_epi32(_mm512_shuffle_i32x4(v[0], v[1], 0x88), _mm512_shuffle_i32x4(v[0], v[1], 0xdd));
+  for (int i = 0; i < 4; i++)
+    v[i] =
+        _mm512_add_epi32(_mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]));
+  for (int i = 0; i < 2; i++)
+    v[i] =
+        _mm512_add_epi32(_mm512_unpacklo_epi64(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_epi64(v[2 * i], v[2 * i + 1]));
+  const __m512i joined =
+      _mm512_add_epi32(_mm512_shuffle_i32x4(v[0], v[1], 0x88), _mm512_shuffle_i32x4(v[0], v[1], 0xdd));
   _mm512_mask_storeu_epi32(out, (__mmask16)((1u << (2 * pairs)) - 1), _mm512_permutexvar_epi32(order, joined));
 }
 
@@ -188,40 +206,45 @@ LAMP_INLINE void all_channels(int64_t stride, int half, int32_t *out, Multiply m
 
 template <int ROWS, bool TOGETHER>
 LAMP_APART void values_of(const uint8_t *const *tiles, const uint8_t *const *next, int count, int64_t stride, int half,
-                           const uint8_t *w, int32_t *out) {
-  all_channels<ROWS>(TOGETHER ? SUBTILE : stride, half, out, [&](int64_t at, __m512i *upper, __m512i *lower) LAMP_LAMBDA {
-    multiply<ROWS, TOGETHER>(tiles, next, count, at, stride, w, upper, lower);
-  });
+                          const uint8_t *w, int32_t *out) {
+  all_channels<ROWS>(TOGETHER ? SUBTILE : stride, half, out,
+                     [&](int64_t at, __m512i *upper, __m512i *lower)
+                         LAMP_LAMBDA { multiply<ROWS, TOGETHER>(tiles, next, count, at, stride, w, upper, lower); });
 }
 
 template <int ROWS>
 LAMP_INLINE void values(const uint8_t *const *tiles, const uint8_t *const *next, int count, int64_t stride, int half,
                         const uint8_t *w, int32_t *out) {
-  if (stride == SUBTILE) values_of<ROWS, true>(tiles, next, count, stride, half, w, out);
-  else values_of<ROWS, false>(tiles, next, count, stride, half, w, out);
+  if (stride == SUBTILE)
+    values_of<ROWS, true>(tiles, next, count, stride, half, w, out);
+  else
+    values_of<ROWS, false>(tiles, next, count, stride, half, w, out);
 }
 
 // Adding the three products in this order keeps one sum: ((upper * 16 + eight) * 16 + lower).
 template <int ROWS, bool TOGETHER>
 LAMP_APART void fine_values_of(const uint8_t *const *high, const uint8_t *const *residual, int count, int64_t stride,
-                                int half, const uint8_t *const *w, int32_t *out) {
+                               int half, const uint8_t *const *w, int32_t *out) {
   const uint8_t *const *planes[3] = {high, residual, high};
-  all_channels<ROWS>(TOGETHER ? SUBTILE : stride, half, out, [&](int64_t at, __m512i *upper, __m512i *lower) LAMP_LAMBDA {
-    for (int i = 0; i < 3; i++) {
-      for (int r = 0; r < ROWS; r++) upper[r] = _mm512_slli_epi32(upper[r], 4), lower[r] = _mm512_slli_epi32(lower[r], 4);
-      multiply<ROWS, TOGETHER>(planes[i], planes[i], count, at, stride, w[i], upper, lower);
-    }
-  });
+  all_channels<ROWS>(TOGETHER ? SUBTILE : stride, half, out,
+                     [&](int64_t at, __m512i *upper, __m512i *lower) LAMP_LAMBDA {
+                       for (int i = 0; i < 3; i++) {
+                         for (int r = 0; r < ROWS; r++)
+                           upper[r] = _mm512_slli_epi32(upper[r], 4), lower[r] = _mm512_slli_epi32(lower[r], 4);
+                         multiply<ROWS, TOGETHER>(planes[i], planes[i], count, at, stride, w[i], upper, lower);
+                       }
+                     });
 }
 
 template <int ROWS>
-LAMP_INLINE void fine_values(const uint8_t *const *high, const uint8_t *const *residual, int count, int64_t stride, int half,
-                             const uint8_t *w_upper, const uint8_t *w_lower, const uint8_t *w_eight, int32_t *out) {
+LAMP_INLINE void fine_values(const uint8_t *const *high, const uint8_t *const *residual, int count, int64_t stride,
+                             int half, const uint8_t *w_upper, const uint8_t *w_lower, const uint8_t *w_eight,
+                             int32_t *out) {
   const uint8_t *const w[3] = {w_upper, w_eight, w_lower};
-  if (stride == SUBTILE) fine_values_of<ROWS, true>(high, residual, count, stride, half, w, out);
-  else fine_values_of<ROWS, false>(high, residual, count, stride, half, w, out);
+  if (stride == SUBTILE)
+    fine_values_of<ROWS, true>(high, residual, count, stride, half, w, out);
+  else
+    fine_values_of<ROWS, false>(high, residual, count, stride, half, w, out);
 }
 
-LAMP_INLINE Vf halves(const uint16_t *from) {
-  return (Vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
-}
+LAMP_INLINE Vf halves(const uint16_t *from) { return (Vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from)); }

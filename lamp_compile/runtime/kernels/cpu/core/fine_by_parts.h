@@ -1,8 +1,9 @@
 // Products with both planes, from three with one (portable.h): 16 bits of weight on the high plane, 8 on the residual.
 
 template <int ROWS>
-LAMP_INLINE void fine_values(const uint8_t *const *high, const uint8_t *const *residual, int count, int64_t stride, int half,
-                             const uint8_t *w_upper, const uint8_t *w_lower, const uint8_t *w_eight, int32_t *out) {
+LAMP_INLINE void fine_values(const uint8_t *const *high, const uint8_t *const *residual, int count, int64_t stride,
+                             int half, const uint8_t *w_upper, const uint8_t *w_lower, const uint8_t *w_eight,
+                             int32_t *out) {
   int32_t part[ROWS * MOST_DIM];
   values<ROWS>(high, high, count, stride, half, w_upper, out);
   values<ROWS>(residual, residual, count, stride, half, w_eight, part);

@@ -30,7 +30,8 @@ LAMP_INLINE bool finish_row(Work &work, int r, int64_t segments, Evidence &evide
   if (poisoned) inverse = __builtin_nanf("");
   const float one = seen ? 1.0f / weight : 0.0f, two = one * one;
 
-  // Rounding errors are uniform over a step: of 16 scales for the high plane alone, to which refined keys were compared.
+  // Rounding errors are uniform over a step: of 16 scales for the high plane alone, to which refined keys were
+  // compared.
   const float scores = 256.0f * call.scale * call.scale / 12.0f, v_square = (float)value_dim * PEAK_SQUARE;
   // The query's rounding is one vector for all keys: its share goes with the weights, not their squares.
   const float soft = call.scale * call.scale * rows.rounding[r] * 2.0f * (float)call.planes.half_k * PEAK_SQUARE;
@@ -64,8 +65,8 @@ LAMP_INLINE bool finish_row(Work &work, int r, int64_t segments, Evidence &evide
 }
 
 // runtime/guard.py: step, for one sequence and kv head.
-static void guard(const LampAttend &call, int64_t b, int64_t g, const Evidence *evidence, int64_t rows,
-                  int64_t alive, int64_t refined) {
+static void guard(const LampAttend &call, int64_t b, int64_t g, const Evidence *evidence, int64_t rows, int64_t alive,
+                  int64_t refined) {
   float counted = 0, error = 0, bad_rows = 0;
   for (int64_t r = 0; r < rows; r++) {
     counted += evidence[r].counted;
@@ -84,8 +85,10 @@ static void guard(const LampAttend &call, int64_t b, int64_t g, const Evidence *
   const bool over = mean > limit && stepped;
   const bool under = mean < call.hysteresis * call.hysteresis * limit && held == 0 && level > 0 && !over && stepped;
   float raised = level;
-  if (over) raised = level + 1 < 2 ? level + 1 : 2;
-  else if (under) raised = level - 1;
+  if (over)
+    raised = level + 1 < 2 ? level + 1 : 2;
+  else if (under)
+    raised = level - 1;
   if (bad) raised = 2;
   const bool changed = over || bad;
   if (stepped) {

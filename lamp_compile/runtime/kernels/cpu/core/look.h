@@ -5,19 +5,32 @@
 struct Work {
   const LampAttend *call;
   Rows rows;
-  int64_t span;      // keys from rows.from on that there is room for: whole segments
-  int stride;        // rows.count, padded
-  float *z;          // [count][span]: 2^(score - chunk's maximum)
-  float *most, *sum; // [span / CHUNK][stride]: of each chunk
-  float *weight;     // [count][span / SUBTILE]: the rule's statistic, relative to the chunk's maximum
-  uint8_t *alive;    // [span / SUBTILE][tokens]: whether a token sees any key
-  float *partial;    // [span / SEGMENT][count][Dv + SUMS]
+  int64_t span;              // keys from rows.from on that there is room for: whole segments
+  int stride;                // rows.count, padded
+  float *z;                  // [count][span]: 2^(score - chunk's maximum)
+  float *most, *sum;         // [span / CHUNK][stride]: of each chunk
+  float *weight;             // [count][span / SUBTILE]: the rule's statistic, relative to the chunk's maximum
+  uint8_t *alive;            // [span / SUBTILE][tokens]: whether a token sees any key
+  float *partial;            // [span / SEGMENT][count][Dv + SUMS]
   float lse[MOST_ROWS];      // of the look-ahead, base 2; -inf where nothing is seen
   float inverse[MOST_ROWS];  // one over the largest |y| e^y, for the relaxed rule
   float tau, level;
 };
 // Behind the output of a partial result: sums over keys, then flags and counts.
-enum { WEIGHT, CORRECTION, SCORES_HARD, SCORES_SOFT, VALUE_HARD, BOTH_HARD, BOTH_SOFT, KEY_SUMS, POISON = KEY_SUMS, ALIVE, REFINED, SUMS };
+enum {
+  WEIGHT,
+  CORRECTION,
+  SCORES_HARD,
+  SCORES_SOFT,
+  VALUE_HARD,
+  BOTH_HARD,
+  BOTH_SOFT,
+  KEY_SUMS,
+  POISON = KEY_SUMS,
+  ALIVE,
+  REFINED,
+  SUMS
+};
 
 LAMP_INLINE Vf scores(const LampAttend &call, const Rows &rows, int r, Vf products, Vf scale) {
   Vf y = products * scale * splat(rows.coefficient[r]);
@@ -127,9 +140,17 @@ static void look_at_segment(Work &work, int64_t segment) {
         scale[h] = select(finite(scale[h]), scale[h], splat(__builtin_nanf("")));
       }
       for (int r = 0; r < rows.count;) switch (block_rows(rows.count - r)) {
-          case 4: look_at_subtile<4>(work, r, j, plane, next, residual, scale, most); r += 4; break;
-          case 2: look_at_subtile<2>(work, r, j, plane, next, residual, scale, most); r += 2; break;
-          default: look_at_subtile<1>(work, r, j, plane, next, residual, scale, most); r += 1;
+          case 4:
+            look_at_subtile<4>(work, r, j, plane, next, residual, scale, most);
+            r += 4;
+            break;
+          case 2:
+            look_at_subtile<2>(work, r, j, plane, next, residual, scale, most);
+            r += 2;
+            break;
+          default:
+            look_at_subtile<1>(work, r, j, plane, next, residual, scale, most);
+            r += 1;
         }
     }
     const int64_t keys = (end - first + SUBTILE - 1) / SUBTILE * SUBTILE;

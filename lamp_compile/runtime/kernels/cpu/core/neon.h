@@ -8,7 +8,9 @@ LAMP_INLINE uint8x16_t bytes_of(const uint8_t *at, int count) {
   __builtin_memcpy(padded, at, count);
   return vld1q_u8(padded);
 }
-LAMP_INLINE int8x16_t upper16(uint8x16_t b) { return vreinterpretq_s8_u8(vandq_u8(b, vdupq_n_u8(0xf0))); }  // 16 * nibble
+LAMP_INLINE int8x16_t upper16(uint8x16_t b) {
+  return vreinterpretq_s8_u8(vandq_u8(b, vdupq_n_u8(0xf0)));
+}  // 16 * nibble
 LAMP_INLINE int8x16_t lower16(uint8x16_t b) { return vreinterpretq_s8_u8(vshlq_n_u8(b, 4)); }
 LAMP_INLINE int32x4_t sums_of_4(int32x4_t a, int32x4_t b, int32x4_t c, int32x4_t d) {
   return vpaddq_s32(vpaddq_s32(a, b), vpaddq_s32(c, d));
@@ -36,7 +38,8 @@ LAMP_INLINE void dots(const uint8_t *plane, const uint8_t *, int half, const int
 }
 
 template <int ROWS>
-LAMP_INLINE void values(const uint8_t *const *tiles, const uint8_t *const *, int count, int64_t stride, int half, const uint8_t *w, int32_t *out) {
+LAMP_INLINE void values(const uint8_t *const *tiles, const uint8_t *const *, int count, int64_t stride, int half,
+                        const uint8_t *w, int32_t *out) {
   // Weights go up to 255 and the dot product is signed: w = (w - 128) + 128.
   const uint8x16_t top = vdupq_n_u8(0x80);
   const int8x16_t ones = vdupq_n_s8(1);
@@ -54,7 +57,8 @@ LAMP_INLINE void values(const uint8_t *const *tiles, const uint8_t *const *, int
           mean[0][p] = vdotq_s32(mean[0][p], upper, ones);
           mean[1][p] = vdotq_s32(mean[1][p], lower, ones);
           for (int r = 0; r < ROWS; r++) {
-            const int8x16_t weight = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(w + (t * ROWS + r) * SUBTILE + 16 * part), top));
+            const int8x16_t weight =
+                vreinterpretq_s8_u8(veorq_u8(vld1q_u8(w + (t * ROWS + r) * SUBTILE + 16 * part), top));
             sums[r][0][p] = vdotq_s32(sums[r][0][p], weight, upper);
             sums[r][1][p] = vdotq_s32(sums[r][1][p], weight, lower);
           }

@@ -25,7 +25,8 @@ LAMP_INLINE void dots(const uint8_t *plane, const uint8_t *, int half, const int
 }
 
 template <int ROWS>
-LAMP_INLINE void values(const uint8_t *const *tiles, const uint8_t *const *, int count, int64_t stride, int half, const uint8_t *w, int32_t *out) {
+LAMP_INLINE void values(const uint8_t *const *tiles, const uint8_t *const *, int count, int64_t stride, int half,
+                        const uint8_t *w, int32_t *out) {
   for (int r = 0; r < ROWS; r++)
     for (int c = 0; c < half; c++) {
       int32_t upper = 0, lower = 0;

@@ -11,7 +11,8 @@ struct Run {
   const uint8_t *next[RUN];  // v_high of the run after this
   Vf k_scale[RUN][2], v_scale[RUN][2], v_square[RUN][2];
   uint32_t v_spoilt[RUN];  // keys whose value has no finite scale
-  float cold[4][RUN_KEYS], hot[4][RUN_KEYS];  // weight * value scale; a row's sub-tile is in one of them, 0 in the other
+  float cold[4][RUN_KEYS],
+      hot[4][RUN_KEYS];     // weight * value scale; a row's sub-tile is in one of them, 0 in the other
   float factor[MOST_ROWS];  // from the chunk's weights to the row's
   bool alive[RUN][MOST_ROWS], hot_for[RUN][MOST_ROWS];  // by token
   bool refined[RUN][4], any_hot[RUN], any, any_cold;    // by row of the block; any: some sub-tile is refined
@@ -36,8 +37,10 @@ LAMP_INLINE Vi wanted(const Work &work, const Run &run, int64_t first, int r) {
       for (int s = t; s < t + unit; s++) {
         // Behind the last key there is nothing.
         const float w = work.rows.from + (first + s) * SUBTILE < work.rows.to ? weight[s] : 0.0f;
-        if (work.call->rule == LAMP_ENERGY) joined += w * w;
-        else joined = w > joined || w != w ? w : joined;
+        if (work.call->rule == LAMP_ENERGY)
+          joined += w * w;
+        else
+          joined = w > joined || w != w ? w : joined;
       }
       if (work.call->rule == LAMP_ENERGY) joined = __builtin_sqrtf(joined);
       for (int s = t; s < t + unit; s++) weight[s] = joined;
@@ -60,7 +63,8 @@ LAMP_INLINE void decide(const Work &work, Run &run, float *partial) {
   }
   for (int token = 0; token < rows.tokens; token++) {
     Vi hot = splat(work.level >= 1 ? -1 : 0);
-    for (int r = token * rows.group; work.level < 1 && r < (token + 1) * rows.group; r++) hot |= wanted(work, run, base, r);
+    for (int r = token * rows.group; work.level < 1 && r < (token + 1) * rows.group; r++)
+      hot |= wanted(work, run, base, r);
     int32_t flags[LANES];
     __builtin_memcpy(flags, &hot, sizeof flags);
     float *sums = partial + token * rows.group * width + width - SUMS;
@@ -87,7 +91,9 @@ LAMP_INLINE void open_run(const Work &work, int64_t first, int64_t end, Run &run
   run.count = 0;
   for (int64_t j = first; j < first + RUN_KEYS && j < end; j += SUBTILE) {
     const Place place = place_of(planes, work.rows.b, work.rows.g, j);
-    fetch(planes.v_scale + scale_at(planes, place_of(planes, work.rows.b, work.rows.g, j + RUN_KEYS < end ? j + RUN_KEYS : j)), 2 * SUBTILE);
+    fetch(planes.v_scale +
+              scale_at(planes, place_of(planes, work.rows.b, work.rows.g, j + RUN_KEYS < end ? j + RUN_KEYS : j)),
+          2 * SUBTILE);
     const int t = run.count++;
     run.k_high[t] = planes.k_high + key_at(planes, place);
     run.k_residual[t] = planes.k_residual + key_at(planes, place);
@@ -126,7 +132,8 @@ LAMP_INLINE void score_differences(const Work &work, const Run &run, int t, int 
         d = (low + mean) * run.k_scale[t][h] * splat(rows.coefficient[r0 + i]);
       } else {
         const Vf high = floats(load(coarse + at)) * splat(16.0f);
-        d = scores(call, rows, r0 + i, high + low, run.k_scale[t][h]) - scores(call, rows, r0 + i, high - mean, run.k_scale[t][h]);
+        d = scores(call, rows, r0 + i, high + low, run.k_scale[t][h]) -
+            scores(call, rows, r0 + i, high - mean, run.k_scale[t][h]);
       }
       store(difference + at, d);
     }
@@ -146,7 +153,8 @@ LAMP_INLINE void weigh(const Work &work, Run &run, int i, int r, const float *di
     for (int h = 0; h < 2; h++) {
       const int at = t * SUBTILE + h * LANES;
       Vf p = load(z + at) * factor;
-      if (hot && work.level < 1) p = p * exp2(smaller(splat(127.0f), load(differences + (t * rows + i) * SUBTILE + h * LANES)));
+      if (hot && work.level < 1)
+        p = p * exp2(smaller(splat(127.0f), load(differences + (t * rows + i) * SUBTILE + h * LANES)));
       const Vf ps = p * run.k_scale[t][h], w = p * run.v_scale[t][h], pss = ps * run.k_scale[t][h];
       const Vf v2 = run.v_square[t][h];
       const Vf p2 = hot ? noise * ps * ps : ps * ps, w2 = hot ? noise * w * w : w * w;
@@ -305,9 +313,17 @@ static void refine_segment(Work &work, int64_t segment) {
     const Run &after = first + RUN_KEYS < end ? runs[(first - begin) / RUN_KEYS % 2 ^ 1] : run;
     for (int t = 0; t < run.count; t++) run.next[t] = after.v_high[t < after.count ? t : 0];
     for (int r = 0; r < rows.count;) switch (block_rows(rows.count - r)) {
-        case 4: refine_rows<4>(work, run, r, partial, sums); r += 4; break;
-        case 2: refine_rows<2>(work, run, r, partial, sums); r += 2; break;
-        default: refine_rows<1>(work, run, r, partial, sums); r += 1;
+        case 4:
+          refine_rows<4>(work, run, r, partial, sums);
+          r += 4;
+          break;
+        case 2:
+          refine_rows<2>(work, run, r, partial, sums);
+          r += 2;
+          break;
+        default:
+          refine_rows<1>(work, run, r, partial, sums);
+          r += 1;
       }
   }
   for (int r = 0; r < rows.count; r++)

@@ -4,11 +4,11 @@ constexpr int MOST_DIM = 256;
 
 // Sylvester's matrix of order 16 times the lanes of a vector.
 LAMP_INLINE Vf double_lanes(Vf x) {
-#define LAMP_STEP(step, a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p)                                  \
-  {                                                                                                      \
-    const Vi lane = Vi{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};                            \
-    const Vf other = LAMP_PAIR(x, x, a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p);      \
-    x = other + select((lane & splat(step)) != splat(0), -x, x);                                             \
+#define LAMP_STEP(step, a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p)               \
+  {                                                                                   \
+    const Vi lane = Vi{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};         \
+    const Vf other = LAMP_PAIR(x, x, a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p); \
+    x = other + select((lane & splat(step)) != splat(0), -x, x);                      \
   }
   LAMP_STEP(1, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14)
   LAMP_STEP(2, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13)
@@ -51,7 +51,8 @@ LAMP_INLINE void rotate(const LampRotation &kind, int dim, bool back, float *x) 
     float turned[32];
     for (int j = 0; j < base; j++) {
       float sum = 0;
-      for (int i = 0; i < base; i++) sum += x[first + i] * (float)(back ? kind.signs[j * base + i] : kind.signs[i * base + j]);
+      for (int i = 0; i < base; i++)
+        sum += x[first + i] * (float)(back ? kind.signs[j * base + i] : kind.signs[i * base + j]);
       turned[j] = sum * norm;
     }
     for (int j = 0; j < base; j++) x[first + j] = turned[j];

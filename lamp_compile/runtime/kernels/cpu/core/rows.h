@@ -1,8 +1,8 @@
 // The rows of one piece of work: the query heads that share a kv head, for some of the tokens; and what each may see.
 
-constexpr int MOST_ROWS = 64;   // rows of one piece of work
-constexpr int CHUNK = 512;      // keys that share a maximum
-constexpr int SEGMENT = 2048;   // keys that share a partial result, whatever the number of threads
+constexpr int MOST_ROWS = 64;  // rows of one piece of work
+constexpr int CHUNK = 512;     // keys that share a maximum
+constexpr int SEGMENT = 2048;  // keys that share a partial result, whatever the number of threads
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float PEAK_SQUARE = 119.0f * 119.0f / 7.5f;  // mean square of a stored row over its scale (formats/_base.py)
 
@@ -10,13 +10,13 @@ struct Rows {
   int count, group, tokens, first_token;
   int token[MOST_ROWS + 4], head[MOST_ROWS + 4];  // of this work, and of the call
   int64_t b, g;
-  int64_t low[MOST_ROWS], high[MOST_ROWS];  // keys that a token of this work may see, by token
-  int64_t from, to;                         // and any of them
-  float coefficient[MOST_ROWS];             // score in base 2 per unit of (nibble * int8 * key scale)
-  float half_sum[MOST_ROWS];                // half the sum of a row's int8 channels
+  int64_t low[MOST_ROWS], high[MOST_ROWS];     // keys that a token of this work may see, by token
+  int64_t from, to;                            // and any of them
+  float coefficient[MOST_ROWS];                // score in base 2 per unit of (nibble * int8 * key scale)
+  float half_sum[MOST_ROWS];                   // half the sum of a row's int8 channels
   float norm[MOST_ROWS], rounding[MOST_ROWS];  // |q|^2 of the rounded row, and the variance of its rounding
-  int32_t sum8[MOST_ROWS];                  // 8 times the sum of a row's int8 channels
-  int8_t q[MOST_ROWS + 4][2 * PADDED];      // rounded; rows behind the last are 0, so that blocks can be whole
+  int32_t sum8[MOST_ROWS];                     // 8 times the sum of a row's int8 channels
+  int8_t q[MOST_ROWS + 4][2 * PADDED];         // rounded; rows behind the last are 0, so that blocks can be whole
 };
 
 // Rows are taken four, two or one at a time; three count as four.
@@ -26,7 +26,8 @@ LAMP_INLINE void prepare_row(const LampAttend &call, Rows &rows, int r) {
   const int half = (int)call.planes.half_k, dim = 2 * half;
   const int64_t token = rows.first_token + rows.token[r], head = rows.head[r];
   float x[MOST_DIM + LANES] = {0};
-  read_row(call.q, call.dtype, rows.b * call.q_strides[0] + head * call.q_strides[1] + token * call.q_strides[2], dim, x);
+  read_row(call.q, call.dtype, rows.b * call.q_strides[0] + head * call.q_strides[1] + token * call.q_strides[2], dim,
+           x);
   if (call.balance) {
     const float *balance = call.balance + rows.b * call.balance_stride + rows.g * dim;
     for (int c = 0; c < dim; c++) x[c] *= balance[c];
@@ -86,7 +87,8 @@ static void prepare_rows(const LampAttend &call, Rows &rows) {
     rows.head[r] = (int)rows.g * rows.group + r % rows.group;
   }
   for (int r = 0; r < rows.count; r++) prepare_row(call, rows, r);
-  for (int r = rows.count; r < MOST_ROWS && r < rows.count + 4; r++) rows.coefficient[r] = rows.half_sum[r] = 0, rows.sum8[r] = 0;
+  for (int r = rows.count; r < MOST_ROWS && r < rows.count + 4; r++)
+    rows.coefficient[r] = rows.half_sum[r] = 0, rows.sum8[r] = 0;
   rows.from = rows.to = 0;
   for (int t = 0; t < rows.tokens; t++) {
     see(call, rows, t);
