@@ -2,8 +2,7 @@
 
 One row times a matrix is bound by the bytes of the matrix. Inductor reads INT8 weights as they are, turns them into
 floats in registers and fuses what comes after, at no cost of a call; ``lamp::linear_int8`` would write float weights to
-memory first. A float layer of one row is no work for a matrix product either: MKL reads the weights at a third of the
-memory's speed, the loop at all of it.
+memory first. A float layer of one row is no work for a matrix product either: the loop reads its weights faster.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from lamp_compile.runtime.kernels.look_ahead import look_ahead
 from lamp_compile.runtime.kernels.merge import guard_step, merge
 from lamp_compile.runtime.kernels.prepare_query import prepare_query
 from lamp_compile.runtime.kernels.refine import refine
+from lamp_compile.runtime.kernels.result import Result
 from lamp_compile.runtime.kernels.targets import Cut, Target, cut, target_of
 
 FIELDS = 11
@@ -33,16 +34,6 @@ RULES = {"energy": 0, "lamp_strict": 1, "lamp_relaxed": 2}
 CAUSAL = {"": 0, "top_left": 1, "bottom_right": 2}
 SCRATCH = 1 << 28
 """Bytes of energies and partial results at most; longer prefills are cut into blocks of queries."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """What one attention leaves: output ``[B, H, S, Dv]``, natural log-sum-exp ``[B, H, S]``, certificate
-    ``[B, H, S, 3]``."""
-
-    out: Tensor
-    lse: Tensor
-    certificate: Tensor
 
 
 @dataclass(frozen=True)

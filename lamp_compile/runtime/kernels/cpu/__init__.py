@@ -7,7 +7,6 @@ Tensors are handed over as addresses; the callers have checked shapes and dtypes
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -19,8 +18,9 @@ from lamp_compile.errors import CacheError
 from lamp_compile.runtime import rotation
 from lamp_compile.runtime.kernels.cpu import _library
 from lamp_compile.runtime.kernels.cpu._library import instruction_set, instruction_sets
+from lamp_compile.runtime.kernels.result import Result
 
-__all__ = ["Result", "append", "attend", "instruction_set", "instruction_sets", "why_not"]
+__all__ = ["append", "attend", "instruction_set", "instruction_sets", "why_not"]
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 RULES = {"energy": 0, "lamp_strict": 1, "lamp_relaxed": 2}
@@ -33,16 +33,6 @@ MOST_GROUP = 64
 def why_not() -> str | None:
     """Why the core does not run here, or None."""
     return _library.why_not()
-
-
-@dataclass(frozen=True)
-class Result:
-    """What one attention leaves: output ``[B, H, S, Dv]``, natural log-sum-exp ``[B, H, S]``, certificate
-    ``[B, H, S, 3]``."""
-
-    out: Tensor
-    lse: Tensor
-    certificate: Tensor
 
 
 def append(

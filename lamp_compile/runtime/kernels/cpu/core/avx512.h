@@ -4,14 +4,20 @@
 // Inlined into what is around them, these loops lose their registers to it.
 #define LAMP_APART static __attribute__((noinline))
 
-// The sums of 16 vectors, in order.
-LAMP_INLINE __m512i sums_of_16(__m512i *v) {
-  for (int i = 0; i < 8; i++)
+// Within each 128 bits: vector i becomes the sums of four, of what were vectors 4 i to 4 i + 3.
+template <int COUNT>
+LAMP_INLINE void sum_lanes(__m512i *v) {
+  for (int i = 0; i < COUNT / 2; i++)
     v[i] =
         _mm512_add_epi32(_mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]));
-  for (int i = 0; i < 4; i++)
+  for (int i = 0; i < COUNT / 4; i++)
     v[i] =
         _mm512_add_epi32(_mm512_unpacklo_epi64(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_epi64(v[2 * i], v[2 * i + 1]));
+}
+
+// The sums of 16 vectors, in order.
+LAMP_INLINE __m512i sums_of_16(__m512i *v) {
+  sum_lanes<16>(v);
   for (int i = 0; i < 2; i++)
     v[i] = _mm512_add_epi32(_mm512_shuffle_i32x4(v[2 * i], v[2 * i + 1], 0x88),
                             _mm512_shuffle_i32x4(v[2 * i], v[2 * i + 1], 0xdd));
@@ -173,12 +179,7 @@ LAMP_INLINE void multiply(const uint8_t *const *tiles, const uint8_t *const *nex
 LAMP_INLINE void put_channels(__m512i *v, int pairs, int32_t *out) {
   const __m512i order = _mm512_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
   for (int p = pairs; p < 8; p++) v[p] = _mm512_setzero_si512();
-  for (int i = 0; i < 4; i++)
-    v[i] =
-        _mm512_add_epi32(_mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]));
-  for (int i = 0; i < 2; i++)
-    v[i] =
-        _mm512_add_epi32(_mm512_unpacklo_epi64(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_epi64(v[2 * i], v[2 * i + 1]));
+  sum_lanes<8>(v);
   const __m512i joined =
       _mm512_add_epi32(_mm512_shuffle_i32x4(v[0], v[1], 0x88), _mm512_shuffle_i32x4(v[0], v[1], 0xdd));
   _mm512_mask_storeu_epi32(out, (__mmask16)((1u << (2 * pairs)) - 1), _mm512_permutexvar_epi32(order, joined));
