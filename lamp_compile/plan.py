@@ -14,7 +14,9 @@ from typing import Any
 from lamp_compile import _plugins, linear_plan
 from lamp_compile.errors import OptionError, PlanError
 from lamp_compile.ir import Floor
+from lamp_compile.launch_plan import LaunchPlan
 from lamp_compile.linear_plan import LinearPlan
+from lamp_compile.plan_fields import LARGEST, choice, each, jsonable, number, read_row
 
 PLAN_VERSION = 1
 FORMATS = _plugins.names("runtime/formats")
@@ -24,10 +26,6 @@ RULES = tuple(name for name in _plugins.names("runtime/lookahead") if name not i
 ROTATIONS = ("hadamard", "none")
 QUERY_BITS = (0, 8, 16)
 TILES = (32, 64, 128)
-MOST_LAUNCH = 4096
-"""No way of cutting work needs a larger number."""
-LARGEST = 2**53
-"""Whole numbers beyond this are no settings, and no operator takes them."""
 
 
 @dataclass(frozen=True)
@@ -42,61 +40,6 @@ class GuardPlan:
     """Steps a raised floor level is held."""
     hysteresis: float = 0.5
     """The level sinks again below this share of the budget."""
-
-
-@dataclass(frozen=True)
-class LaunchPlan:
-    """How kernels cut one attention on one kind of GPU, for speed: it changes the order of sums, and with ``most_rows``
-    which new tokens decide together. ``lamp-compile tune`` measures it."""
-
-    warps: int = 1
-    """Of the look-ahead, where few rows share a kv head."""
-    stages: int = 3
-    """Steps of its loop in flight."""
-    refine_warps: int = 1
-    refine_stages: int = 2
-    programs: int = 8
-    """Programs per multiprocessor that the look-ahead aims at."""
-    refine_programs: int = 8
-    least_subtiles: int = 8
-    """Sub-tiles a program of the look-ahead should have at least."""
-    most_splits: int = 128
-    """Splits of one kv head's keys at most."""
-    merge_chunk: int = 32
-    """Partial results joined at a time."""
-    merge_warps: int = 4
-    most_rows: int = 32
-    """Rows (tokens x group) of one program when there are several new tokens."""
-    dependent: int = 1
-    """1: a launch may begin while the one ahead of it ends, where the GPU can do that."""
-
-    SMALL = ("warps", "refine_warps", "merge_warps", "stages", "refine_stages")
-    POWERS = ("warps", "refine_warps", "merge_chunk", "merge_warps", "most_rows")
-
-    def validate(self, where: str) -> None:
-        """Check every field.
-
-        Raises:
-            PlanError: Naming the field, its value and what it may be.
-        """
-        for f in fields(self):
-            value = getattr(self, f.name)
-            least = 0 if f.name == "dependent" else 1
-            most = 1 if f.name == "dependent" else 8 if f.name in self.SMALL else MOST_LAUNCH
-            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-                raise PlanError(f"{f.name} is {value!r}", where=where, fix=f"a whole number, {least} to {most}")
-            if f.name in self.POWERS and value & (value - 1):
-                raise PlanError(f"{f.name} is {value}", where=where, fix="a power of two")
-
-    def text(self) -> str:
-        """What differs from the defaults, as JSON; empty where nothing does."""
-        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        return json.dumps(changed) if changed else ""
-
-    @staticmethod
-    def parse(text: str) -> LaunchPlan:
-        """Of ``text()``."""
-        return LaunchPlan(**json.loads(text)) if text else LaunchPlan()
 
 
 @dataclass(frozen=True)
@@ -133,24 +76,24 @@ class SitePlan:
             PlanError: Naming the field, its value and what it may be.
         """
         where = where or f"plan, site {self.name!r}"
-        _choice(self.rule, RULES, "rule", where)
-        _choice(self.k_format, FORMATS, "k_format", where)
-        _choice(self.v_format, FORMATS, "v_format", where)
-        _choice(self.rotation, ROTATIONS, "rotation", where)
-        _choice(self.query_bits, QUERY_BITS, "query_bits", where)
-        _choice(self.tile, TILES, "tile", where)
-        _choice(self.subtile, (16, 32, 64, 128), "subtile", where)
+        choice(self.rule, RULES, "rule", where)
+        choice(self.k_format, FORMATS, "k_format", where)
+        choice(self.v_format, FORMATS, "v_format", where)
+        choice(self.rotation, ROTATIONS, "rotation", where)
+        choice(self.query_bits, QUERY_BITS, "query_bits", where)
+        choice(self.tile, TILES, "tile", where)
+        choice(self.subtile, (16, 32, 64, 128), "subtile", where)
         if self.tile % self.subtile:
             raise PlanError(f"subtile {self.subtile} does not divide tile {self.tile}", where=where, fix="subtile 32")
-        for value in _each(self.tau):
-            _number(value, "tau", where, least=0.0)
-        for value in _each(self.floor):
-            _choice(value, tuple(int(level) for level in Floor), "floor", where)
+        for value in each(self.tau):
+            number(value, "tau", where, least=0.0)
+        for value in each(self.floor):
+            choice(value, tuple(int(level) for level in Floor), "floor", where)
         for row in self.balance or ():
             for value in row:
-                _number(value, "balance", where, above=0.0)
-        _number(self.guard.budget, "guard.budget", where, above=0.0, infinite=True)
-        _number(self.guard.hysteresis, "guard.hysteresis", where, above=0.0, most=1.0)
+                number(value, "balance", where, above=0.0)
+        number(self.guard.budget, "guard.budget", where, above=0.0, infinite=True)
+        number(self.guard.hysteresis, "guard.hysteresis", where, above=0.0, most=1.0)
         for name in ("window", "hold"):
             value = getattr(self.guard, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST:
@@ -219,7 +162,7 @@ class Plan:
 
     def to_json(self) -> str:
         """Readable JSON, one object per site."""
-        return json.dumps(_jsonable(asdict(self)), indent=2, allow_nan=False) + "\n"
+        return json.dumps(jsonable(asdict(self)), indent=2, allow_nan=False) + "\n"
 
     def save(self, path: str | Path) -> None:
         """Write ``to_json()`` to a file."""
@@ -319,13 +262,8 @@ def fingerprint(sites: Iterable[tuple[str, int, int, int, int]]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _row(kind: type[Any], row: object, where: str) -> Any:
-    if not isinstance(row, dict):
-        raise PlanError(f"expected an object, got {type(row).__name__}", where=where, fix="see docs/plan.md")
-    known = {f.name for f in fields(kind)}
-    if unknown := sorted(set(row) - known):
-        raise PlanError(f"unknown field {unknown[0]!r}", where=where, fix=f"one of {', '.join(sorted(known))}")
-    values = dict(row)
+def _row(kind: type[Any], data: object, where: str) -> Any:
+    values = read_row(kind, data, where)
     if kind is SitePlan:
         if not isinstance(values.get("name"), str):
             raise PlanError(
@@ -359,42 +297,3 @@ def _balance(value: object, where: str) -> tuple[tuple[float, ...], ...]:
             "balance must be one list of numbers per kv head, all of one length", where=where, fix="or null"
         )
     return tuple(tuple(row) for row in value)
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _jsonable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(item) for item in value]
-    return "Infinity" if value == math.inf else value
-
-
-def _each(value: Any) -> tuple[Any, ...]:
-    return value if isinstance(value, tuple) else (value,)
-
-
-def _choice(value: Any, allowed: tuple[Any, ...], name: str, where: str) -> None:
-    if isinstance(value, bool | float) or value not in allowed:
-        raise PlanError(f"{name} is {value!r}", where=where, fix=f"one of {', '.join(map(str, allowed))}")
-
-
-def _number(
-    value: Any, name: str, where: str, *, least: float | None = None, above: float | None = None,
-    most: float | None = None, infinite: bool = False,
-) -> None:  # fmt: skip
-    ok = isinstance(value, int | float) and not isinstance(value, bool)
-    ok = ok and (isinstance(value, float) or abs(value) <= LARGEST) and not math.isnan(value)
-    ok = ok and (infinite or math.isfinite(value))
-    ok = (
-        ok
-        and (least is None or value >= least)
-        and (above is None or value > above)
-        and (most is None or value <= most)
-    )
-    if not ok:
-        limits = [
-            f">= {least}" if least is not None else "",
-            f"> {above}" if above is not None else "",
-            f"<= {most}" if most is not None else "",
-        ]
-        raise PlanError(f"{name} is {value!r}", where=where, fix=f"a number {' and '.join(filter(None, limits))}")

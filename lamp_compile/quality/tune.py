@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lamp_compile.errors import InputError
-from lamp_compile.plan import LaunchPlan, SitePlan
+from lamp_compile.launch_plan import LaunchPlan
+from lamp_compile.plan import SitePlan
 from lamp_compile.quality.timing import milliseconds
 from lamp_compile.runtime import fused_ops as _fused_ops  # noqa: F401  (registers torch.ops.lamp)
 from lamp_compile.runtime import guard, kernels, layout

@@ -206,7 +206,7 @@ def by_kernels(call: Call, device: Where) -> Outcome:
 
 def decided_together(call: Call, device: Where) -> int:
     """Tokens of one program, which decide as one; on a CPU each for itself, as in the reference."""
-    from lamp_compile.plan import LaunchPlan
+    from lamp_compile.launch_plan import LaunchPlan
 
     if isinstance(device, Native):
         return 1
@@ -220,7 +220,7 @@ def decided_together(call: Call, device: Where) -> int:
 
 def use_launch(patch: Any, **choices: Any) -> None:
     """Cut calls otherwise than by default, so that small ones meet in several programs."""
-    from lamp_compile.plan import LaunchPlan
+    from lamp_compile.launch_plan import LaunchPlan
 
     patch.setattr(LaunchPlan, "parse", staticmethod(lambda text: LaunchPlan(**choices)))
 

@@ -11,7 +11,8 @@ import torch
 import lamp_compile
 from lamp_compile.cli import main
 from lamp_compile.errors import InputError, PlanError
-from lamp_compile.plan import LaunchPlan, Plan, SitePlan
+from lamp_compile.launch_plan import LaunchPlan
+from lamp_compile.plan import Plan, SitePlan
 from lamp_compile.quality import tune
 from lamp_compile.runtime import guard, kernels
 from tests.huggingface import reference

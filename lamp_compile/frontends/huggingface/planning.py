@@ -12,7 +12,8 @@ from lamp_compile.errors import ModelError, OptionError, PlanError
 from lamp_compile.frontends import linears
 from lamp_compile.frontends.huggingface import balance as balancing
 from lamp_compile.frontends.huggingface.sites import CALIBRATION, ProbedSite
-from lamp_compile.plan import LaunchPlan, Plan, SitePlan, fingerprint
+from lamp_compile.launch_plan import LaunchPlan
+from lamp_compile.plan import Plan, SitePlan, fingerprint
 from lamp_compile.runtime import kernels
 from lamp_compile.runtime.cache_layers import LayerSpec
 from lamp_compile.runtime.controls import Controls

@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from lamp_compile.plan import LaunchPlan
+from lamp_compile.launch_plan import LaunchPlan
 from lamp_compile.runtime.kernels._tensors import (
     broadcast_steps,
     padded_half,

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lamp_compile.plan import LaunchPlan
+from lamp_compile.launch_plan import LaunchPlan
 
 
 @dataclass(frozen=True)

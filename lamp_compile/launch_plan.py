@@ -1,0 +1,66 @@
+"""How kernels cut their work on one kind of GPU: the part of a plan that is about speed alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+
+from lamp_compile.errors import PlanError
+
+MOST_LAUNCH = 4096
+"""No way of cutting work needs a larger number."""
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """How kernels cut one attention on one kind of GPU, for speed: it changes the order of sums, and with ``most_rows``
+    which new tokens decide together. ``lamp-compile tune`` measures it."""
+
+    warps: int = 1
+    """Of the look-ahead, where few rows share a kv head."""
+    stages: int = 3
+    """Steps of its loop in flight."""
+    refine_warps: int = 1
+    refine_stages: int = 2
+    programs: int = 8
+    """Programs per multiprocessor that the look-ahead aims at."""
+    refine_programs: int = 8
+    least_subtiles: int = 8
+    """Sub-tiles a program of the look-ahead should have at least."""
+    most_splits: int = 128
+    """Splits of one kv head's keys at most."""
+    merge_chunk: int = 32
+    """Partial results joined at a time."""
+    merge_warps: int = 4
+    most_rows: int = 32
+    """Rows (tokens x group) of one program when there are several new tokens."""
+    dependent: int = 1
+    """1: a launch may begin while the one ahead of it ends, where the GPU can do that."""
+
+    SMALL = ("warps", "refine_warps", "merge_warps", "stages", "refine_stages")
+    POWERS = ("warps", "refine_warps", "merge_chunk", "merge_warps", "most_rows")
+
+    def validate(self, where: str) -> None:
+        """Check every field.
+
+        Raises:
+            PlanError: Naming the field, its value and what it may be.
+        """
+        for f in fields(self):
+            value = getattr(self, f.name)
+            least = 0 if f.name == "dependent" else 1
+            most = 1 if f.name == "dependent" else 8 if f.name in self.SMALL else MOST_LAUNCH
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+                raise PlanError(f"{f.name} is {value!r}", where=where, fix=f"a whole number, {least} to {most}")
+            if f.name in self.POWERS and value & (value - 1):
+                raise PlanError(f"{f.name} is {value}", where=where, fix="a power of two")
+
+    def text(self) -> str:
+        """What differs from the defaults, as JSON; empty where nothing does."""
+        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return json.dumps(changed) if changed else ""
+
+    @staticmethod
+    def parse(text: str) -> LaunchPlan:
+        """Of ``text()``."""
+        return LaunchPlan(**json.loads(text)) if text else LaunchPlan()
