@@ -46,7 +46,7 @@ class BuildCore(build_ext):
         macro, flags = instruction_sets(platform.machine())
         extra = os.environ.get("LAMP_CXXFLAGS", "").split()
         objects = []
-        for source in ("core", "portable", *flags):
+        for source in ("core", "ort_ops", "portable", *flags):
             objects += self.compiler.compile(
                 [str(CORE / f"{source}.cpp")],
                 output_dir=self.build_temp,

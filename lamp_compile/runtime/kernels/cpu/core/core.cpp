@@ -55,6 +55,12 @@ const Kernels &kernels() {
 using GompParallel = void (*)(void (*)(void *), void *, unsigned, unsigned);
 std::atomic<GompParallel> gomp{nullptr};
 
+struct Lent {
+  LampParallel parallel;
+  void *context;
+};
+thread_local Lent lent{nullptr, nullptr};
+
 struct Job {
   Task task;
   void *data;
@@ -67,6 +73,8 @@ void take_tasks(void *data) {
   const int64_t thread = job.threads.fetch_add(1);
   for (int64_t i; (i = job.next.fetch_add(1)) < job.count;) job.task(job.data, i, thread);
 }
+
+void take_tasks_of(void *data, size_t) { take_tasks(data); }
 
 struct Memory {
   char *data = nullptr;
@@ -83,6 +91,10 @@ void run(Task task, void *data, int64_t count, int64_t threads) {
     return;
   }
   Job job{task, data, count, {0}, {0}};
+  if (lent.parallel) {
+    lent.parallel(lent.context, take_tasks_of, &job, static_cast<size_t>(threads < count ? threads : count));
+    return;
+  }
   if (const GompParallel parallel = gomp.load(std::memory_order_relaxed)) {
     // All of them, also those that will find no task: libgomp ends threads that a smaller team has no use for.
     parallel(take_tasks, &job, static_cast<unsigned>(threads), 0);
@@ -134,6 +146,7 @@ int lamp_use(const char *name) {
 }
 
 void lamp_use_threads_of(GompParallel parallel) { gomp.store(parallel); }
+void lamp_lend_threads(LampParallel parallel, void *context) { lent = {parallel, context}; }
 int lamp_append(const LampAppend *call) { return kernels().append(call); }
 int lamp_attend(const LampAttend *call) { return kernels().attend(call); }
 int64_t lamp_size_of_append(void) { return sizeof(LampAppend); }

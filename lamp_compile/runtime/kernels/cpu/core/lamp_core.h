@@ -3,6 +3,7 @@
 // Shape letters as in runtime/ops.py: B batch, H query heads, G kv heads, S queries, N keys, D head dim, Dv value dim.
 // All strides count elements; 0 repeats.
 #pragma once
+#include <stddef.h>
 #include <stdint.h>
 
 #if defined(_WIN32)
@@ -89,6 +90,10 @@ LAMP_API const char *lamp_instruction_set(void);
 LAMP_API int lamp_use(const char *name);
 // The OpenMP runtime that torch has started: its GOMP_parallel. Without it threads are started for every call.
 LAMP_API void lamp_use_threads_of(void (*gomp_parallel)(void (*)(void *), void *, unsigned, unsigned));
+// Threads of whoever calls, for the next calls of this thread, ahead of all others; null takes them back.
+// `parallel(context, task, data, count)` runs task(data, i) for each i below count, and returns when all are done.
+typedef void (*LampParallel)(void *context, void (*task)(void *, size_t), void *data, size_t count);
+LAMP_API void lamp_lend_threads(LampParallel parallel, void *context);
 // 0; -1 without memory; -2 for rows beyond the planes. Nothing is written then.
 LAMP_API int lamp_append(const LampAppend *call);
 LAMP_API int lamp_attend(const LampAttend *call);
