@@ -17,6 +17,7 @@ _HOME = {
     "disable": "lamp_compile.api",
     "backend": "lamp_compile.torch_backend",
     "DecodeStep": "lamp_compile.frontends.huggingface.decode_step",
+    "OrtSession": "lamp_compile.runtime.ort.session",
     "NestedCache": "lamp_compile.runtime.kv_cache",
     "Plan": "lamp_compile.plan",
     "SitePlan": "lamp_compile.plan",
@@ -30,6 +31,7 @@ __all__ = [
     "LampError",
     "LinearPlan",
     "NestedCache",
+    "OrtSession",
     "Plan",
     "SitePlan",
     "__version__",
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from lamp_compile.linear_plan import LinearPlan
     from lamp_compile.plan import GuardPlan, Plan, SitePlan
     from lamp_compile.runtime.kv_cache import NestedCache
+    from lamp_compile.runtime.ort.session import OrtSession
     from lamp_compile.torch_backend import backend
 
 

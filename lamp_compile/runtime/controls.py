@@ -5,16 +5,14 @@ They are changed in place, so changing them recompiles nothing and moves no plan
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lamp_compile.errors import OptionError
-from lamp_compile.ir import Floor
 from lamp_compile.plan import SitePlan
+from lamp_compile.runtime import hot_values
 
 
 @dataclass(frozen=True)
@@ -77,12 +75,7 @@ class Controls:
         Raises:
             OptionError: Unknown site, impossible value, wrong number of heads.
         """
-        names = list(self._sites) if sites is None else [sites] if isinstance(sites, str) else list(sites)
-        for name in names:
-            if name not in self._sites:
-                raise OptionError(
-                    f"unknown site {name!r}", where="Controls.set", fix=f"one of {', '.join(self._sites)}"
-                )
+        names = hot_values.chosen_sites(self._sites, sites)
         changes = [
             (tensor, _per_head(value, tensor.shape[0], f"{field} of {name}"))
             for field, value in (("tau", tau), ("floor", floor), ("budget", budget))
@@ -94,14 +87,4 @@ class Controls:
 
 
 def _per_head(value: float | Sequence[float], kv_heads: int, where: str) -> Tensor:
-    values = [float(v) for v in value] if isinstance(value, Sequence) else [float(value)] * kv_heads
-    if len(values) != kv_heads:
-        raise OptionError(
-            f"{len(values)} values for {kv_heads} kv heads", where=where, fix="one number, or one per kv head"
-        )
-    name = where.split()[0]
-    for v in values:
-        allowed = v in set(map(float, Floor)) if name == "floor" else v > 0 if name == "budget" else 0 <= v < math.inf
-        if not allowed:
-            raise OptionError(f"{v!r} is not possible", where=where, fix="tau >= 0, floor 0, 1 or 2, budget > 0")
-    return torch.tensor(values, dtype=torch.float32)
+    return torch.tensor(hot_values.per_head(value, kv_heads, where), dtype=torch.float32)

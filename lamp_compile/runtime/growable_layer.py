@@ -12,19 +12,13 @@ from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
 from lamp_compile.errors import CacheError
-from lamp_compile.runtime import layout
+from lamp_compile.runtime import capacity, layout
 from lamp_compile.runtime.allocation import allocate
-
-LENGTH_STEPS = 4
-"""Capacities are rounded up to an eighth to a quarter of their size, so that nearby lengths share one compiled
-graph."""
 
 
 def rounded_capacity(keys: int, tile: int = layout.TILE) -> int:
     """Keys to allocate for ``keys`` keys: whole tiles, few different sizes."""
-    tiles = max(1, layout.tiles_for(keys, tile))
-    step = max(1, 1 << max(0, (tiles - 1).bit_length() - LENGTH_STEPS + 1))
-    return -(-tiles // step) * step * tile
+    return capacity.rounded_capacity(keys, tile)
 
 
 def ordinary_tensors() -> AbstractContextManager[None]:

@@ -1,6 +1,7 @@
 // ai.lamp.Append and ai.lamp.FusedAttention as operators of ONNX Runtime's CPU provider: what they compute is
 // lamp_append and lamp_attend. ONNX Runtime has checked the types of their inputs; shapes are checked here, before
 // anything is read. Outputs whose buffer is that of the input are written in place.
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -85,6 +86,7 @@ int64_t count_of(const Dims &dims) {
 struct Tensor {
   const ort::Value *value = nullptr;
   void *data = nullptr;
+  ort::Type type = ort::ANY;
   Dims dims;
   explicit operator bool() const { return value != nullptr; }
   template <class T>
@@ -100,19 +102,25 @@ class Call {
     api.call<const ort::Context *, size_t *>(ort::INPUT_COUNT, context, &inputs_);
   }
 
+  size_t inputs() const { return inputs_; }
+
   // An input of that element type; nothing where it is left out.
   Tensor input(size_t index, ort::Type type, const char *name) const {
+    const Tensor found = input(index);
+    expect(!found || found.type == type, std::string(name) + " has element type " + std::to_string(found.type));
+    return found;
+  }
+
+  Tensor input(size_t index) const {
     Tensor found;
     if (index >= inputs_) return found;
     api_.call<const ort::Context *, size_t, const ort::Value **>(ort::INPUT, context_, index, &found.value);
     if (!found.value) return found;
     ort::Shape *shape = nullptr;
     api_.call<const ort::Value *, ort::Shape **>(ort::SHAPE_OF, found.value, &shape);
-    ort::Type given = ort::ANY;
-    api_.call<const ort::Shape *, ort::Type *>(ort::ELEMENT_TYPE, shape, &given);
+    api_.call<const ort::Shape *, ort::Type *>(ort::ELEMENT_TYPE, shape, &found.type);
     found.dims = dims_of(api_, shape);
     api_.release(ort::RELEASE_SHAPE, shape);
-    expect(given == type, std::string(name) + " has element type " + std::to_string(given));
     api_.call<ort::Value *, void **>(ort::TENSOR_DATA, const_cast<ort::Value *>(found.value), &found.data);
     return found;
   }
@@ -205,37 +213,80 @@ class Attributes {
   const ort::KernelInfo *info_;
 };
 
-// The base matrix of a rotation of `dim` channels (runtime/rotation.py): order 1, 12 or 20.
+// A Hadamard rotation of `dim` channels (runtime/rotation.py): its base matrix, of order 1, 12 or 20.
 class Rotation {
  public:
-  LampRotation of(int64_t dim, bool rotated) {
-    if (!rotated) return {nullptr, 0};
-    for (const int64_t base : {1, 12, 20}) {
-      const int64_t doubled = dim / base;
-      if (dim % base || doubled & (doubled - 1)) continue;
-      if (base != base_) signs_ = paley(base - 1);
-      base_ = base;
-      return {signs_.data(), base};
+  // Made on the first call, and compared with the matrix that the node has as an input: the core multiplies by the one
+  // that it knows.
+  LampRotation of(int64_t dim, const Tensor &matrix) {
+    const std::lock_guard<std::mutex> held(lock_);
+    if (dim != dim_) {
+      signs_ = paley(order_of(dim) - 1);
+      expect(!matrix || agrees(dim, matrix), "a rotation that is not the Hadamard matrix of " + std::to_string(dim));
+      dim_ = dim;
     }
-    refuse("no Hadamard rotation for " + std::to_string(dim) + " channels");
+    return {signs_.data(), order_of(dim)};
   }
 
  private:
+  static int64_t order_of(int64_t dim) {
+    for (const int64_t base : {1, 12, 20})
+      if (dim % base == 0 && !((dim / base) & (dim / base - 1))) return base;
+    refuse("no Hadamard rotation for " + std::to_string(dim) + " channels");
+  }
   static std::vector<int8_t> paley(int64_t prime) {
-    const int64_t order = prime + 1;
-    std::vector<int8_t> made(static_cast<size_t>(order * order), 1);
-    std::vector<bool> residue(static_cast<size_t>(prime ? prime : 1), false);
-    for (int64_t i = 1; i < prime; i++) residue[static_cast<size_t>(i * i % prime)] = true;
-    for (int64_t i = 0; i < prime; i++) {
-      made[static_cast<size_t>((i + 1) * order)] = -1;
-      for (int64_t j = 0; j < prime; j++)
-        if (i != j && !residue[static_cast<size_t>((j - i + prime) % prime)])
-          made[static_cast<size_t>((i + 1) * order + j + 1)] = -1;
+    const size_t n = static_cast<size_t>(prime), order = n + 1;
+    std::vector<int8_t> made(order * order, 1);
+    std::vector<bool> residue(order, false);
+    for (size_t i = 1; i < n; i++) residue[i * i % n] = true;
+    for (size_t i = 0; i < n; i++) {
+      made[(i + 1) * order] = -1;
+      for (size_t j = 0; j < n; j++)
+        if (i != j && !residue[(j + n - i) % n]) made[(i + 1) * order + j + 1] = -1;
     }
     return made;
   }
-  int64_t base_ = 0;
+  bool agrees(int64_t dim, const Tensor &matrix) const {
+    if (matrix.type != ort::FLOAT || matrix.dims != Dims{dim, dim}) return false;
+    const int64_t base = order_of(dim);
+    const float norm = 1.0f / std::sqrt(static_cast<float>(dim));
+    for (int64_t i = 0; i < dim; i++)
+      for (int64_t j = 0; j < dim; j++) {
+        int sign = signs_[static_cast<size_t>(i % base * base + j % base)];
+        for (int64_t both = (i / base) & (j / base); both; both &= both - 1) sign = -sign;
+        if (!(std::fabs(matrix.as<float>()[i * dim + j] - norm * static_cast<float>(sign)) < 1e-6f)) return false;
+      }
+    return true;
+  }
+  std::mutex lock_;
+  int64_t dim_ = 0;
   std::vector<int8_t> signs_;
+};
+
+// What may follow the inputs that always are there. Which of them it is can be told from its type and rank, so that
+// those that a node does not have may be left out or empty.
+struct Extras {
+  Tensor rotate_k, rotate_v, balance, start, mask, bias, sinks;
+
+  Extras(const Call &call, size_t first, bool rotated) {
+    for (size_t i = first; i < call.inputs(); i++) {
+      const Tensor x = call.input(i);
+      if (!x) continue;
+      const bool matrices = rotated && i < first + 2;
+      Tensor *to = nullptr;
+      if (x.type == ort::INT64) to = &start;
+      if (x.type == ort::BOOL) to = &mask;
+      if (x.type == ort::FLOAT) {
+        if (matrices) to = i == first ? &rotate_k : &rotate_v;
+        else if (x.dims.size() == 1) to = &sinks;
+        else if (x.dims.size() < 4) to = &balance;
+        else to = &bias;
+      }
+      expect(to && !*to, "input " + std::to_string(i) + " of type " + std::to_string(x.type) + " and shape " +
+                             text(x.dims) + " is none that the kernel knows");
+      *to = x;
+    }
+  }
 };
 
 const char *const PLANE_NAMES[] = {"k_high", "k_residual", "k_scale", "v_high", "v_residual", "v_scale"};
@@ -316,17 +367,17 @@ struct AppendKernel {
   Api api;
   int64_t threads;
   bool rotated;
+  mutable Rotation turn_k, turn_v;
   static constexpr const char *NAME = "Append";
-  static constexpr size_t INPUTS = 10, NEEDED = 9, OUTPUTS = 6;
+  static constexpr size_t INPUTS = 12, NEEDED = 9, OUTPUTS = 6;
 
   AppendKernel(ort::Table table, const ort::KernelInfo *info, int64_t count) : api(table), threads(count) {
     rotated = Attributes(api, info).choice("rotation", "hadamard", {"none", "hadamard"}) == 1;
   }
   static ort::Type input(size_t i) {
-    return i == 8 ? ort::INT64 : i >= 2 && i < 8 ? PLANE_TYPES[i - 2] : ort::FLOAT;
+    return i >= NEEDED ? ort::ANY : i == 8 ? ort::INT64 : i >= 2 ? PLANE_TYPES[i - 2] : ort::FLOAT;
   }
   static ort::Type output(size_t i) { return PLANE_TYPES[i]; }
-  static int64_t like(size_t i) { return static_cast<int64_t>(i) + 2; }
 
   void run(const Call &call) const {
     const Tensor k = call.required(0, ort::FLOAT, "k", 4), v = call.required(1, ort::FLOAT, "v", 4);
@@ -344,9 +395,13 @@ struct AppendKernel {
              std::to_string(rows) + " rows from " + std::to_string(first) + " on do not fit into planes for " +
                  std::to_string(p.room()) + " keys");
     }
-    given.balance = balance_of(call.input(9, ort::FLOAT, "balance"), p, given.balance_stride);
-    Rotation turn_k, turn_v;
-    given.rotate_k = turn_k.of(keys[3], rotated), given.rotate_v = turn_v.of(values[3], rotated);
+    const Extras extras(call, NEEDED, rotated);
+    expect(!extras.start && !extras.mask && !extras.bias && !extras.sinks, "an input that belongs to FusedAttention");
+    given.balance = balance_of(extras.balance, p, given.balance_stride);
+    if (rotated) {
+      given.rotate_k = turn_k.of(keys[3], extras.rotate_k);
+      given.rotate_v = turn_v.of(values[3], extras.rotate_v);
+    }
     void *to[6];
     for (size_t i = 0; i < 6; i++) to[i] = call.output_of(i, p.at[i], i % 3 == 2 ? 2 : 1);
     p.point(to);
@@ -365,17 +420,17 @@ struct AppendKernel {
 struct AttendKernel {
   Api api;
   LampAttend fixed{};
-  bool rotated, scaled;
+  bool rotated;
+  mutable Rotation turn_k, turn_v;
   static constexpr const char *NAME = "FusedAttention";
-  static constexpr size_t INPUTS = 18, NEEDED = 13, OUTPUTS = 3;
+  static constexpr size_t INPUTS = 20, NEEDED = 13, OUTPUTS = 3;
 
   AttendKernel(ort::Table table, const ort::KernelInfo *info, int64_t count) : api(table) {
     const Attributes node(api, info);
     rotated = node.choice("rotation", "hadamard", {"none", "hadamard"}) == 1;
     fixed.causal = node.choice("causal", "", {"", "top_left", "bottom_right"});
     fixed.rule = node.choice("rule", "energy", {"energy", "lamp_strict", "lamp_relaxed"});
-    fixed.scale = node.number("scale", 0.0f);
-    scaled = fixed.scale != 0.0f;
+    fixed.scale = node.number("scale", 1.0f);
     fixed.softcap = node.number("softcap", 0.0f);
     fixed.window = node.integer("window", 0);
     fixed.subtile = node.integer("subtile", 32);
@@ -392,34 +447,32 @@ struct AttendKernel {
            "scale, softcap and hysteresis must be finite");
   }
   static ort::Type input(size_t i) {
-    if (i >= 1 && i < 7) return PLANE_TYPES[i - 1];
-    return i == 11 || i == 12 || i == 13 ? ort::INT64 : i == 14 ? ort::BOOL : ort::FLOAT;
+    if (i >= NEEDED) return ort::ANY;
+    return i >= 1 && i < 7 ? PLANE_TYPES[i - 1] : i == 11 || i == 12 ? ort::INT64 : ort::FLOAT;
   }
   static ort::Type output(size_t i) { return i == 2 ? ort::INT64 : ort::FLOAT; }
-  static int64_t like(size_t i) { return i == 1 ? 10 : i == 2 ? 11 : -1; }
 
-  void see(const Call &call, LampAttend &given, const Planes &p, const Dims &scores) const {
+  static void see(const Extras &extras, LampAttend &given, const Planes &p, const Dims &scores) {
     const int64_t batch = p.batch();
-    given.lengths = per_sequence(call.required(12, ort::INT64, "lengths", 1), "lengths", batch);
-    given.start = per_sequence(call.input(13, ort::INT64, "start"), "start", batch);
+    given.start = per_sequence(extras.start, "start", batch);
     for (int64_t b = 0; b < batch; b++) {
       const int64_t length = static_cast<const int64_t *>(given.lengths.data)[b * given.lengths.stride];
       if (length > given.keys) given.keys = length;
     }
     if (given.keys > p.room()) given.keys = p.room();
-    if (const Tensor mask = call.input(14, ort::BOOL, "mask")) {
-      broadcast(mask, "mask", scores, given.mask_strides, given.mask_keys);
-      given.mask = mask.as<uint8_t>();
+    if (extras.mask) {
+      broadcast(extras.mask, "mask", scores, given.mask_strides, given.mask_keys);
+      given.mask = extras.mask.as<uint8_t>();
     }
-    if (const Tensor bias = call.input(15, ort::FLOAT, "bias")) {
-      broadcast(bias, "bias", scores, given.bias_strides, given.bias_keys);
-      given.bias = bias.as<float>();
+    if (extras.bias) {
+      broadcast(extras.bias, "bias", scores, given.bias_strides, given.bias_keys);
+      given.bias = extras.bias.as<float>();
     }
-    if (const Tensor sinks = call.input(16, ort::FLOAT, "sinks")) {
-      expect(sinks.dims == Dims{given.heads}, "sinks are " + text(sinks.dims));
-      given.sinks = sinks.as<float>();
+    if (extras.sinks) {
+      expect(extras.sinks.dims == Dims{given.heads}, "sinks are " + text(extras.sinks.dims));
+      given.sinks = extras.sinks.as<float>();
     }
-    given.balance = balance_of(call.input(17, ort::FLOAT, "balance"), p, given.balance_stride);
+    given.balance = balance_of(extras.balance, p, given.balance_stride);
   }
 
   void run(const Call &call) const {
@@ -444,10 +497,13 @@ struct AttendKernel {
     given.budget_stride = per_head(budget, "budget", batch, kv_heads), given.budget = budget.as<float>();
     expect(state.dims == Dims{batch, kv_heads, 4}, "state is " + text(state.dims));
     expect(stats.dims == Dims{batch, kv_heads, 7}, "stats are " + text(stats.dims));
-    see(call, given, p, {batch, heads, queries, p.room()});
-    if (!scaled) given.scale = 1.0f / std::sqrt(static_cast<float>(dim));
-    Rotation turn_k, turn_v;
-    given.rotate_k = turn_k.of(dim, rotated), given.rotate_v = turn_v.of(2 * p.planes.half_v, rotated);
+    given.lengths = per_sequence(call.required(12, ort::INT64, "lengths", 1), "lengths", batch);
+    const Extras extras(call, NEEDED, rotated);
+    see(extras, given, p, {batch, heads, queries, p.room()});
+    if (rotated) {
+      given.rotate_k = turn_k.of(dim, extras.rotate_k);
+      given.rotate_v = turn_v.of(2 * p.planes.half_v, extras.rotate_v);
+    }
     given.out = call.output(0, {batch, heads, queries, 2 * p.planes.half_v});
     given.state = static_cast<float *>(call.output_of(1, state, sizeof(float)));
     given.stats = static_cast<int64_t *>(call.output_of(2, stats, sizeof(int64_t)));

@@ -1,0 +1,140 @@
+"""Execution providers: a user's word to ONNX Runtime's name, and sessions that run there or not at all.
+
+ONNX Runtime answers a request for a provider that is not there with a warning and a session on the CPU. Here that is
+an error, before and after the session is made.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lamp_compile.errors import OptionError
+
+CPU, CUDA, MIGRAPHX = "CPUExecutionProvider", "CUDAExecutionProvider", "MIGraphXExecutionProvider"
+WORDS = {"cpu": CPU, "cuda": CUDA, "migraphx": MIGRAPHX, "amd": MIGRAPHX, "rocm": MIGRAPHX}
+GONE = "ROCMExecutionProvider"
+DEVICES = {CPU: "cpu", CUDA: "cuda", MIGRAPHX: "cuda"}
+"""What ONNX Runtime calls the memory of a provider; HIP memory goes by CUDA's name there."""
+INSTALL = {
+    CPU: "pip install 'lamp_compile[onnx-cpu]'",
+    CUDA: "pip install 'onnxruntime-gpu[cuda,cudnn]' in an environment without the package onnxruntime",
+    MIGRAPHX: "the onnxruntime-migraphx wheel of your ROCm, in an environment without the package onnxruntime",
+}
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A provider that is there.
+
+    Attributes:
+        name: As ONNX Runtime calls it.
+        note: What the user should know about the choice, or empty.
+    """
+
+    name: str
+    note: str = ""
+
+    @property
+    def device(self) -> str:
+        """Where its tensors lie, in ONNX Runtime's words."""
+        return DEVICES[self.name]
+
+
+def onnxruntime() -> Any:
+    """The package onnxruntime, its telemetry switched off for this process.
+
+    Raises:
+        OptionError: It is not installed.
+    """
+    try:
+        import onnxruntime as package
+    except ImportError as error:
+        raise OptionError(
+            f"onnxruntime cannot be imported: {error}", where="lamp_compile.OrtSession", fix=INSTALL[CPU]
+        ) from error
+    package.disable_telemetry_events()
+    return package
+
+
+def resolve(word: str) -> Provider:
+    """The provider meant by ``word``: "cpu", "cuda", "migraphx", "amd", "rocm", or ONNX Runtime's own name.
+
+    Raises:
+        OptionError: The word is unknown, or this onnxruntime lacks the provider.
+    """
+    known = {**WORDS, **{name.lower(): name for name in (CPU, CUDA, MIGRAPHX)}, GONE.lower(): MIGRAPHX}
+    name = known.get(word.lower()) if isinstance(word, str) else None
+    if name is None:
+        raise OptionError(f"unknown provider {word!r}", where="provider", fix=f"one of {', '.join(WORDS)}")
+    note = ""
+    if word.lower() in ("rocm", GONE.lower()):
+        note = f"{word!r}: ONNX Runtime has no ROCm provider any more, AMD GPUs are served by {MIGRAPHX}"
+        warnings.warn(note, UserWarning, stacklevel=2)
+    available = onnxruntime().get_available_providers()
+    if name not in available:
+        raise OptionError(
+            f"{name} was asked for, and this onnxruntime {onnxruntime().__version__} has {', '.join(available)}",
+            where=f"provider={word!r}",
+            fix=INSTALL[name],
+        )
+    return Provider(name, note)
+
+
+def make_session(
+    model: Any, provider: Provider, options: Any, *, strict: bool, settings: Mapping[str, str] | None = None
+) -> Any:
+    """An ``onnxruntime.InferenceSession`` that runs where it was asked to.
+
+    Args:
+        model: Path or bytes.
+        provider: Of ``resolve``.
+        options: ``onnxruntime.SessionOptions``; entries are added to it.
+        strict: No node may be left to the CPU. Otherwise such nodes are in ``placement``.
+        settings: The provider's own options.
+
+    Raises:
+        OptionError: The provider did not come up, or left nodes to the CPU under ``strict``.
+    """
+    ort = onnxruntime()
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    wanted: list[Any] = [(provider.name, dict(settings or {}))]
+    if provider.name != CPU:
+        if hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()
+        if strict:
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        else:
+            wanted.append(CPU)
+    try:
+        session = ort.InferenceSession(model, options, providers=wanted, enable_fallback=0)
+    except Exception as error:
+        if provider.name == CPU:
+            raise
+        raise OptionError(
+            f"{provider.name} did not take the model: {str(error).splitlines()[0][:300]}",
+            where=str(model) if isinstance(model, str) else "the model",
+            fix="strict=False leaves what it cannot run to the CPU and lists it in placement()" if strict else "",
+        ) from error
+    got = session.get_providers()
+    if got[0] != provider.name:
+        raise OptionError(
+            f"{provider.name} was asked for and the session runs on {', '.join(got)}",
+            where="provider",
+            fix=INSTALL[provider.name],
+        )
+    return session
+
+
+def placement(session: Any) -> dict[str, dict[str, int]]:
+    """How many nodes of each operator run on each provider, of a session of ``make_session``; what was inlined or
+    fused counts as what became of it."""
+    found: dict[str, Counter[str]] = {}
+    for part in session.get_provider_graph_assignment_info():
+        counts = found.setdefault(part.ep_name, Counter())
+        for node in part.get_nodes():
+            counts[f"{node.domain}.{node.op_type}" if node.domain else node.op_type] += 1
+    return {name: dict(sorted(counts.items())) for name, counts in sorted(found.items())}

@@ -1,0 +1,361 @@
+"""``OrtSession``: an exported artifact on ONNX Runtime, with its planes in memory that stays where it is."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lamp_compile.errors import CacheError, InputError, OptionError, PassError
+from lamp_compile.runtime.ort import _library, artifact, providers
+from lamp_compile.runtime.ort.buffers import Buffers
+from lamp_compile.runtime.ort.controls import Controls
+from lamp_compile.runtime.ort.statistics import SiteStatistics
+
+PREFILL_ROWS = 512
+"""Tokens of a prompt that go through the artifact at a time."""
+
+
+class OrtSession:
+    """Runs an artifact of ``export_onnx``.
+
+    The planes of all layers are bound once, as inputs and as the outputs that take their place: a step writes its new
+    rows where they belong and copies nothing. Not for several threads at a time.
+
+    Attributes:
+        artifact: What the file says about itself.
+        provider: Name of the execution provider that the session was verified to run on.
+        native: Whether the native operators compute the ``ai.lamp`` nodes, rather than their bodies of standard
+            operators.
+        notes: What a user should know about the choices made here.
+        controls: tau, floor level and budget of every site; ``controls.set(tau=0.02)`` acts from the next step on.
+        raw: The ``onnxruntime.InferenceSession``.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        provider: str = "cpu",
+        native: bool | None = None,
+        threads: int = 0,
+        strict: bool = True,
+        settings: Mapping[str, str] | None = None,
+    ) -> None:
+        """Load an artifact.
+
+        Args:
+            path: The ``.onnx`` file.
+            provider: "cpu", "cuda", "migraphx" (also "amd", "rocm"), or ONNX Runtime's own name.
+            native: True: the native operators or an error; False: the artifact's own bodies; None: native where they
+                can be, and a warning where they would be faster and are not there.
+            threads: Of ONNX Runtime's pool, which the native operators share; 0 takes the cores of this process.
+            strict: On a GPU, no node may be left to the CPU.
+            settings: The provider's own options, such as ``{"device_id": "1"}``.
+
+        Raises:
+            InputError: There is no such file, or it is no artifact.
+            OptionError: The provider or the native operators cannot be had.
+        """
+        file = Path(path)
+        if not file.is_file():
+            raise InputError(f"no file {str(path)!r}", where="lamp_compile.OrtSession", fix="a path to an .onnx file")
+        found = providers.resolve(provider)
+        self.provider, self.notes = found.name, [found.note] if found.note else []
+        ort = providers.onnxruntime()
+        options = ort.SessionOptions()
+        options.log_severity_level = 4  # what goes wrong is raised
+        threads = _threads(threads)
+        options.intra_op_num_threads = threads
+        self.native = self._choose(native, options, threads)
+        try:
+            self.raw = providers.make_session(str(file), found, options, strict=strict, settings=settings)
+        except (OptionError, InputError):
+            raise
+        except Exception as error:
+            raise InputError(
+                f"ONNX Runtime does not load it: {str(error).splitlines()[0][:300]}", where=str(path)
+            ) from error
+        self.artifact = artifact.read(self.raw, str(path))
+        self._check_native(str(path))
+        self.controls = Controls(self.artifact.planes)
+        device = int(dict(settings or {}).get("device_id", 0))
+        self._on_host = found.device == "cpu"
+        self._buffers = Buffers(self.artifact.sites, found.device, device)
+        self._binding: Any = self.raw.io_binding()
+        self._rows = self._length = 0
+        self._small: dict[str, NDArray[np.int64]] = {}
+        self._start = np.zeros(0, np.int64)
+
+    def _choose(self, native: bool | None, options: Any, threads: int) -> bool:
+        """Register the native operators if they are wanted and can be."""
+        reason = _library.why_not() if self.provider == providers.CPU else f"they run on CPUs, this is {self.provider}"
+        if native and reason:
+            raise OptionError(
+                f"no native operators: {reason}", where="native=True", fix=f"native=False: {_library.PORTABLE}"
+            )
+        if reason or native is False:
+            if reason and native is None and self.provider == providers.CPU:
+                self.notes.append(f"no native operators: {reason}; {_library.PORTABLE}")
+                warnings.warn(self.notes[-1], UserWarning, stacklevel=3)
+            return False
+        options.add_session_config_entry("ai.lamp.threads", str(threads))
+        options.register_custom_ops_library(str(_library.path()))
+        return True
+
+    def _check_native(self, where: str) -> None:
+        counts = self.placement().get(providers.CPU, {})
+        there, sites = counts.get("ai.lamp.FusedAttention", 0), len(self.artifact.planes)
+        if self.artifact.kind == "decoder" and there != (sites if self.native else 0):
+            raise PassError(
+                f"{there} of {sites} attentions run natively, {'all' if self.native else 'none'} should", where=where
+            )
+
+    def placement(self) -> dict[str, dict[str, int]]:
+        """How many nodes of each operator run on each provider."""
+        return providers.placement(self.raw)
+
+    # Sequences
+
+    @property
+    def length(self) -> int:
+        """Slots that hold a token, the same for all sequences; padding counts."""
+        return self._length
+
+    @property
+    def batch(self) -> int:
+        """Sequences held."""
+        return self._buffers.batch
+
+    @property
+    def capacity(self) -> int:
+        """Tokens there is room for; it grows when it must."""
+        return self._buffers.capacity
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values as allocated, scales included."""
+        return self._buffers.nbytes()
+
+    def start(self, batch: int, capacity: int = 0, padding: Sequence[int] | None = None) -> None:
+        """Begin anew with ``batch`` empty sequences.
+
+        Args:
+            batch: Sequences.
+            capacity: Tokens to make room for at once.
+            padding: Tokens of padding ahead of each; such rows see no key and none sees them.
+
+        Raises:
+            InputError: The artifact has no cache, or a number is impossible.
+            CacheError: There is no memory. The session is as it was.
+        """
+        self._need_decoder()
+        pads = np.zeros(batch, np.int64) if padding is None else np.asarray(padding, np.int64)
+        if batch < 1 or pads.shape != (batch,) or pads.min() < 0:
+            raise InputError(f"{batch} sequences, padding {padding!r}", where="OrtSession.start")
+        if pads.any() and "start" not in self.artifact.inputs:
+            raise InputError("this artifact has no input for padding", where="OrtSession.start")
+        if batch == self.batch and self.capacity and capacity <= self.capacity:
+            self._buffers.clear()
+        else:
+            self._buffers.allocate(batch, max(1, capacity))
+        self._start, self._length = pads, 0
+        self._rows = 0
+
+    def step(self, tokens: Any) -> NDArray[np.float32]:
+        """Append tokens ``[B, S]`` and give back the logits ``[B, V]`` of the last of each sequence.
+
+        Raises:
+            InputError: Tokens are no whole numbers, or of another batch.
+            CacheError: There is no memory to grow. The session is as it was.
+        """
+        ids = np.asarray(tokens)
+        if ids.ndim != 2 or ids.shape[0] != self.batch or ids.shape[1] == 0 or ids.dtype.kind not in "iu":
+            raise InputError(
+                f"tokens are {ids.dtype} {list(ids.shape)} for {self.batch} sequences",
+                where="OrtSession.step",
+                fix="whole numbers [batch, tokens], after start(batch)",
+            )
+        if self._buffers.grow(self._length + ids.shape[1]):
+            self._rows = 0
+        self._bind(ids.astype(np.int64))
+        self.raw.run_with_iobinding(self._binding)
+        self._length += ids.shape[1]
+        (logits,) = (value for value in self._binding.get_outputs()[-1:])
+        found: NDArray[np.float32] = logits.numpy()[:, -1].copy()
+        return found
+
+    def prefill(self, tokens: Any, rows: int = PREFILL_ROWS) -> NDArray[np.float32]:
+        """``step``, at most ``rows`` tokens at a time: logits ``[B, V]`` of the last."""
+        ids = np.asarray(tokens)
+        if ids.ndim != 2 or ids.shape[1] == 0:
+            return self.step(ids)
+        if self._buffers.grow(self._length + ids.shape[1]):
+            self._rows = 0
+        for first in range(0, ids.shape[1], rows):
+            logits = self.step(ids[:, first : first + rows])
+        return logits
+
+    def _bind(self, ids: NDArray[np.int64]) -> None:
+        """Put this step's small inputs where the session reads them; everything is bound anew when shapes changed."""
+        batch, rows = ids.shape
+        slots = self._length + np.arange(rows)
+        given = {
+            "tokens": ids,
+            "positions": np.maximum(slots - self._start[:, None], 0),
+            "lengths": np.full(batch, self._length + rows, np.int64),
+            "start": self._start,
+            "slots": np.full(batch, self._length, np.int64),
+        }
+        names = self.artifact.inputs
+        if rows == self._rows and self._on_host:
+            for name in names:
+                self._small[name][...] = given[name]
+            return
+        if rows != self._rows:
+            self._binding.clear_binding_inputs()
+            self._binding.clear_binding_outputs()
+            self._buffers.bind(self._binding)
+            self._binding.bind_output(self.artifact.logits, "cpu")
+            self._small = {name: np.ascontiguousarray(given[name], np.int64) for name in names}
+            self._rows = rows
+        for name, values in self._small.items():
+            values[...] = given[name]
+            self._binding.bind_cpu_input(names[name], values)
+        for name, array in self.controls.inputs.items():
+            self._binding.bind_cpu_input(name, array)
+
+    def reset(self) -> None:
+        """Forget all tokens, and what the guards have seen; the memory and its addresses stay."""
+        self._buffers.clear()
+        self._length = 0
+
+    def crop(self, length: int) -> None:
+        """Forget the tokens from slot ``length`` on.
+
+        Raises:
+            CacheError: There are not that many, or fewer than the padding.
+        """
+        if not 0 <= length <= self._length:
+            raise CacheError(f"crop to {length} of {self._length} tokens", where="OrtSession.crop")
+        self._length = length
+
+    def reorder(self, indices: Sequence[int]) -> None:
+        """Sequence i becomes what sequence ``indices[i]`` was, padding and guard included: beam search. With another
+        number of indices the batch changes.
+
+        Raises:
+            InputError: An index is no sequence.
+        """
+        if self._buffers.select(indices):
+            self._rows = 0
+        self._start = self._start[np.asarray(indices)]
+
+    def ensure_capacity(self, tokens: int) -> None:
+        """Make room ahead of time; contents are kept.
+
+        Raises:
+            CacheError: There is no memory. The session is as it was.
+        """
+        if self._buffers.grow(tokens):
+            self._rows = 0
+
+    def planes(self, site: str) -> dict[str, Any]:
+        """The ``OrtValue`` of each plane, scale, guard state and statistics of a site, by name: the very memory that
+        the session writes, for ``torch.from_dlpack`` and the like.
+
+        Raises:
+            InputError: There is no such site, or no sequence yet.
+        """
+        try:
+            return self._buffers[site]
+        except KeyError:
+            names = ", ".join(each.name for each in self.artifact.sites)
+            raise InputError(
+                f"no planes of {site!r}", where="OrtSession.planes", fix=f"start(), then {names}"
+            ) from None
+
+    # What the guards say
+
+    def statistics(self) -> dict[str, SiteStatistics]:
+        """What every site's guard has seen, by site name."""
+        return {
+            site.name: SiteStatistics.of(self._buffers.read(site.name, "state"), self._buffers.read(site.name, "stats"))
+            for site in self.artifact.planes
+            if self.batch
+        }
+
+    def guard_report(self) -> list[dict[str, Any]]:
+        """Per site: steps, share of sub-tiles refined, floor raised and lowered, flags in words."""
+        return [found.report(site) for site, found in self.statistics().items()]
+
+    # Running
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+        """All outputs of a plain module's artifact (an encoder), by name.
+
+        Raises:
+            InputError: The artifact is a decoder, or ONNX Runtime refuses the inputs.
+        """
+        if self.artifact.kind == "decoder":
+            raise InputError("this artifact is a decoder", where="OrtSession.run", fix="start, step or generate")
+        try:
+            made = self.raw.run(None, dict(inputs))
+        except Exception as error:
+            raise InputError(str(error).splitlines()[0][:300], where="OrtSession.run") from error
+        return dict(zip((output.name for output in self.raw.get_outputs()), made, strict=True))
+
+    def stream(self, prompts: Sequence[Any], **options: Any) -> Iterator[tuple[int, int]]:
+        """``generate``, token by token: yields (index of the prompt, token) as they are made."""
+        from lamp_compile.runtime.ort import generation
+
+        self._need_decoder()
+        return generation.stream(self, generation.Request.of(self, prompts, **options))
+
+    def generate(
+        self, prompts: Sequence[Any], *, on_token: Callable[[int, int], None] | None = None, **options: Any
+    ) -> list[NDArray[np.int64]]:
+        """Continue prompts of any lengths, all in one batch.
+
+        Args:
+            prompts: Rows of token ids, or one row.
+            on_token: Called with (index of the prompt, token) for every token made.
+            **options: ``max_new_tokens`` (required), ``temperature`` (0 takes the likeliest token), ``top_k``,
+                ``top_p``, ``seed``, ``eos_token_id`` (the artifact's by default, None for no end), ``progress``
+                (called with tokens made and tokens to be made at most; True shows a bar on a terminal),
+                ``prefill_rows``.
+
+        Returns:
+            Prompt and new tokens of each, int64.
+
+        Raises:
+            InputError: A prompt is no row of token ids, or longer than the model was made for.
+            OptionError: An option is impossible.
+        """
+        from lamp_compile.runtime.ort import generation
+
+        self._need_decoder()
+        request = generation.Request.of(self, prompts, **options)
+        made: list[list[int]] = [row.tolist() for row in request.prompts]
+        for index, token in generation.stream(self, request):
+            made[index].append(token)
+            if on_token is not None:
+                on_token(index, token)
+        return [np.asarray(row, np.int64) for row in made]
+
+    def _need_decoder(self) -> None:
+        if self.artifact.kind != "decoder":
+            raise InputError("this artifact has no cache", where="lamp_compile.OrtSession", fix="run(inputs)")
+
+
+def _threads(wanted: int) -> int:
+    if not isinstance(wanted, int) or isinstance(wanted, bool) or not 0 <= wanted <= 1024:
+        raise OptionError(f"threads is {wanted!r}", where="threads", fix="a number from 1 on, or 0 for all cores")
+    if wanted:
+        return wanted
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
