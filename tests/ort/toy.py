@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +91,9 @@ def metadata(toy: Toy) -> dict[str, Any]:
 
 def _attention(toy: Toy, i: int, h: Any) -> tuple[list[Any], list[Any], list[Any]]:
     """Nodes, inputs and outputs of one layer; x{i} -> x{i+1}."""
-    info, t = h.make_tensor_value_info, h.TensorProto if hasattr(h, "TensorProto") else None
-    from onnx import TensorProto as t  # noqa: N813
+    from onnx import TensorProto as t
 
-    node = h.make_node
+    info, node = h.make_tensor_value_info, h.make_node
     nodes = []
     for name, count in (("q", toy.heads), ("k", toy.kv_heads), ("v", toy.kv_heads)):
         nodes += [
@@ -134,8 +134,17 @@ def _attention(toy: Toy, i: int, h: Any) -> tuple[list[Any], list[Any], list[Any
     return nodes, [*own, *tensors("past")], tensors("present")
 
 
-def model(toy: Toy, about: dict[str, Any] | None = None) -> Any:
+def model(toy: Toy, about: Any = None) -> Any:
     """The ``ModelProto``, with the functions' bodies."""
+    from onnx import ModelProto, helper
+
+    made = ModelProto.FromString(_model(toy))
+    helper.set_model_props(made, {"ai.lamp": json.dumps(metadata(toy) if about is None else about)})
+    return made
+
+
+@cache
+def _model(toy: Toy) -> bytes:
     from onnx import TensorProto, helper, numpy_helper
 
     from lamp_compile.frontends.onnx.form import Form
@@ -144,7 +153,8 @@ def model(toy: Toy, about: dict[str, Any] | None = None) -> Any:
 
     info, node = helper.make_tensor_value_info, helper.make_node
     constants: dict[str, np.ndarray] = {
-        **toy.weights(), "heads": np.array([0, 0, toy.heads, toy.dim]), "kv_heads": np.array([0, 0, toy.kv_heads, toy.dim]),
+        **toy.weights(), "heads": np.array([0, 0, toy.heads, toy.dim]),
+        "kv_heads": np.array([0, 0, toy.kv_heads, toy.dim]),
         "flat": np.array([0, 0, toy.width]), "last": np.array([-1]), "end": np.array([2**31]), "axis": np.array([1]),
         "rotation": (rotation.sign_matrix(toy.dim) / np.sqrt(toy.dim)).astype(np.float32),
         **{f"row{i}": np.array(i) for i in range(toy.layers)},
@@ -177,11 +187,10 @@ def model(toy: Toy, about: dict[str, Any] | None = None) -> Any:
     made = helper.make_model(
         graph, opset_imports=opsets, ir_version=10, functions=functions_for([form], OPSET), producer_name="tests"
     )
-    helper.set_model_props(made, {"ai.lamp": json.dumps(metadata(toy) if about is None else about)})
-    return made
+    return made.SerializeToString()
 
 
-def write(folder: Path, toy: Toy = Toy(), about: dict[str, Any] | None = None) -> Path:
+def write(folder: Path, toy: Toy = Toy(), about: Any = None) -> Path:
     """The artifact as a file."""
     file = folder / "toy.onnx"
     file.write_bytes(model(toy, about).SerializeToString())

@@ -17,6 +17,7 @@ PUBLIC = {
     "LampError",
     "LinearPlan",
     "NestedCache",
+    "OrtSession",
     "Plan",
     "SitePlan",
     "__version__",

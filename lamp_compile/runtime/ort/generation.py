@@ -99,9 +99,9 @@ def stream(session: OrtSession, request: Request) -> Iterator[tuple[int, int]]:
     going, made = np.ones(count, bool), 0
     for step in range(request.most):
         tokens = request.sampling.choose(logits, np.array([source.random() for source in sources]))
-        for index in np.flatnonzero(going):
+        for which in np.flatnonzero(going).tolist():
             made += 1
-            yield int(index), int(tokens[index])
+            yield which, int(tokens[which])
         request.progress(made, count * request.most)
         going &= ~np.isin(tokens, list(request.stop))
         if not going.any():

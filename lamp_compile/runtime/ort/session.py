@@ -68,19 +68,18 @@ class OrtSession:
         found = providers.resolve(provider)
         self.provider, self.notes = found.name, [found.note] if found.note else []
         ort = providers.onnxruntime()
-        options = ort.SessionOptions()
-        options.log_severity_level = 4  # what goes wrong is raised
-        threads = _threads(threads)
-        options.intra_op_num_threads = threads
-        self.native = self._choose(native, options, threads)
-        try:
-            self.raw = providers.make_session(str(file), found, options, strict=strict, settings=settings)
-        except (OptionError, InputError):
-            raise
-        except Exception as error:
-            raise InputError(
-                f"ONNX Runtime does not load it: {str(error).splitlines()[0][:300]}", where=str(path)
-            ) from error
+
+        def open_session(wanted: bool) -> Any:
+            options = ort.SessionOptions()
+            options.log_severity_level = 4  # what goes wrong is raised
+            options.intra_op_num_threads = count
+            if wanted:
+                options.add_session_config_entry("ai.lamp.threads", str(count))
+                options.register_custom_ops_library(str(_library.path()))
+            return providers.make_session(str(file), found, options, strict=strict, settings=settings)
+
+        count = _threads(threads)
+        self.native, self.raw = self._open(native, open_session, str(path))
         self.artifact = artifact.read(self.raw, str(path))
         self._check_native(str(path))
         self.controls = Controls(self.artifact.planes)
@@ -92,21 +91,28 @@ class OrtSession:
         self._small: dict[str, NDArray[np.int64]] = {}
         self._start = np.zeros(0, np.int64)
 
-    def _choose(self, native: bool | None, options: Any, threads: int) -> bool:
-        """Register the native operators if they are wanted and can be."""
+    def _open(self, native: bool | None, open_session: Callable[[bool], Any], where: str) -> tuple[bool, Any]:
+        """Whether the native operators are used, and the session."""
         reason = _library.why_not() if self.provider == providers.CPU else f"they run on CPUs, this is {self.provider}"
-        if native and reason:
-            raise OptionError(
-                f"no native operators: {reason}", where="native=True", fix=f"native=False: {_library.PORTABLE}"
-            )
-        if reason or native is False:
-            if reason and native is None and self.provider == providers.CPU:
+        try:
+            if native is not False and not reason:
+                try:
+                    return True, open_session(True)
+                except Exception as error:
+                    if "ai.lamp" not in str(error):
+                        raise
+                    reason = _first_line(error)
+            if native:
+                fix = f"native=False: {_library.PORTABLE}"
+                raise OptionError(f"no native operators: {reason}", where="native=True", fix=fix)
+            if native is None and self.provider == providers.CPU:
                 self.notes.append(f"no native operators: {reason}; {_library.PORTABLE}")
-                warnings.warn(self.notes[-1], UserWarning, stacklevel=3)
-            return False
-        options.add_session_config_entry("ai.lamp.threads", str(threads))
-        options.register_custom_ops_library(str(_library.path()))
-        return True
+                warnings.warn(self.notes[-1], UserWarning, stacklevel=4)
+            return False, open_session(False)
+        except (OptionError, InputError):
+            raise
+        except Exception as error:
+            raise InputError(f"ONNX Runtime does not load it: {_first_line(error)}", where=where) from error
 
     def _check_native(self, where: str) -> None:
         counts = self.placement().get(providers.CPU, {})
@@ -307,7 +313,7 @@ class OrtSession:
         try:
             made = self.raw.run(None, dict(inputs))
         except Exception as error:
-            raise InputError(str(error).splitlines()[0][:300], where="OrtSession.run") from error
+            raise InputError(_first_line(error), where="OrtSession.run") from error
         return dict(zip((output.name for output in self.raw.get_outputs()), made, strict=True))
 
     def stream(self, prompts: Sequence[Any], **options: Any) -> Iterator[tuple[int, int]]:
@@ -351,6 +357,10 @@ class OrtSession:
     def _need_decoder(self) -> None:
         if self.artifact.kind != "decoder":
             raise InputError("this artifact has no cache", where="lamp_compile.OrtSession", fix="run(inputs)")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:400]
 
 
 def _threads(wanted: int) -> int:
