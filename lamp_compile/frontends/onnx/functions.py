@@ -10,7 +10,7 @@ Shapes: B batch, H query heads, G kv heads, S queries, N keys stored (capacity),
 ``tile`` keys per storage tile, P = N / tile, ``subtile`` keys per decision, T = N / subtile, R = H / G * S rows that
 share a kv head. Planes hold the bytes of ``runtime/formats/nested8.py`` in the layout of ``runtime/layout.py``:
 ``k_high``, ``k_residual`` uint8 ``[B, G, P, tile, D/2]``; ``v_high``, ``v_residual`` uint8 ``[B, G, P, Dv/2, tile]``;
-``k_scale``, ``v_scale`` float16 ``[B, G, N]``.
+``k_scale``, ``v_scale`` float16 ``[B, G, N]`` (float32 of the same values from ``Quantize``, which stores nothing).
 
 The nodes of a graph:
 
@@ -27,7 +27,7 @@ What the last two consist of, and call:
 | ``Quantize`` | k, v, rotate_k, rotate_v, balance | six planes |
 | ``Visible`` | q, k_scale, lengths, start, mask | live: boolean, broadcastable to ``[B, H, S, N]`` |
 | ``LookAhead`` | q, k_high, k_scale, live, rotate_k, balance, bias, sinks | importance ``[B, G, S, T]``, scores ``[B, H, S, N]`` |
-| ``Select`` | importance, tau, floor, state | levels uint8 ``[B, G, S, T]`` (``ir.Precision``) |
+| ``Select`` | importance, tau, floor, state | levels ``[B, G, S, T]`` (``ir.Precision``; uint8, or float in "float" forms) |
 | ``Attend`` | q, scores, levels, live, k_residual, k_scale, v_high, v_residual, v_scale, rotate_k, rotate_v, balance, bias, sinks, k_exact, v_exact | out, lse ``[B, H, S]``, certificate ``[B, H, S, 3]`` |
 | ``Guard`` | out, lse, certificate, levels, state, stats, floor, budget | state ``[B, G, 4]``, stats int64 ``[B, G, 7]`` |
 
@@ -183,9 +183,9 @@ def _texts(form: Form) -> list[str]:
     ]  # fmt: skip
     if form.guard == "if":
         parts += [attend.gathered_keys(), attend.gathered_values()]
-    parts += [attend.attend(form), guard.guard(form), store.pack(), store.encode(form.rotation, form.balance)]
+    parts += [attend.attend(form), guard.guard(form), store.pack(), store.encode(form, form.balance)]
     if form.balance:
-        parts.append(store.encode(form.rotation, False))
+        parts.append(store.encode(form, False))
     if form.cache:
         return [*parts, store.append(form), whole.fused_attention(form)]
     return [*parts, store.key_tiles(form), store.quantize(form), whole.attention(form)]
