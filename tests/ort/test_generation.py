@@ -45,7 +45,7 @@ def test_streaming_and_progress(session: OrtSession) -> None:
     assert steps == [(2, 8), (4, 8), (6, 8), (8, 8)]
     stream = session.stream(PROMPTS[:2], max_new_tokens=4)
     assert next(stream) == seen[0]  # before the rest is made
-    assert session.length == 7
+    assert session.lengths == [3, 7]
     assert list(stream) == seen[1:]
 
 
@@ -82,7 +82,7 @@ def test_impossible_requests(session: OrtSession, options: dict[str, Any], error
     given = {"prompts": PROMPTS, **options}
     with pytest.raises(error):
         session.generate(**given)
-    assert session.length == 1  # found before anything began
+    assert session.lengths == [1]  # found before anything began
 
 
 def test_drawing_follows_the_distribution() -> None:

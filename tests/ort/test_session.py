@@ -56,8 +56,8 @@ def test_native_and_portable_agree(artifact: Path, native_operators: None) -> No
     sides = [OrtSession(artifact, native=native, threads=1) for native in (True, False)]
     for side in sides:
         side.controls.set(tau=0.3)
-        side.start(2, padding=[0, 7])
-        side.prefill([words(1, 150), words(2, 150)])
+        side.start(2)
+        side.prefill([words(1, 150), words(2, 90)])
     first, second = ([s.step([[1], [2]]) for _ in range(3)][-1] for s in sides)
     assert np.linalg.norm(first - second) / np.linalg.norm(second) < ORT_TOY.relative / 4
     for site in SITES:
@@ -134,7 +134,7 @@ def test_crop_reset_and_reorder(session: OrtSession) -> None:
     got = session.step([[9], [9]])
     assert error_of(got[0], [*rows[1], 9]) < ORT_TOY.relative
     session.reset()
-    assert session.length == 0
+    assert session.lengths == [0, 0]
     assert not session.statistics()[SITES[0]].steps.any()
     assert error_of(session.step([[1, 2], [3, 4]])[1], [3, 4]) < ORT_TOY.relative
     assert addresses(session) == before
@@ -143,15 +143,32 @@ def test_crop_reset_and_reorder(session: OrtSession) -> None:
     assert error_of(session.step([[5]] * 3)[1], [3, 4, 5]) < ORT_TOY.relative
 
 
-def test_padding_is_not_seen(session: OrtSession) -> None:
-    """A padded sequence gives what it gives alone, and its guard has seen no row of padding."""
-    rows = words(7, 12)
-    session.start(2, padding=[0, 8])
-    got = session.prefill([words(8, 20), [0] * 8 + rows])
-    session.step([[1], [2]])
-    assert error_of(got[1], rows) < ORT_TOY.relative
-    live = session.statistics()[SITES[0]].live
-    assert live[1, 0] < live[0, 0]
+def test_sequences_of_different_lengths(session: OrtSession) -> None:
+    """Each gives what it gives alone, bit for bit, and its guard has seen no more."""
+    rows = [words(7, 12), words(8, 40)]
+    session.start(2)
+    session.prefill(rows)
+    assert session.lengths == [12, 40]
+    got = session.step([[1], [2]])
+    seen = session.statistics()[SITES[0]]
+    for index, token in ((0, 1), (1, 2)):
+        assert error_of(got[index], [*rows[index], token]) < ORT_TOY.relative
+        session.start(1)
+        session.prefill([rows[index]])
+        alone = session.step([[token]])
+        assert np.abs(alone[0] - got[index]).max() < 1e-4 * np.abs(alone).max()
+        assert session.statistics()[SITES[0]].live.tolist() == [seen.live[index].tolist()]
+
+
+def test_one_sequence_moves_alone(session: OrtSession) -> None:
+    session.start(2)
+    session.prefill([[1, 2], [3]])
+    before = session.planes(SITES[0])["k_high"].numpy()[1].copy()
+    assert error_of(session.step([[4, 5]], sequence=0)[0], [1, 2, 4, 5]) < ORT_TOY.relative
+    assert np.array_equal(session.planes(SITES[0])["k_high"].numpy()[1], before)
+    assert session.lengths == [4, 1]
+    session.crop([3, 1])
+    assert error_of(session.step([[6], [7]])[0], [1, 2, 4, 6]) < ORT_TOY.relative
 
 
 def test_controls_act_on_the_next_step(session: OrtSession) -> None:
@@ -221,7 +238,10 @@ def test_statistics_are_those_of_the_guard() -> None:
         lambda s: s.step([[0.5]]),
         lambda s: s.step([]),
         lambda s: s.start(0),
-        lambda s: s.start(1, padding=[-1]),
+        lambda s: s.step([[1]], sequence=1),
+        lambda s: s.prefill([[1], [2]]),
+        lambda s: s.prefill([[]]),
+        lambda s: s.prefill([[[1]]]),
         lambda s: s.reorder([5]),
         lambda s: s.planes("nothing"),
         lambda s: s.run({}),
@@ -323,7 +343,7 @@ def _changed(**fields: Any) -> dict[str, Any]:
         _changed(version=2),
         _changed(kind="other"),
         _changed(inputs={"tokens": "ids"}),
-        _changed(inputs={"tokens": "nothing", "lengths": "lengths"}),
+        _changed(inputs={"tokens": "nothing", "slots": "slots"}),
         _changed(logits="nothing"),
         _changed(max_length="long"),
         _changed(sites=[{**metadata(TOY)["sites"][0], "kv_heads": 3}]),

@@ -82,7 +82,7 @@ def metadata(toy: Toy) -> dict[str, Any]:
             "controls": shared if toy.shared_controls else own,
             "plan": {"tau": 0.01, "floor": 0, "budget": 0.25},
         })  # fmt: skip
-    inputs = {"tokens": "ids", "positions": "places", "lengths": "lengths", "start": "start", "slots": "slots"}
+    inputs = {"tokens": "ids", "slots": "slots"}
     return {
         "version": 1, "kind": "decoder", "max_length": toy.longest, "eos_token_id": None, "vocab": toy.vocab,
         "inputs": inputs, "logits": "logits", "sites": sites,
@@ -112,7 +112,7 @@ def _attention(toy: Toy, i: int, h: Any) -> tuple[list[Any], list[Any], list[Any
              domain="ai.lamp", **common),
         node("FusedAttention",
              [f"q{i}_heads", *present, *controls, f"past.{i}.state", f"past.{i}.stats", "lengths", "rotation",
-              "rotation", "start"],
+              "rotation"],
              [f"out{i}", f"present.{i}.state", f"present.{i}.stats"], domain="ai.lamp", scale=toy.dim**-0.5,
              guard_window=16, guard_hold=64, hysteresis=0.5, **form, **common),
         node("Transpose", [f"out{i}"], [f"out{i}_rows"], perm=[0, 2, 1, 3]),
@@ -156,16 +156,22 @@ def _model(toy: Toy) -> bytes:
         **toy.weights(), "heads": np.array([0, 0, toy.heads, toy.dim]),
         "kv_heads": np.array([0, 0, toy.kv_heads, toy.dim]),
         "flat": np.array([0, 0, toy.width]), "last": np.array([-1]), "end": np.array([2**31]), "axis": np.array([1]),
+        "zero": np.array(0), "one": np.array(1),
         "rotation": (rotation.sign_matrix(toy.dim) / np.sqrt(toy.dim)).astype(np.float32),
         **{f"row{i}": np.array(i) for i in range(toy.layers)},
     }  # fmt: skip
     nodes = [
+        node("Shape", ["ids"], ["count"], start=1, end=2),
+        node("Squeeze", ["count"], ["rows"]),
+        node("Range", ["zero", "rows", "one"], ["steps"]),
+        node("Unsqueeze", ["slots", "axis"], ["first"]),
+        node("Add", ["first", "steps"], ["places"]),
+        node("Add", ["slots", "count"], ["lengths"]),
         node("Gather", ["embed", "ids"], ["e"]),
         node("Gather", ["place", "places"], ["p"]),
         node("Add", ["e", "p"], ["x0"]),
     ]
-    inputs = [info(n, TensorProto.INT64, ["B", "S"]) for n in ("ids", "places")]
-    inputs += [info(n, TensorProto.INT64, ["B"]) for n in ("lengths", "start", "slots")]
+    inputs = [info("ids", TensorProto.INT64, ["B", "S"]), info("slots", TensorProto.INT64, ["B"])]
     if toy.shared_controls:
         inputs += [info(n, TensorProto.FLOAT, [toy.layers, toy.kv_heads]) for n in ("tau", "floor", "budget")]
     outputs = [info("logits", TensorProto.FLOAT, ["B", 1, toy.vocab])]
@@ -176,7 +182,7 @@ def _model(toy: Toy) -> bytes:
         node("Slice", [f"x{toy.layers}", "last", "end", "axis"], ["x_last"]),
         node("MatMul", ["x_last", "head"], ["logits"]),
     ]
-    form = Form(start=True, tile=toy.tile)
+    form = Form(tile=toy.tile)
     for each in nodes:
         if each.domain == "ai.lamp":
             each.overload = form.tag

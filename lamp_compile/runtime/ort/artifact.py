@@ -74,8 +74,8 @@ class Artifact:
 
     Attributes:
         kind: "decoder" or "module".
-        inputs: Names of the inputs ``tokens``, ``positions``, ``lengths``, ``start``, ``slots``; of these only tokens
-            and lengths must be there.
+        inputs: Names of the inputs ``tokens`` ``[B, S]`` and ``slots`` ``[B]``, where each sequence's first new row
+            goes.
         logits: Name of that output.
         sites: With planes first, then those whose keys stay in float.
         max_length: Tokens the model was made for, or None.
@@ -131,9 +131,8 @@ def _artifact(about: Any) -> Artifact:
     if kind != "decoder":
         raise ValueError(f"kind {kind!r}")
     inputs = {name: _name(value) for name, value in about["inputs"].items() if value is not None}
-    for needed in ("tokens", "lengths"):
-        if needed not in inputs:
-            raise ValueError(f"no input for {needed}")
+    if set(inputs) != {"tokens", "slots"}:
+        raise ValueError(f"inputs for {', '.join(inputs)} instead of tokens and slots")
     sites = [_planes_site(row) for row in about["sites"]]
     sites += [_float_site(row) for row in about.get("float_sites", ())]
     if len({site.name for site in sites}) != len(sites):

@@ -3,6 +3,7 @@ outputs that take their place. They stay where they are from step to step; only 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -103,12 +104,18 @@ class Buffers:
         for site, name, _ in self._all():
             self._write(site.name, name, np.zeros_like(self._host(site.name, name)))
 
-    def bind(self, binding: Any) -> None:
-        """As inputs and as outputs of the next runs, both the same memory."""
+    def bind(self, binding: Any, sequence: int | None = None) -> None:
+        """As inputs and as outputs of the next runs, both the same memory; of one sequence alone where it is given."""
         for site, name, buffer in self._all():
             value = self._values[site.name][name]
-            binding.bind_ortvalue_input(buffer.past, value)
-            binding.bind_ortvalue_output(buffer.present, value)
+            if sequence is None:
+                binding.bind_ortvalue_input(buffer.past, value)
+                binding.bind_ortvalue_output(buffer.present, value)
+                continue
+            dtype, shape = np.dtype(buffer.dtype), (1, *value.shape()[1:])
+            place = value.data_ptr() + sequence * math.prod(shape) * dtype.itemsize
+            for bind, which in ((binding.bind_input, buffer.past), (binding.bind_output, buffer.present)):
+                bind(which, self._device, self._device_id, dtype.type, shape, place)
 
     def nbytes(self) -> int:
         """Bytes of keys and values as allocated, scales included; the guard's left out."""

@@ -1,4 +1,4 @@
-"""Generating with a session: prompts of several lengths in one batch, padded in front."""
+"""Generating with a session: prompts of several lengths, each prefilled by itself, then all in one batch."""
 
 from __future__ import annotations
 
@@ -15,9 +15,6 @@ from lamp_compile.runtime.ort.sampling import Sampling, draws
 
 if TYPE_CHECKING:
     from lamp_compile.runtime.ort.session import OrtSession
-
-PADDING = 0
-"""Token id of padding; no row sees it."""
 
 
 @dataclass(frozen=True)
@@ -88,14 +85,10 @@ class Request:
 
 def stream(session: OrtSession, request: Request) -> Iterator[tuple[int, int]]:
     """(index of the prompt, token) as they are made; the session begins anew."""
-    count, longest = len(request.prompts), max(len(row) for row in request.prompts)
-    padding = [longest - row.size for row in request.prompts]
-    ids = np.full((count, longest), PADDING, np.int64)
-    for index, row in enumerate(request.prompts):
-        ids[index, padding[index] :] = row
-    session.start(count, longest + request.most, padding if any(padding) else None)
+    count = len(request.prompts)
+    session.start(count, max(len(row) for row in request.prompts) + request.most)
     sources = draws(request.seed, count)
-    logits = session.prefill(ids, request.rows)
+    logits = session.prefill(request.prompts, request.rows)
     going, made = np.ones(count, bool), 0
     for step in range(request.most):
         tokens = request.sampling.choose(logits, np.array([source.random() for source in sources]))
@@ -107,7 +100,7 @@ def stream(session: OrtSession, request: Request) -> Iterator[tuple[int, int]]:
         if not going.any():
             return
         if step + 1 < request.most:
-            logits = session.step(np.where(going, tokens, PADDING)[:, None])
+            logits = session.step(tokens[:, None])
 
 
 def _rows_of(prompts: Any) -> tuple[NDArray[np.int64], ...]:

@@ -87,9 +87,9 @@ class OrtSession:
         self._on_host = found.device == "cpu"
         self._buffers = Buffers(self.artifact.sites, found.device, device)
         self._binding: Any = self.raw.io_binding()
-        self._rows = self._length = 0
+        self._bound: tuple[int, int | None] | None = None
         self._small: dict[str, NDArray[np.int64]] = {}
-        self._start = np.zeros(0, np.int64)
+        self._lengths = np.zeros(0, np.int64)
 
     def _open(self, native: bool | None, open_session: Callable[[bool], Any], where: str) -> tuple[bool, Any]:
         """Whether the native operators are used, and the session."""
@@ -129,9 +129,10 @@ class OrtSession:
     # Sequences
 
     @property
-    def length(self) -> int:
-        """Slots that hold a token, the same for all sequences; padding counts."""
-        return self._length
+    def lengths(self) -> list[int]:
+        """Tokens that each sequence holds."""
+        found: list[int] = self._lengths.tolist()
+        return found
 
     @property
     def batch(self) -> int:
@@ -148,119 +149,130 @@ class OrtSession:
         """Bytes of keys and values as allocated, scales included."""
         return self._buffers.nbytes()
 
-    def start(self, batch: int, capacity: int = 0, padding: Sequence[int] | None = None) -> None:
+    def start(self, batch: int, capacity: int = 0) -> None:
         """Begin anew with ``batch`` empty sequences.
 
         Args:
             batch: Sequences.
-            capacity: Tokens to make room for at once.
-            padding: Tokens of padding ahead of each; such rows see no key and none sees them.
+            capacity: Tokens of each to make room for at once.
 
         Raises:
-            InputError: The artifact has no cache, or a number is impossible.
+            InputError: The artifact has no cache, or there is no sequence.
             CacheError: There is no memory. The session is as it was.
         """
         self._need_decoder()
-        pads = np.zeros(batch, np.int64) if padding is None else np.asarray(padding, np.int64)
-        if batch < 1 or pads.shape != (batch,) or pads.min() < 0:
-            raise InputError(f"{batch} sequences, padding {padding!r}", where="OrtSession.start")
-        if pads.any() and "start" not in self.artifact.inputs:
-            raise InputError("this artifact has no input for padding", where="OrtSession.start")
-        if batch == self.batch and self.capacity and capacity <= self.capacity:
+        if not isinstance(batch, int) or batch < 1:
+            raise InputError(f"{batch!r} sequences", where="OrtSession.start", fix="a whole number above 0")
+        if batch == self.batch and capacity <= self.capacity:
             self._buffers.clear()
         else:
             self._buffers.allocate(batch, max(1, capacity))
-        self._start, self._length = pads, 0
-        self._rows = 0
+            self._bound = None
+        self._lengths = np.zeros(batch, np.int64)
 
-    def step(self, tokens: Any) -> NDArray[np.float32]:
-        """Append tokens ``[B, S]`` and give back the logits ``[B, V]`` of the last of each sequence.
+    def step(self, tokens: Any, sequence: int | None = None) -> NDArray[np.float32]:
+        """Append tokens and give back the logits ``[B, V]`` of the last of each sequence.
+
+        Args:
+            tokens: ``[B, S]``; ``[1, S]`` for one sequence.
+            sequence: The only one that takes them; the others stay as they are. None for all.
 
         Raises:
             InputError: Tokens are no whole numbers, or of another batch.
             CacheError: There is no memory to grow. The session is as it was.
         """
-        ids = np.asarray(tokens)
-        if ids.ndim != 2 or ids.shape[0] != self.batch or ids.shape[1] == 0 or ids.dtype.kind not in "iu":
+        ids, which = self._check_step(tokens, sequence)
+        self.ensure_capacity(int(self._lengths[which].max()) + ids.shape[1])
+        self._bind(ids, which, sequence)
+        self.raw.run_with_iobinding(self._binding)
+        self._lengths[which] += ids.shape[1]
+        found: NDArray[np.float32] = self._binding.get_outputs()[-1].numpy()[:, -1].copy()
+        return found
+
+    def _check_step(self, tokens: Any, sequence: int | None) -> tuple[NDArray[np.int64], slice]:
+        if sequence is not None and not 0 <= sequence < self.batch:
+            raise InputError(f"sequence {sequence} of {self.batch}", where="OrtSession.step")
+        which = slice(None) if sequence is None else slice(sequence, sequence + 1)
+        try:
+            ids = np.asarray(tokens)
+        except ValueError as error:
+            raise InputError(f"tokens: {error}", where="OrtSession.step") from error
+        count = self.batch if sequence is None else 1
+        if ids.ndim != 2 or 0 in ids.shape or ids.shape[0] != count or ids.dtype.kind not in "iu":
             raise InputError(
-                f"tokens are {ids.dtype} {list(ids.shape)} for {self.batch} sequences",
+                f"tokens are {ids.dtype} {list(ids.shape)} for {count} sequences",
                 where="OrtSession.step",
                 fix="whole numbers [batch, tokens], after start(batch)",
             )
-        if self._buffers.grow(self._length + ids.shape[1]):
-            self._rows = 0
-        self._bind(ids.astype(np.int64))
-        self.raw.run_with_iobinding(self._binding)
-        self._length += ids.shape[1]
-        (logits,) = (value for value in self._binding.get_outputs()[-1:])
-        found: NDArray[np.float32] = logits.numpy()[:, -1].copy()
-        return found
+        return ids.astype(np.int64), which
 
-    def prefill(self, tokens: Any, rows: int = PREFILL_ROWS) -> NDArray[np.float32]:
-        """``step``, at most ``rows`` tokens at a time: logits ``[B, V]`` of the last."""
-        ids = np.asarray(tokens)
-        if ids.ndim != 2 or ids.shape[1] == 0:
-            return self.step(ids)
-        if self._buffers.grow(self._length + ids.shape[1]):
-            self._rows = 0
-        for first in range(0, ids.shape[1], rows):
-            logits = self.step(ids[:, first : first + rows])
-        return logits
+    def prefill(self, prompts: Sequence[Any], rows: int = PREFILL_ROWS) -> NDArray[np.float32]:
+        """A prompt for each sequence, of any lengths: logits ``[B, V]`` of the last token of each. At most ``rows``
+        tokens go through the artifact at a time, of one sequence, so that there is no padding.
 
-    def _bind(self, ids: NDArray[np.int64]) -> None:
-        """Put this step's small inputs where the session reads them; everything is bound anew when shapes changed."""
-        batch, rows = ids.shape
-        slots = self._length + np.arange(rows)
-        given = {
-            "tokens": ids,
-            "positions": np.maximum(slots - self._start[:, None], 0),
-            "lengths": np.full(batch, self._length + rows, np.int64),
-            "start": self._start,
-            "slots": np.full(batch, self._length, np.int64),
-        }
-        names = self.artifact.inputs
-        if rows == self._rows and self._on_host:
-            for name in names:
-                self._small[name][...] = given[name]
-            return
-        if rows != self._rows:
+        Raises:
+            InputError: Another number of prompts than sequences, or one that is no row of token ids.
+            CacheError: There is no memory to grow. The session is as it was.
+        """
+        if len(prompts) != self.batch:
+            raise InputError(f"{len(prompts)} prompts for {self.batch} sequences", where="OrtSession.prefill")
+        checked = [self._check_step(np.asarray(prompt)[None], index)[0] for index, prompt in enumerate(prompts)]
+        self.ensure_capacity(max(n + ids.shape[1] for n, ids in zip(self.lengths, checked, strict=True)))
+        found = []
+        for index, ids in enumerate(checked):
+            sequence = None if self.batch == 1 else index
+            for first in range(0, ids.shape[1], rows):
+                logits = self.step(ids[:, first : first + rows], sequence)
+            found.append(logits[0])
+        return np.stack(found)
+
+    def _bind(self, ids: NDArray[np.int64], which: slice, sequence: int | None) -> None:
+        """Put this step's small inputs where the session reads them; all is bound anew when shapes changed."""
+        given, names = {"tokens": ids, "slots": self._lengths[which]}, self.artifact.inputs
+        same = self._bound == (ids.shape[1], sequence)
+        if not same:
+            self._bound = None
             self._binding.clear_binding_inputs()
             self._binding.clear_binding_outputs()
-            self._buffers.bind(self._binding)
+            self._buffers.bind(self._binding, sequence)
             self._binding.bind_output(self.artifact.logits, "cpu")
-            self._small = {name: np.ascontiguousarray(given[name], np.int64) for name in names}
-            self._rows = rows
+            self._small = {name: np.zeros(given[name].shape, np.int64) for name in names}
         for name, values in self._small.items():
             values[...] = given[name]
+        if same and self._on_host:  # the session reads these very arrays
+            return
+        for name, values in self._small.items():
             self._binding.bind_cpu_input(names[name], values)
         for name, array in self.controls.inputs.items():
             self._binding.bind_cpu_input(name, array)
+        self._bound = (ids.shape[1], sequence)
 
     def reset(self) -> None:
         """Forget all tokens, and what the guards have seen; the memory and its addresses stay."""
         self._buffers.clear()
-        self._length = 0
+        self._lengths[:] = 0
 
-    def crop(self, length: int) -> None:
-        """Forget the tokens from slot ``length`` on.
+    def crop(self, length: int | Sequence[int]) -> None:
+        """Forget the tokens from ``length`` on: one number, or one for each sequence.
 
         Raises:
-            CacheError: There are not that many, or fewer than the padding.
+            CacheError: A sequence does not have that many.
         """
-        if not 0 <= length <= self._length:
-            raise CacheError(f"crop to {length} of {self._length} tokens", where="OrtSession.crop")
-        self._length = length
+        kept = np.broadcast_to(np.asarray(length), self._lengths.shape)
+        if kept.dtype.kind not in "iu" or (kept < 0).any() or (kept > self._lengths).any():
+            raise CacheError(f"crop to {length} of {self.lengths} tokens", where="OrtSession.crop")
+        self._lengths = kept.astype(np.int64)
 
     def reorder(self, indices: Sequence[int]) -> None:
-        """Sequence i becomes what sequence ``indices[i]`` was, padding and guard included: beam search. With another
-        number of indices the batch changes.
+        """Sequence i becomes what sequence ``indices[i]`` was, guard included: beam search. With another number of
+        indices the batch changes.
 
         Raises:
             InputError: An index is no sequence.
         """
         if self._buffers.select(indices):
-            self._rows = 0
-        self._start = self._start[np.asarray(indices)]
+            self._bound = None
+        self._lengths = self._lengths[np.asarray(indices)]
 
     def ensure_capacity(self, tokens: int) -> None:
         """Make room ahead of time; contents are kept.
@@ -269,7 +281,7 @@ class OrtSession:
             CacheError: There is no memory. The session is as it was.
         """
         if self._buffers.grow(tokens):
-            self._rows = 0
+            self._bound = None
 
     def planes(self, site: str) -> dict[str, Any]:
         """The ``OrtValue`` of each plane, scale, guard state and statistics of a site, by name: the very memory that
