@@ -62,6 +62,7 @@ def examine() -> dict[str, Any]:
         {"name": "GPU", "available": count > 0, "detail": f"{count} found" if count else no_gpu},
         _kernels(count, no_gpu, installed["triton"]),
         _cpu_kernels(),
+        *_onnxruntime(installed["onnxruntime"]),
         {"name": "storage formats", "available": True, "detail": ", ".join(formats.all_formats())},
         {"name": "selection rules", "available": True, "detail": ", ".join(rules)},
     ]
@@ -104,3 +105,26 @@ def _cpu_kernels() -> dict[str, Any]:
         found = ", ".join(cpu.instruction_sets())
         detail = f"{cpu.instruction_set()} (this machine has {found}; LAMP_CPU=NAME takes another, LAMP_CPU=none none)"
     return {"name": "CPU kernels", "available": reason is None, "detail": detail}
+
+
+def _onnxruntime(version: str | None) -> list[dict[str, Any]]:
+    """The execution providers that are there, and whether the native operators of ``ai.lamp`` can be used."""
+    from lamp_compile.errors import OptionError
+    from lamp_compile.runtime.ort import _library, providers
+
+    reason = _library.why_not()
+    native = f"{_library.instruction_set()}, on {providers.CPU}" if reason is None else f"{reason}; {_library.PORTABLE}"
+    there = False
+    if version is None:
+        detail = f"onnxruntime is missing: {providers.INSTALL[providers.CPU]}"
+    else:
+        try:
+            detail = ", ".join(providers.onnxruntime().get_available_providers())
+            detail += "; its telemetry is switched off in processes that lamp_compile starts"
+            there = True
+        except OptionError as error:
+            detail = error.what
+    return [
+        {"name": "ONNX Runtime providers", "available": there, "detail": detail},
+        {"name": "native ai.lamp operators for ONNX Runtime", "available": there and reason is None, "detail": native},
+    ]

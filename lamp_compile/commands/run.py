@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from lamp_compile.commands import _options, _output
-from lamp_compile.errors import InputError
+from lamp_compile.commands import _artifact, _options, _output
+from lamp_compile.errors import InputError, OptionError
 
-NAME, HELP = "run", "continue a prompt with and without LAMP: both texts, speed, bytes of KV"
+NAME, HELP = "run", "continue a prompt with and without LAMP, or with an ONNX artifact: text, speed, bytes of KV"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -25,10 +25,17 @@ def add(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="as of lamp_compile.compile",
     )
+    parser.add_argument("--provider", metavar="NAME", help="of an .onnx artifact: cpu, cuda, migraphx, amd, rocm")
+    parser.add_argument("--tokenizer", metavar="FOLDER", help="of an .onnx artifact: the model folder it was made from")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write twice and compare."""
+    """Write twice and compare; an ONNX artifact writes once."""
+    if _artifact.is_artifact(args.model):
+        return _artifact.run(args)
+    for name in ("provider", "tokenizer"):
+        if getattr(args, name):
+            raise OptionError(f"--{name} belongs to an .onnx artifact", where=args.model, fix="leave it out")
     from lamp_compile import api
     from lamp_compile.commands import _measure
     from lamp_compile.quality import continuation, load, windows

@@ -175,6 +175,11 @@ def test_doctor_says_what_is_here(call):
     data = json.loads(out)
     assert "nested8" in next(f for f in data["features"] if f["name"] == "storage formats")["detail"]
     assert all(feature["detail"] for feature in data["features"])
+    (providers,) = (f for f in data["features"] if f["name"] == "ONNX Runtime providers")
+    if providers["available"]:
+        assert "CPUExecutionProvider" in providers["detail"]
+        assert "telemetry is switched off" in providers["detail"]
+    assert any("native ai.lamp operators" in f["name"] for f in data["features"])
 
 
 def gpu_kernels(call):

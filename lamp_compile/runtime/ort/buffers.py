@@ -16,6 +16,9 @@ from lamp_compile.runtime.ort.artifact import Buffer, Site
 from lamp_compile.runtime.ort.providers import onnxruntime
 
 Array = NDArray[Any]
+LENGTH_STEPS = 6
+"""Capacities are rounded up to a sixteenth at most: portable bodies compute over all that is allocated, and no graph is
+compiled anew when it grows."""
 
 
 class Buffers:
@@ -54,7 +57,7 @@ class Buffers:
         Raises:
             CacheError: There is no memory for them. What was there is as it was.
         """
-        capacity = rounded_capacity(keys, self._step)
+        capacity = rounded_capacity(keys, self._step, LENGTH_STEPS)
         self._install(self._guarded(lambda buffer: np.zeros(buffer.shape_for(batch, capacity), buffer.dtype)))
         self.batch, self.capacity = batch, capacity
 
@@ -66,7 +69,7 @@ class Buffers:
         """
         if keys <= self.capacity:
             return False
-        capacity = rounded_capacity(keys, self._step)
+        capacity = rounded_capacity(keys, self._step, LENGTH_STEPS)
 
         def wider(site: Site, name: str, buffer: Buffer) -> Array:
             old = self._host(site.name, name)

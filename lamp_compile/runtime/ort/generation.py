@@ -16,6 +16,9 @@ from lamp_compile.runtime.ort.sampling import Sampling, draws
 if TYPE_CHECKING:
     from lamp_compile.runtime.ort.session import OrtSession
 
+AHEAD = 64
+"""New tokens that room is made for at once where the artifact's own bodies run, which compute over all the room."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -86,7 +89,8 @@ class Request:
 def stream(session: OrtSession, request: Request) -> Iterator[tuple[int, int]]:
     """(index of the prompt, token) as they are made; the session begins anew."""
     count = len(request.prompts)
-    session.start(count, max(len(row) for row in request.prompts) + request.most)
+    longest = max(len(row) for row in request.prompts)
+    session.start(count, longest + (request.most if session.native else min(request.most, AHEAD)))
     sources = draws(request.seed, count)
     logits = session.prefill(request.prompts, request.rows)
     going, made = np.ones(count, bool), 0
