@@ -164,9 +164,9 @@ class DecoderGraph(nn.Module):
             )
         self.sites = {site.layer: site for site in lamp.sites}
         config = lamp.original.config
-        self._layers: list[PlaneLayer | FloatRows] = []
+        self.layers: list[PlaneLayer | FloatRows] = []
         for index, spec in enumerate(lamp.spec.layers):
-            self._layers.append(self._layer(index, spec, config))
+            self.layers.append(self._layer(index, spec, config))
 
     def _layer(self, index: int, spec: LayerSpec | None, config: Any) -> PlaneLayer | FloatRows:
         site = self.sites.get(index)
@@ -191,12 +191,12 @@ class DecoderGraph(nn.Module):
 
     def cache_names(self) -> list[str]:
         """Names of the cache's tensors, in the order of ``forward``: ``0.k_high`` and so on."""
-        return [f"{index}.{name}" for index, layer in enumerate(self._layers) for name in layer.names]
+        return [f"{index}.{name}" for index, layer in enumerate(self.layers) for name in layer.names]
 
     def empty_cache(self, batch: int, capacity: int) -> list[Tensor]:
         """Zeros for every tensor of ``cache_names``; ``capacity`` is rounded up to whole storage tiles."""
         made: list[Tensor] = []
-        for index, layer in enumerate(self._layers):
+        for index, layer in enumerate(self.layers):
             site = self.sites[index]
             if isinstance(layer, FloatRows):
                 made += [
@@ -211,18 +211,18 @@ class DecoderGraph(nn.Module):
         """One step: append the tokens, and give back their logits and the cache."""
         given = iter(cache)
         rows = input_ids.shape[1]
-        for index, layer in enumerate(self._layers):
+        for index, layer in enumerate(self.layers):
             layer.tensors = {name: next(given) for name in layer.names}
             layer.positions, layer.lengths = positions, positions + rows
             if isinstance(layer, PlaneLayer):
                 layer.hot = tuple(getattr(self, f"lamp_{index}_{name}") for name in ("tau", "floor", "budget"))  # type: ignore[assignment]
                 layer.balance = getattr(self, f"lamp_{index}_balance", None)
         places = positions[:, None] + torch.arange(rows, device=input_ids.device)
-        held = _GraphCache(list(self._layers))
+        held = _GraphCache(list(self.layers))
         logits = self.model(
             input_ids=input_ids, position_ids=places, past_key_values=held, use_cache=True, return_dict=True
         ).logits
-        return (logits, *(layer.tensors[name] for layer in self._layers for name in layer.names))
+        return (logits, *(layer.tensors[name] for layer in self.layers for name in layer.names))
 
 
 def _empty_planes(tile: int, site: ProbedSite, batch: int, capacity: int) -> list[Tensor]:
