@@ -17,7 +17,8 @@ def per_head(value: float | Sequence[float], kv_heads: int, where: str) -> list[
     Raises:
         OptionError: Another number of values, or an impossible one.
     """
-    values = [float(v) for v in value] if isinstance(value, Sequence) else [float(value)] * kv_heads
+    several = isinstance(value, Sequence) and not isinstance(value, str)
+    values = [float(v) for v in value] if several else [float(value)] * kv_heads  # type: ignore[union-attr, arg-type]
     if len(values) != kv_heads:
         raise OptionError(
             f"{len(values)} values for {kv_heads} kv heads", where=where, fix="one number, or one per kv head"

@@ -186,6 +186,10 @@ def _model(toy: Toy) -> bytes:
     for each in nodes:
         if each.domain == "ai.lamp":
             each.overload = form.tag
+    if not toy.shared_controls:  # inputs with defaults, as in exported decoders
+        for field, value in (("tau", 0.5), ("floor", 0), ("budget", 1)):
+            for i in range(toy.layers):
+                constants[f"{field}.{i}"] = np.full(toy.kv_heads, value, np.float32)
     graph = helper.make_graph(
         nodes, "toy", inputs, outputs, [numpy_helper.from_array(x, name) for name, x in constants.items()]
     )

@@ -9,12 +9,13 @@ import torch
 from torch.export import Dim
 
 from lamp_compile.errors import ModelError
-from lamp_compile.frontends.onnx import finish, trace
+from lamp_compile.frontends.onnx import describe, finish, trace
 from lamp_compile.frontends.onnx import verify as verification
 from lamp_compile.frontends.onnx.decoder import DecoderGraph
 from lamp_compile.frontends.onnx.export import Artifact, token_ids
 from lamp_compile.frontends.onnx.targets import Target
 from lamp_compile.frontends.onnx.translate import Translation
+from lamp_compile.runtime.ort import artifact
 
 TRACED = {"batch": 2, "tokens": 5, "capacity": 96}
 """Sizes of the example that is recorded; none of them ends up in the graph."""
@@ -52,6 +53,7 @@ def build(fast: Any, example_inputs: Any, target: Target, guard: str) -> Artifac
     traced.optimize()
     report = lamp.report()
     metadata = trace.metadata("decoder", report, target, guard)
+    metadata[artifact.KEY] = json.dumps(describe.decoder(graph, lamp.original), separators=(",", ":"))
     metadata["lamp.sites"] = json.dumps(list(sites), separators=(",", ":"))
     proto = finish.to_proto(model, translation, target.opset, metadata)
 

@@ -67,7 +67,7 @@ class OrtSession:
             raise InputError(f"no file {str(path)!r}", where="lamp_compile.OrtSession", fix="a path to an .onnx file")
         found = providers.resolve(provider)
         self.provider, self.notes = found.name, [found.note] if found.note else []
-        ort = providers.onnxruntime()
+        ort = self._ort = providers.onnxruntime()
 
         def open_session(wanted: bool) -> Any:
             options = ort.SessionOptions()
@@ -241,10 +241,10 @@ class OrtSession:
             values[...] = given[name]
         if same and self._on_host:  # the session reads these very arrays
             return
-        for name, values in self._small.items():
-            self._binding.bind_cpu_input(names[name], values)
-        for name, array in self.controls.inputs.items():
-            self._binding.bind_cpu_input(name, array)
+        arrays = {**{names[name]: values for name, values in self._small.items()}, **self.controls.inputs}
+        for name, array in arrays.items():
+            # Not bind_cpu_input: that knows no inputs with defaults.
+            self._binding.bind_ortvalue_input(name, self._ort.OrtValue.ortvalue_from_numpy(array))
         self._bound = (ids.shape[1], sequence)
 
     def reset(self) -> None:
