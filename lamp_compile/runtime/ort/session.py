@@ -46,6 +46,7 @@ class OrtSession:
         threads: int = 0,
         strict: bool = True,
         settings: Mapping[str, str] | None = None,
+        config: Mapping[str, str] | None = None,
     ) -> None:
         """Load an artifact.
 
@@ -57,6 +58,7 @@ class OrtSession:
             threads: Of ONNX Runtime's pool, which the native operators share; 0 takes the cores of this process.
             strict: On a GPU, no node may be left to the CPU.
             settings: The provider's own options, such as ``{"device_id": "1"}``.
+            config: Entries of ONNX Runtime's session configuration.
 
         Raises:
             InputError: There is no such file, or it is no artifact.
@@ -73,6 +75,8 @@ class OrtSession:
             options = ort.SessionOptions()
             options.log_severity_level = 4  # what goes wrong is raised
             options.intra_op_num_threads = count
+            for key, value in dict(config or {}).items():
+                options.add_session_config_entry(key, value)
             if wanted:
                 options.add_session_config_entry("ai.lamp.threads", str(count))
                 options.register_custom_ops_library(str(_library.path()))
