@@ -49,7 +49,7 @@ def build(fast: Any, example_inputs: Any, target: Target, guard: str) -> Artifac
     sites = {layer.name: str(index) for index, layer in enumerate(graph.layers)}
     finish.rename(model, translation, sites, renamed)
     finish.name_dimensions(model, _dimensions(names))
-    traced.optimize()
+    trace.optimize(traced)
     report = lamp.report()
     metadata = trace.metadata("decoder", report, target, guard)
     metadata["lamp.sites"] = json.dumps(list(sites), separators=(",", ":"))

@@ -48,7 +48,7 @@ def build(
     finish.wire(made, translation)
     finish.rename(made, translation, {name: name for name in report.rewritten}, renamed)
     finish.name_dimensions(made, {})
-    traced.optimize()
+    trace.optimize(traced)
     metadata = trace.metadata("module", report, target, guard)
     proto = finish.to_proto(made, translation, target.opset, metadata)
 
