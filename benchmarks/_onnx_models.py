@@ -1,7 +1,7 @@
 """The artifacts of onnx_decode.py: one model exported with LAMP, plainly, and with ONNX Runtime's GroupQueryAttention.
 
-The GroupQueryAttention files are the LAMP artifact with every Append and FusedAttention replaced, so that all else is the
-same; they share its weights in one file.
+The GroupQueryAttention files are the LAMP artifact with every Append and FusedAttention replaced, so that all else is
+the same; they share its weights in one file.
 """
 
 from __future__ import annotations
@@ -98,6 +98,9 @@ def _replace(model: Any, bits: int) -> None:
     for node in graph.node:
         name = _attribute(node, "site") if node.domain == "ai.lamp" else b""
         if node.domain != "ai.lamp":
+            for at, value in enumerate(node.input):  # the batch, read off a plane's shape
+                if value.startswith("past."):
+                    node.input[at] = f"past.{value.split('.')[1]}.k"
             nodes.append(node)
         elif node.op_type == "Append":
             appends[name.decode()] = node
@@ -106,6 +109,7 @@ def _replace(model: Any, bits: int) -> None:
             more, inputs, outputs = _layer(index, site, node, appends[name.decode()], bits)
             nodes, given, made = nodes + more, given + inputs, made + outputs
             constants[f"gqa.split{index}"] = np.array([0, 0, site["heads"], site["head_dim"]])
+    nodes = _needed(nodes, {value.name for value in made})
     used = {name for node in nodes for name in node.input}
     weights = [tensor for tensor in graph.initializer if tensor.name in used]
     weights += [numpy_helper.from_array(x, name) for name, x in constants.items()]
@@ -116,6 +120,16 @@ def _replace(model: Any, bits: int) -> None:
         model.ClearField(field)
     graph.ClearField("value_info")
     model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+
+
+def _needed(nodes: list[Any], outputs: set[str]) -> list[Any]:
+    """The nodes that these outputs come from; shapes of planes are needed no more."""
+    wanted, kept = set(outputs), []
+    for node in reversed(nodes):
+        if wanted & set(node.output):
+            kept.append(node)
+            wanted |= set(node.input)
+    return kept[::-1]
 
 
 def _attribute(node: Any, name: str) -> Any:

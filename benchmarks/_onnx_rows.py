@@ -1,4 +1,4 @@
-"""All ways of onnx_decode.py at one number of cached tokens: alive together, taking turns, checked against each other."""
+"""All ways of onnx_decode.py at one number of cached tokens: alive together, taking turns, held against torch."""
 
 from __future__ import annotations
 

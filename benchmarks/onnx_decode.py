@@ -2,10 +2,10 @@
 
     python benchmarks/onnx_decode.py --model DIR --text FILE --out
 
-Two models: the one given, on a text, and one of four layers of 2,048 channels with random weights over planted keys and
-values, whose tau is set so that as many sub-tiles are refined as a trained model refines (--share). Every way starts from
-the same keys and values, is a process of its own, and takes its turn in rounds of a few steps; its time is the median
-over rounds, and the logits of every timed step are held against torch's. A step appends one token.
+Two models: the one given, on a text, and one of four layers of 2,048 channels with random weights over planted keys
+and values, whose tau is set so that as many sub-tiles are refined as a trained model refines (--share). Every way
+starts from the same keys and values, is a process of its own, and takes its turn in rounds of a few steps; its time is
+the median over rounds, and the logits of every timed step are held against torch's. A step appends one token.
 
 GroupQueryAttention's int8 and int4 caches have static scales per channel, taken from the very keys and values that they
 round: a control, better than a calibration, without look-ahead. With --targets it exits 1 when a target is missed.

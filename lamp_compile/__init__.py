@@ -16,7 +16,7 @@ _HOME = {
     "explain": "lamp_compile.api",
     "disable": "lamp_compile.api",
     "backend": "lamp_compile.torch_backend",
-    "export_onnx": "lamp_compile.frontends.onnx.export",
+    "export_onnx": "lamp_compile.onnx_export",
     "DecodeStep": "lamp_compile.frontends.huggingface.decode_step",
     "OrtSession": "lamp_compile.runtime.ort.session",
     "NestedCache": "lamp_compile.runtime.kv_cache",
@@ -48,8 +48,8 @@ if TYPE_CHECKING:
     from lamp_compile.api import compile, disable, explain, rewrite
     from lamp_compile.errors import LampError
     from lamp_compile.frontends.huggingface.decode_step import DecodeStep
-    from lamp_compile.frontends.onnx.export import export_onnx
     from lamp_compile.linear_plan import LinearPlan
+    from lamp_compile.onnx_export import export_onnx
     from lamp_compile.plan import GuardPlan, Plan, SitePlan
     from lamp_compile.runtime.kv_cache import NestedCache
     from lamp_compile.runtime.ort.session import OrtSession

@@ -50,7 +50,7 @@ def build(fast: Any, example_inputs: Any, target: Target, guard: str) -> Artifac
     sites = {layer.name: str(index) for index, layer in enumerate(graph.layers)}
     finish.rename(model, translation, sites, renamed)
     finish.name_dimensions(model, _dimensions(names))
-    traced.optimize()
+    trace.optimize(traced)
     report = lamp.report()
     metadata = trace.metadata("decoder", report, target, guard)
     metadata[artifact.KEY] = json.dumps(describe.decoder(graph, lamp.original), separators=(",", ":"))

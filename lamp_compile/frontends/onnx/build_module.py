@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lamp_compile.driver import rewrite
 from lamp_compile.errors import ModelError
 from lamp_compile.frontends.onnx import finish, modules, trace
 from lamp_compile.frontends.onnx import verify as verification
@@ -17,21 +16,23 @@ from lamp_compile.frontends.onnx.translate import Translation
 
 
 def build(
-    model: nn.Module, example_inputs: Any, target: Target, guard: str, dynamic_shapes: Any, options: dict[str, Any]
+    model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], program: Any, target: Target, guard: str
 ) -> Artifact:
     """The artifact of a module.
 
+    Args:
+        model: Without LAMP.
+        inputs: Positional and named, of ``modules.example``.
+        program: The rewritten program; it is changed.
+        target: What it is to run on.
+        guard: "if" or "select".
+
     Raises:
-        InputError: See ``modules.example``.
-        ModelError: See ``modules.capture`` and ``modules.join``, or nothing in it is rewritten.
-        OptionError, PlanError: See ``lamp_compile.rewrite``.
+        ModelError: See ``modules.join``, or nothing in it is rewritten.
     """
-    if model.training:
-        raise ModelError("the model is in training mode", where=type(model).__name__, fix="model.eval()")
-    args, kwargs = modules.example(example_inputs)
+    args, kwargs = inputs
     with torch.no_grad():
         names = modules.output_names(model(*args, **kwargs))
-    program = rewrite(modules.capture(model, args, kwargs, dynamic_shapes), **options)
     report = modules.join(program)
     if not report.rewritten:
         reasons = "; ".join(f"{item.site}: {item.reason}" for item in (*report.refusals, *report.unclaimed))
@@ -48,7 +49,7 @@ def build(
     finish.wire(made, translation)
     finish.rename(made, translation, {name: name for name in report.rewritten}, renamed)
     finish.name_dimensions(made, {})
-    traced.optimize()
+    trace.optimize(traced)
     metadata = trace.metadata("module", report, target, guard)
     proto = finish.to_proto(made, translation, target.opset, metadata)
 

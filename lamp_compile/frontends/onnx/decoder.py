@@ -25,15 +25,17 @@ from lamp_compile.runtime import guard
 from lamp_compile.runtime.cache_layers import PLANES, LayerSpec
 from lamp_compile.runtime.plane_handle import PlaneHandle
 
-STATE = ("state", "stats")
+HOT, STATE = ("tau", "floor", "budget"), ("state", "stats")
 FLOATS = ("keys", "values")
 
 
 class PlaneLayer:
     """One layer over planes that are inputs of the graph. Not a module: it exists while a graph is recorded."""
 
-    def __init__(self, spec: LayerSpec, hot: tuple[Tensor, Tensor, Tensor], balance: Tensor | None) -> None:
-        self.spec, self.name, self.hot, self.balance = spec, spec.plan.name, hot, balance
+    def __init__(self, spec: LayerSpec) -> None:
+        self.spec, self.name = spec, spec.plan.name
+        self.hot: tuple[Tensor, ...] = ()
+        self.balance: Tensor | None = None
         self.tensors: dict[str, Tensor] = {}
         self.positions = self.lengths = torch.empty(0)
 
@@ -56,15 +58,15 @@ class PlaneLayer:
         """Attention over the planes; the guard's new state becomes an output of the graph."""
         _refuse_mask(self.name, mask, bias)
         plan = self.spec.plan
-        out, state, stats = torch.ops.lamp_onnx.fused_attention(
+        found: tuple[Tensor, Tensor, Tensor] = torch.ops.lamp_onnx.fused_attention(
             q, *(self.tensors[name] for name in PLANES), *self.hot, *(self.tensors[name] for name in STATE),
             self.lengths, self.balance, sinks, causal=causal, window=window, scale=float(scale),
             softcap=float(softcap), rotation=plan.rotation, rule=plan.rule, query_bits=plan.query_bits,
             subtile=plan.subtile, guard_window=plan.guard.window, guard_hold=plan.guard.hold,
             hysteresis=plan.guard.hysteresis, site=self.name,
         )  # fmt: skip
-        self.tensors.update(state=state, stats=stats)
-        return out  # type: ignore[no-any-return]
+        out, self.tensors["state"], self.tensors["stats"] = found
+        return out
 
 
 class FloatRows:
@@ -182,12 +184,11 @@ class DecoderGraph(nn.Module):
         if spec is None:
             return FloatRows(site.name)
         _check_plan(spec)
-        for name in ("tau", "floor", "budget"):
+        for name in HOT:
             self.register_buffer(f"lamp_{index}_{name}", getattr(spec.controls, name).clone())
         if spec.balance is not None:
             self.register_buffer(f"lamp_{index}_balance", spec.balance)
-        hot = tuple(getattr(self, f"lamp_{index}_{name}") for name in ("tau", "floor", "budget"))
-        return PlaneLayer(spec, hot, spec.balance)  # type: ignore[arg-type]
+        return PlaneLayer(spec)
 
     def cache_names(self) -> list[str]:
         """Names of the cache's tensors, in the order of ``forward``: ``0.k_high`` and so on."""
@@ -215,7 +216,7 @@ class DecoderGraph(nn.Module):
             layer.tensors = {name: next(given) for name in layer.names}
             layer.positions, layer.lengths = positions, positions + rows
             if isinstance(layer, PlaneLayer):
-                layer.hot = tuple(getattr(self, f"lamp_{index}_{name}") for name in ("tau", "floor", "budget"))  # type: ignore[assignment]
+                layer.hot = tuple(getattr(self, f"lamp_{index}_{name}") for name in HOT)
                 layer.balance = getattr(self, f"lamp_{index}_balance", None)
         places = positions[:, None] + torch.arange(rows, device=input_ids.device)
         held = _GraphCache(list(self.layers))

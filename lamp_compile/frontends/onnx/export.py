@@ -1,9 +1,8 @@
-"""``export_onnx``: a model with look-ahead mixed precision as one ONNX file, verified before it is put in place."""
+"""What ``export_onnx`` makes, and how it is put in place: checks ahead, verification, report."""
 
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lamp_compile import api
-from lamp_compile.errors import ExportError, InputError, LampError, ModelError, OptionError
-from lamp_compile.frontends.onnx import targets
+from lamp_compile.errors import ExportError, InputError, LimitError, ModelError
 from lamp_compile.frontends.onnx.targets import Target
 from lamp_compile.frontends.onnx.verify import Verification
+from lamp_compile.plan import SitePlan
 from lamp_compile.report import Report
 
 PACKAGES = ("onnx", "onnxscript", "onnx_ir", "onnxruntime")
 SINGLE_FILE = 1_500_000_000
 """Bytes up to which weights lie in the file itself; protobuf ends at 2 GiB."""
-ON_CPU = ("portable", "cpu")
 
 
 @dataclass(frozen=True)
@@ -57,98 +54,7 @@ class Artifact:
     """``(session, reduced) -> Verification``."""
 
 
-def export_onnx(
-    model: nn.Module,
-    example_inputs: Any,
-    path: str | Path,
-    *,
-    target: str = "portable",
-    guard: str | None = None,
-    dynamic_shapes: Any = None,
-    max_kl: float | None = None,
-    min_agreement: float | None = None,
-    **options: Any,
-) -> Export:
-    """Write a model whose attention looks ahead, as nodes of domain ``ai.lamp`` (``functions``) that any runtime can
-    run, and a report beside it. Nothing is written unless the artifact passes verification.
-
-    A transformers decoder becomes one graph for prompts and for single tokens: ``input_ids``, ``positions`` and the
-    cache's planes (``past.0.k_high`` ...) in, ``logits`` and the new planes (``present.0.k_high`` ...) out. Anything
-    else packs K and V at every call. Settings (``lamp.0.tau``, ``floor``, ``budget``) are inputs with defaults.
-
-    Args:
-        model: A module in eval mode, or a decoder from ``lamp_compile.compile``.
-        example_inputs: For a decoder token ids ``[W, L]`` (or a dict with ``input_ids``) to verify on, None takes
-            seeded random ones; for anything else a tuple or dict of its inputs, on which it is verified too.
-        path: The file, ``*.onnx``; its folder must be there.
-        target: "portable", "cpu", "cuda" or "migraphx".
-        guard: "if" or "select"; None takes the target's.
-        dynamic_shapes: As of ``torch.export.export``, for what is no decoder; None frees the first dimension, and of
-            token ids the second.
-        max_kl: Fail above this mean KL to the float model (decoders).
-        min_agreement: Fail below this next-token agreement with it (decoders).
-        **options: As of ``lamp_compile.compile`` (decoders) or ``lamp_compile.rewrite``: ``plan``, ``preset``,
-            ``tau``, ...
-
-    Raises:
-        OptionError, PlanError: An option or plan is impossible.
-        InputError: The path cannot be written, inputs are missing, or a package is.
-        ModelError: The model has no attention that ONNX functions can carry, with its reason.
-        ExportError: The artifact failed verification, or its target's lint.
-    """
-    found, chosen = targets.parse(target, guard)
-    file = _writable(path)
-    _packages()
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"{type(model).__name__} is not a torch.nn.Module", where="model", fix="pass the model itself")
-    _check_dtype(model, found)
-    artifact = _artifact(model, example_inputs, found, chosen, dynamic_shapes, options)
-    if findings := targets.lint(artifact.proto, found):
-        raise ExportError(
-            f"the graph holds what {found.name} does not run: {'; '.join(findings[:5])}",
-            where=f"target {found.name}",
-            fix="another target, or another spelling in the model",
-        )
-    limits = {"max_kl": max_kl, "min_agreement": min_agreement}
-    return _write(artifact, file, found, chosen, limits)
-
-
-def _artifact(
-    model: Any, example_inputs: Any, target: Target, guard: str, dynamic_shapes: Any, options: dict[str, Any]
-) -> Artifact:
-    compiled = getattr(model, "lamp", None)
-    if compiled is not None:
-        if options:
-            raise OptionError(
-                f"{next(iter(options))!r} for a compiled model", where="export_onnx", fix="the options of compile(...)"
-            )
-        if not hasattr(compiled, "spec"):
-            raise ModelError(
-                "a module that lamp_compile compiled", where=type(model).__name__, fix="export the original module"
-            )
-        fast = model
-    elif _is_decoder(model):
-        fast = api.compile(model, mode="eager", **options)
-    else:
-        from lamp_compile.frontends.onnx import build_module
-
-        return build_module.build(model, example_inputs, target, guard, dynamic_shapes, options)
-    if dynamic_shapes is not None:
-        raise OptionError("dynamic_shapes for a decoder", where="dynamic_shapes", fix="leave it out: all are dynamic")
-    from lamp_compile.frontends.onnx import build_decoder
-
-    return build_decoder.build(fast, example_inputs, target, guard)
-
-
-def _is_decoder(model: nn.Module) -> bool:
-    if "transformers" not in sys.modules:
-        return False
-    from lamp_compile.frontends.huggingface import route
-
-    return not route.why_not(model)
-
-
-def _write(artifact: Artifact, file: Path, target: Target, guard: str, limits: dict[str, float | None]) -> Export:
+def write(artifact: Artifact, file: Path, target: Target, guard: str, limits: dict[str, float | None]) -> Export:
     """Into a folder of its own beside the place, verified there, then put in place."""
     import onnx
 
@@ -167,13 +73,13 @@ def _write(artifact: Artifact, file: Path, target: Target, guard: str, limits: d
         reduced = any(_reduces(plan.site(name)) for name in artifact.report.rewritten)
         verification: Verification = artifact.verify(session(str(draft)), reduced)
         text = reports.markdown(artifact, file.name, target, guard, verification, size)
-        failures = [*verification.failures, *_over(verification, limits)]
-        if failures:
-            raise ExportError(
-                f"the artifact failed verification: {'; '.join(failures)}\n{reports.table(verification)}",
-                where=str(file),
-                fix="a smaller tau, or floor=1 (both planes everywhere); nothing was written",
-            )
+        for error, failures in ((ExportError, verification.failures), (LimitError, _over(verification, limits))):
+            if failures:
+                raise error(
+                    f"the artifact failed verification: {'; '.join(failures)}\n{reports.table(verification)}",
+                    where=str(file),
+                    fix="a smaller tau, or floor=1 (both planes everywhere); nothing was written",
+                )
         notes = Path(folder) / f"{file.stem}.md"
         notes.write_text(text, encoding="utf-8")
         for made in [*([Path(folder) / data] if data else []), notes, draft]:
@@ -181,7 +87,7 @@ def _write(artifact: Artifact, file: Path, target: Target, guard: str, limits: d
     return Export(file, file.with_suffix(".md"), target.name, guard, artifact.report, verification)
 
 
-def _reduces(row: Any) -> bool:
+def _reduces(row: SitePlan) -> bool:
     floors = row.floor if isinstance(row.floor, tuple) else (row.floor,)
     return min(floors) < 2
 
@@ -189,17 +95,15 @@ def _reduces(row: Any) -> bool:
 def _over(verification: Verification, limits: dict[str, float | None]) -> list[str]:
     scores, found = verification.against_float, []
     for name, limit in limits.items():
-        if limit is None:
+        if limit is None or scores is None:
             continue
-        if scores is None:
-            raise OptionError(f"{name} for outputs that are no logits", where=name, fix="leave it out")
         value = scores.kl if name == "max_kl" else scores.agreement
         if (value > limit) if name == "max_kl" else (value < limit):
             found.append(f"{name} is {limit:g} and {'KL' if name == 'max_kl' else 'agreement'} is {value:.6g}")
     return found
 
 
-def _writable(path: str | Path) -> Path:
+def writable_path(path: str | Path) -> Path:
     file = Path(path)
     if file.suffix != ".onnx":
         raise InputError(f"{file.name!r} does not end in .onnx", where="path", fix="a name such as model.onnx")
@@ -215,7 +119,7 @@ def _writable(path: str | Path) -> Path:
     return file
 
 
-def _packages() -> None:
+def check_packages() -> None:
     import importlib.util
 
     for name in PACKAGES:
@@ -225,7 +129,7 @@ def _packages() -> None:
             )
 
 
-def _check_dtype(model: nn.Module, target: Target) -> None:
+def check_dtype(model: nn.Module, target: Target) -> None:
     for name, tensor in model.named_parameters():
         if tensor.device.type != "cpu":
             raise ModelError(f"{name} is on {tensor.device}", where=type(model).__name__, fix="model.cpu()")
@@ -258,6 +162,3 @@ def token_ids(given: Any, vocabulary: int, longest: int) -> tuple[Tensor, str]:
     if int(given.min()) < 0 or int(given.max()) >= vocabulary:
         raise InputError(f"token {int(given.max())} of {vocabulary}", where="example_inputs", fix=fix)
     return given.long(), f"{given.shape[0]} windows of {given.shape[1]} given tokens"
-
-
-__all__ = ["Artifact", "Export", "LampError", "export_onnx", "token_ids"]

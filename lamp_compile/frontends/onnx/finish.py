@@ -76,8 +76,9 @@ def rename(model: ir.Model, translation: Translation, sites: Mapping[str, str], 
             if name.endswith("_new") and value.name not in names and value.is_graph_output():
                 value.name = f"lamp.{sites[site]}.{name}"
     for value in (*graph.inputs, *graph.outputs):
-        if value.name in names:
-            _rename(graph, value, names[value.name])
+        old = str(value.name)
+        if old in names:
+            _rename(graph, value, names[old])
 
 
 def _rename(graph: Any, value: Any, name: str) -> None:

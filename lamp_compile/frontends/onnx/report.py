@@ -12,9 +12,7 @@ if TYPE_CHECKING:
     from lamp_compile.frontends.onnx.export import Artifact
 
 
-def markdown(
-    artifact: Artifact, name: str, target: Target, guard: str, verification: Verification, size: int
-) -> str:
+def markdown(artifact: Artifact, name: str, target: Target, guard: str, verification: Verification, size: int) -> str:
     """The whole report."""
     proto, report = artifact.proto, artifact.report
     inputs = [f"`{value.name}`" for value in proto.graph.input if not value.name.startswith(("past.", "lamp."))]
@@ -61,7 +59,11 @@ def table(verification: Verification) -> str:
         )
     rows = [("float", verification.against_float), ("torch with LAMP", verification.against_torch)]
     if any(scores is not None for _, scores in rows):
-        lines += ["", "| predictions against | positions | KL | agreement | perplexity ratio |", "|---|---|---|---|---|"]
+        lines += [
+            "",
+            "| predictions against | positions | KL | agreement | perplexity ratio |",
+            "|---|---|---|---|---|",
+        ]
     lines += [_scores(name, scores) for name, scores in rows if scores is not None]
     return "\n".join(lines)
 

@@ -106,9 +106,5 @@ def _narrow(node: NodeProto) -> bool:
     if node.op_type != "Cast" or node.domain:
         return False
     to = next(a.i for a in node.attribute if a.name == "to")
-    return to not in (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.BOOL, *_INTEGERS)
-
-
-_INTEGERS = tuple(range(2, 8)) + (12, 13)
-"""uint8, int8, uint16, int16, int32, int64, uint32, uint64 by their numbers in TensorProto (6 and 7 are int32 and
-int64)."""
+    narrow = ("FLOAT16", "BFLOAT16", "FLOAT8E4M3FN", "FLOAT8E4M3FNUZ", "FLOAT8E5M2", "FLOAT8E5M2FNUZ")
+    return TensorProto.DataType.Name(to) in narrow

@@ -64,6 +64,12 @@ def to_onnx(exported: Any, translation: Translation, opset: int, name: str) -> A
         ) from error
 
 
+def optimize(traced: Any) -> None:
+    """Fold constants and merge what is the same."""
+    with _quiet():
+        traced.optimize()
+
+
 def metadata(kind: str, report: Report, target: Target, guard: str) -> dict[str, str]:
     """Properties of the model: what it is, its plan and the plan's hash, versions. The same wherever it is made."""
     plan = report.plan.to_json()
@@ -86,15 +92,17 @@ def metadata(kind: str, report: Report, target: Target, guard: str) -> dict[str,
 @contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter warns of packages that nobody asked for; errors come through."""
-    logger = logging.getLogger("torch.onnx")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(before)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 def _first_line(error: BaseException) -> str:

@@ -7,8 +7,10 @@ runtimes drop casts, and a "low" precision that was never low would show as equa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,9 +19,10 @@ from torch import Tensor
 from lamp_compile.errors import InputError
 from lamp_compile.quality.metrics import Comparison, Scores
 
-DRIFT = 0.25
-"""Most of LAMP's own error that the artifact may add. Where a sum in another order moves a query over the edge of a
-rounding step, the step is part of the drift."""
+DRIFT = 0.5
+"""Most of LAMP's own error that the artifact may add. A sum in another order moves some keys and queries over the edge
+of a rounding step, and every layer sees the steps of those before it: 0.1 to 0.3 on trained models of 4 and 6 layers. A
+missing offset or a wrong tile is several times LAMP's own error."""
 FLOOR = 1e-4
 """Relative error below which drift is arithmetic (float32 in another order, through all layers)."""
 
@@ -124,7 +127,7 @@ class Differences:
 
 
 def _ratio(square: float, size: float) -> float:
-    return (square / size) ** 0.5 if size else square**0.5
+    return math.sqrt(square / size if size else square)
 
 
 def failures_of(differences: Sequence[Differences], reduced: bool) -> list[str]:
@@ -135,7 +138,9 @@ def failures_of(differences: Sequence[Differences], reduced: bool) -> list[str]:
         own = 0.0 if result.own != result.own else result.own
         allowed = max(DRIFT * own, FLOOR)
         if not result.drift <= allowed:
-            found.append(f"{result.name} differs from torch by {result.drift:.2e} of its size, {allowed:.2e} is allowed")
+            found.append(
+                f"{result.name} differs from torch by {result.drift:.2e} of its size, {allowed:.2e} is allowed"
+            )
     named = [item for item in differences if item.result().own == item.result().own]
     if reduced and named and all(item.equal_to_float for item in named):
         found.append("the artifact equals the float model bit for bit: its low precision is not real")
@@ -146,7 +151,7 @@ def steps_of(length: int, prefill: int, single: int) -> Iterator[slice]:
     """Tokens of one window in steps: two chunks of a prompt, then single tokens."""
     rest = max(0, length - single)
     edges = [0, *(edge for edge in (min(prefill, rest), rest) if edge), *range(rest + 1, length + 1)]
-    for first, last in zip(edges, edges[1:], strict=False):
+    for first, last in pairwise(edges):
         if last > first:
             yield slice(first, last)
 
@@ -191,10 +196,13 @@ def decoder(run: Any, graph: Any, original: Any, ids: Tensor, reduced: bool, wha
     )  # fmt: skip
 
 
+Batch = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and named inputs."""
+
+
 def module(
-    run: Any, program: Any, original: Any, names: Sequence[str], batches: Sequence[tuple[tuple[Any, ...], dict[str, Any]]],
-    reduced: bool, what: str,
-) -> Verification:  # fmt: skip
+    run: Any, program: Any, original: Any, names: Sequence[str], batches: Sequence[Batch], reduced: bool, what: str
+) -> Verification:
     """Both sides on batches of inputs.
 
     Args:
