@@ -67,8 +67,10 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/compile_time.py $(MODEL)
 
 fuzz: $(STAMP)
+	rm -rf build/fuzz
 	$(BIN)/python -m tests.native.build build/fuzz address
 	ASAN_OPTIONS=detect_leaks=0 build/fuzz/fuzz $(SEED) $(CASES)
+	ASAN_OPTIONS=detect_leaks=0 build/fuzz/ort_fuzz $(SEED) $(CASES)
 
 wheel: $(STAMP)
 	rm -rf build dist

@@ -51,7 +51,7 @@ def compile_core(folder: Path, kind: str) -> list[Path]:
     settings, setup = KINDS[kind], setup_file()
     macro, sets = setup.instruction_sets(settings.machine or platform.machine())
     common = [flag for flag in setup.COMMON if flag not in ("-O3", "-g0")] + [f"-D{macro}"]
-    jobs = {name: [*common, *sets.get(name, []), *settings.flags] for name in ("core", "portable", *sets)}
+    jobs = {name: [*common, *sets.get(name, []), *settings.flags] for name in ("core", "ort_ops", "portable", *sets)}
 
     def one(name: str) -> Path:
         made = folder / f"{name}.o"
@@ -63,12 +63,13 @@ def compile_core(folder: Path, kind: str) -> list[Path]:
         return list(pool.map(one, jobs))
 
 
-def build(folder: Path, kind: str) -> Path:
-    """The fuzz program."""
-    settings, program = KINDS[kind], folder / "fuzz"
-    objects = compile_core(folder, kind)
+def build(folder: Path, kind: str, source: str = "fuzz") -> Path:
+    """A program of this folder: ``fuzz`` calls the core, ``ort_fuzz`` the operators of ONNX Runtime. Object files that
+    are there are used again."""
+    settings, program = KINDS[kind], folder / source
+    objects = sorted(folder.glob("*.o")) or compile_core(folder, kind)
     flags = [flag for flag in settings.flags if not flag.startswith("-W")]
-    command = [*settings.compiler, "-std=c++17", f"-I{CORE}", *flags, str(ROOT / "tests/native/fuzz.cpp"),
+    command = [*settings.compiler, "-std=c++17", f"-I{CORE}", *flags, str(ROOT / f"tests/native/{source}.cpp"),
                *map(str, objects), "-pthread", "-o", str(program)]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True, text=True, timeout=500)
     return program
@@ -77,4 +78,5 @@ def build(folder: Path, kind: str) -> Path:
 if __name__ == "__main__":
     target = Path(sys.argv[1])
     target.mkdir(parents=True, exist_ok=True)
-    print(build(target, sys.argv[2] if len(sys.argv) > 2 else "address"))
+    for program in ("fuzz", "ort_fuzz"):
+        print(build(target, sys.argv[2] if len(sys.argv) > 2 else "address", program))

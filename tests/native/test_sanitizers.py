@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -24,10 +25,10 @@ CASES = {"address": 300, "thread": 40, "aarch64": 60}
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
 
-def made(folder: Path, kind: str) -> Path:
+def made(folder: Path, kind: str, source: str = "fuzz") -> Path:
     """The program; what the compiler said where it fails."""
     try:
-        return build(folder, kind)
+        return build(folder, kind, source)
     except subprocess.CalledProcessError as error:
         pytest.fail(f"{kind}: {error.stderr[-3000:]}")
 
@@ -47,8 +48,23 @@ def fuzz(program: Path, kind: str, *before: str, **environment: str) -> str:
     return said
 
 
-def test_nothing_is_read_or_written_out_of_bounds(tmp_path: Path) -> None:
-    fuzz(made(tmp_path, "address"), "address", ASAN_OPTIONS="detect_leaks=0")
+@pytest.fixture(scope="module")
+def addresses(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for what is compiled to watch addresses: once for all its programs."""
+    return tmp_path_factory.mktemp("address")
+
+
+def test_nothing_is_read_or_written_out_of_bounds(addresses: Path) -> None:
+    fuzz(made(addresses, "address"), "address", ASAN_OPTIONS="detect_leaks=0")
+
+
+def test_operators_of_onnxruntime_refuse_what_does_not_fit(addresses: Path) -> None:
+    """Wrong shapes, types, numbers and missing inputs; right calls are taken."""
+    program = made(addresses, "address", "ort_fuzz")
+    said = run([str(program), str(FIRST), "1500"], ASAN_OPTIONS="detect_leaks=0")
+    accepted, refused = (int(word) for word in re.findall(r"(\d+) (?:accepted|refused)", said))
+    assert accepted > 500
+    assert refused > 500
 
 
 def test_threads_do_not_race(tmp_path: Path) -> None:

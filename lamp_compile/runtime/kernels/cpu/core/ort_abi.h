@@ -1,6 +1,6 @@
 // The part of ONNX Runtime's C interface that ort_ops.cpp calls. Its wheels come without headers, and nothing here is
 // linked: a library of operators is handed a table of functions. The table only ever grows at its end, so a place in it
-// means the same in every version from 1.17 on; ort_check() makes sure of that before anything is registered.
+// means the same in every version from 1.17 on; RegisterCustomOps tries some before it registers anything.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -48,16 +48,12 @@ enum Place {
   ATTRIBUTE_INT64 = 86,
   ATTRIBUTE_STRING = 87,
   INPUT_COUNT = 88,
-  OUTPUT_COUNT = 89,
   INPUT = 90,
   OUTPUT = 91,
   RELEASE_STATUS = 93,
   RELEASE_SHAPE = 99,
-  RELEASE_DOMAIN = 101,
   HAS_CONFIG = 237,
   GET_CONFIG = 238,
-  INFER_INPUT = 268,
-  INFER_OUTPUT = 270,
   PARALLEL_FOR = 274,
 };
 
