@@ -41,6 +41,8 @@ TAUS = {
     "lamp_relaxed": (0.5, 0.2, 0.1, 0.03, 0.01),
     "mass": (0.7, 0.5, 0.3, 0.1, 0.03),
 }
+FINER = {"energy": (0.001,), "lamp_strict": (0.003, 0.001), "lamp_relaxed": (0.003, 0.001), "mass": (0.01,)}
+"""For single keys besides: a key weighs less than its tile."""
 SHARES = (0.01, 0.03, 0.1, 0.3)
 """Of the controls."""
 UNITS = (1, 16, 32, 64, 128)
@@ -74,7 +76,7 @@ def cases(context: int, groups: int, units: Sequence[int] = UNITS) -> Iterator[C
 
 def _points(unit: int, context: int, groups: int) -> Iterator[tuple[str, float]]:
     for rule, taus in TAUS.items():
-        for tau in taus:
+        for tau in (*taus, *(FINER[rule] if unit == 1 else ())):
             yield rule, tau
     for share in SHARES:
         yield "random_tiles", (1 - share) ** (1 / groups)
