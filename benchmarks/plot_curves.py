@@ -78,6 +78,10 @@ def draw(path: Path, panels: list[tuple[str, list[dict[str, Any]]]], by: str, ed
         for name, words in (("all_low", "high plane only"), ("all_high", "both planes")):
             axes[0, column].axhline(edges[name], color="gray", lw=0.8, ls=":")
             axes[0, column].annotate(words, (0.02, edges[name]), xycoords=("axes fraction", "data"), fontsize=7)
+        for which in (axes[1, column].yaxis, axes[1, column].xaxis):
+            which.set_major_formatter("{x:g}")
+            which.set_minor_formatter("")
+        axes[1, column].set_yticks([0.5, 1, 2, 5])
         axes[0, column].set_title(title, fontsize=9)
         axes[1, column].set_xlabel("refined share of live keys, %")
     axes[0, 0].set_ylabel("KL, nats")
