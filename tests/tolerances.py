@@ -144,3 +144,11 @@ ORT_TOY = Tolerance(
     1.5e-2, "two attentions of an ONNX artifact at both planes, 0.7 % rms a value each, against float attention"
 )
 """Logits of ``tests/ort/toy.py``; nearly all sub-tiles are refined."""
+
+ONNX = {
+    "node": Tolerance(1e-5, "float32 in another order; values lose 1e-5 of a step to the zero points (nibbles.py)"),
+    "state": Tolerance(1e-4, "a mean of squared errors: twice the relative error, over sums of 10^3 terms"),
+    "decoder": Tolerance(2e-3, "one layer of random weights: a key on the edge of a rounding step moves by one step"),
+    "encoder": Tolerance(1e-4, "the same, and encoders quantise keys that differ in the last bit"),
+}
+"""Artifacts in ONNX Runtime against the same operators in torch."""

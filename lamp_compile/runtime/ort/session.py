@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lamp_compile.errors import CacheError, InputError, OptionError, PassError
-from lamp_compile.runtime.ort import _library, artifact, providers
+from lamp_compile.errors import CacheError, InputError
+from lamp_compile.runtime.ort import artifact, opening, providers
 from lamp_compile.runtime.ort.buffers import Buffers
 from lamp_compile.runtime.ort.controls import Controls
 from lamp_compile.runtime.ort.statistics import SiteStatistics
@@ -64,67 +62,21 @@ class OrtSession:
             InputError: There is no such file, or it is no artifact.
             OptionError: The provider or the native operators cannot be had.
         """
-        file = Path(path)
-        if not file.is_file():
-            raise InputError(f"no file {str(path)!r}", where="lamp_compile.OrtSession", fix="a path to an .onnx file")
-        found = providers.resolve(provider)
-        self.provider, self.notes = found.name, [found.note] if found.note else []
-        ort = self._ort = providers.onnxruntime()
-
-        def open_session(wanted: bool) -> Any:
-            options = ort.SessionOptions()
-            options.log_severity_level = 4  # what goes wrong is raised
-            options.intra_op_num_threads = count
-            for key, value in dict(config or {}).items():
-                options.add_session_config_entry(key, value)
-            if wanted:
-                options.add_session_config_entry("ai.lamp.threads", str(count))
-                options.register_custom_ops_library(str(_library.path()))
-            return providers.make_session(str(file), found, options, strict=strict, settings=settings)
-
-        count = _threads(threads)
-        self.native, self.raw = self._open(native, open_session, str(path))
+        opened = opening.open_session(
+            path, provider=provider, native=native, threads=threads, strict=strict, settings=settings, config=config
+        )
+        self.raw, self.provider, self.native = opened.raw, opened.provider.name, opened.native
+        self.notes = list(opened.notes)
         self.artifact = artifact.read(self.raw, str(path))
-        self._check_native(str(path))
+        opening.check_native(opened, self.artifact, str(path))
         self.controls = Controls(self.artifact.planes)
         device = int(dict(settings or {}).get("device_id", 0))
-        self._on_host = found.device == "cpu"
-        self._buffers = Buffers(self.artifact.sites, found.device, device)
+        self._on_host = opened.provider.device == "cpu"
+        self._buffers = Buffers(self.artifact.sites, opened.provider.device, device)
         self._binding: Any = self.raw.io_binding()
         self._bound: tuple[int, int | None] | None = None
         self._small: dict[str, NDArray[np.int64]] = {}
         self._lengths = np.zeros(0, np.int64)
-
-    def _open(self, native: bool | None, open_session: Callable[[bool], Any], where: str) -> tuple[bool, Any]:
-        """Whether the native operators are used, and the session."""
-        reason = _library.why_not() if self.provider == providers.CPU else f"they run on CPUs, this is {self.provider}"
-        try:
-            if native is not False and not reason:
-                try:
-                    return True, open_session(True)
-                except Exception as error:
-                    if "ai.lamp" not in str(error):
-                        raise
-                    reason = _first_line(error)
-            if native:
-                fix = f"native=False: {_library.PORTABLE}"
-                raise OptionError(f"no native operators: {reason}", where="native=True", fix=fix)
-            if native is None and self.provider == providers.CPU:
-                self.notes.append(f"no native operators: {reason}; {_library.PORTABLE}")
-                warnings.warn(self.notes[-1], UserWarning, stacklevel=4)
-            return False, open_session(False)
-        except (OptionError, InputError):
-            raise
-        except Exception as error:
-            raise InputError(f"ONNX Runtime does not load it: {_first_line(error)}", where=where) from error
-
-    def _check_native(self, where: str) -> None:
-        counts = self.placement().get(providers.CPU, {})
-        there, sites = counts.get("ai.lamp.FusedAttention", 0), len(self.artifact.planes)
-        if self.artifact.kind == "decoder" and there != (sites if self.native else 0):
-            raise PassError(
-                f"{there} of {sites} attentions run natively, {'all' if self.native else 'none'} should", where=where
-            )
 
     def placement(self) -> dict[str, dict[str, int]]:
         """How many nodes of each operator run on each provider."""
@@ -248,7 +200,7 @@ class OrtSession:
         arrays = {**{names[name]: values for name, values in self._small.items()}, **self.controls.inputs}
         for name, array in arrays.items():
             # Not bind_cpu_input: that knows no inputs with defaults.
-            self._binding.bind_ortvalue_input(name, self._ort.OrtValue.ortvalue_from_numpy(array))
+            self._binding.bind_ortvalue_input(name, providers.onnxruntime().OrtValue.ortvalue_from_numpy(array))
         self._bound = (ids.shape[1], sequence)
 
     def reset(self) -> None:
@@ -329,7 +281,7 @@ class OrtSession:
         try:
             made = self.raw.run(None, dict(inputs))
         except Exception as error:
-            raise InputError(_first_line(error), where="OrtSession.run") from error
+            raise InputError(opening.first_line(error), where="OrtSession.run") from error
         return dict(zip((output.name for output in self.raw.get_outputs()), made, strict=True))
 
     def stream(self, prompts: Sequence[Any], **options: Any) -> Iterator[tuple[int, int]]:
@@ -373,15 +325,3 @@ class OrtSession:
     def _need_decoder(self) -> None:
         if self.artifact.kind != "decoder":
             raise InputError("this artifact has no cache", where="lamp_compile.OrtSession", fix="run(inputs)")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:400]
-
-
-def _threads(wanted: int) -> int:
-    if not isinstance(wanted, int) or isinstance(wanted, bool) or not 0 <= wanted <= 1024:
-        raise OptionError(f"threads is {wanted!r}", where="threads", fix="a number from 1 on, or 0 for all cores")
-    if wanted:
-        return wanted
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,106 @@
+"""Opening a session: which provider, whether the native operators, and that what was asked for is what runs."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lamp_compile.errors import InputError, OptionError, PassError
+from lamp_compile.runtime.ort import _library, providers
+from lamp_compile.runtime.ort.artifact import Artifact
+from lamp_compile.runtime.ort.providers import Provider
+
+THREADS = "ai.lamp.threads"
+"""Entry of the session's configuration that tells the native operators how many threads its pool has."""
+NODE = "ai.lamp.FusedAttention"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A session, and how it came about."""
+
+    raw: Any
+    provider: Provider
+    native: bool
+    notes: tuple[str, ...]
+
+
+def open_session(
+    path: str | os.PathLike[str], *, provider: str, native: bool | None, threads: int, strict: bool,
+    settings: Mapping[str, str] | None, config: Mapping[str, str] | None,
+) -> Opened:  # fmt: skip
+    """As of ``OrtSession``.
+
+    Raises:
+        InputError: There is no such file, or ONNX Runtime does not load it.
+        OptionError: The provider or the native operators cannot be had.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"no file {str(path)!r}", where="lamp_compile.OrtSession", fix="a path to an .onnx file")
+    found, count = providers.resolve(provider), _threads(threads)
+    ort = providers.onnxruntime()
+
+    def make(with_operators: bool) -> Any:
+        options = ort.SessionOptions()
+        options.log_severity_level = 4  # what goes wrong is raised
+        options.intra_op_num_threads = count
+        for key, value in dict(config or {}).items():
+            options.add_session_config_entry(key, value)
+        if with_operators:
+            options.add_session_config_entry(THREADS, str(count))
+            options.register_custom_ops_library(str(_library.path()))
+        return providers.make_session(str(file), found, options, strict=strict, settings=settings)
+
+    notes = [found.note] if found.note else []
+    raw, uses, reason = _try(native, found, make, str(path))
+    if reason and native is None and found.name == providers.CPU:
+        notes.append(f"no native operators: {reason}; {_library.PORTABLE}")
+        warnings.warn(notes[-1], UserWarning, stacklevel=4)
+    return Opened(raw, found, uses, tuple(notes))
+
+
+def _try(native: bool | None, found: Provider, make: Callable[[bool], Any], where: str) -> tuple[Any, bool, str]:
+    """Session, whether it has the native operators, and why not."""
+    reason = _library.why_not() if found.name == providers.CPU else f"they run on CPUs, this is {found.name}"
+    try:
+        if native is not False and not reason:
+            try:
+                return make(True), True, ""
+            except Exception as error:
+                if "ai.lamp" not in str(error):
+                    raise
+                reason = first_line(error)
+        if native:
+            fix = f"native=False: {_library.PORTABLE}"
+            raise OptionError(f"no native operators: {reason}", where="native=True", fix=fix)
+        return make(False), False, reason or ""
+    except (OptionError, InputError):
+        raise
+    except Exception as error:
+        raise InputError(f"ONNX Runtime does not load it: {first_line(error)}", where=where) from error
+
+
+def check_native(opened: Opened, artifact: Artifact, where: str) -> None:
+    """Raise PassError unless every attention of a decoder runs natively, or none, as it should be."""
+    there = providers.placement(opened.raw).get(providers.CPU, {}).get(NODE, 0)
+    wanted = len(artifact.planes) if opened.native else 0
+    if artifact.kind == "decoder" and there != wanted:
+        raise PassError(f"{there} attentions run natively, {wanted} should", where=where)
+
+
+def first_line(error: Exception) -> str:
+    """What a message says first."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:400]
+
+
+def _threads(wanted: int) -> int:
+    if not isinstance(wanted, int) or isinstance(wanted, bool) or not 0 <= wanted <= 1024:
+        raise OptionError(f"threads is {wanted!r}", where="threads", fix="a number from 1 on, or 0 for all cores")
+    if wanted:
+        return wanted
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
