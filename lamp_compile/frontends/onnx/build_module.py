@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -9,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lamp_compile.errors import ModelError
-from lamp_compile.frontends.onnx import finish, modules, trace
+from lamp_compile.frontends.onnx import describe, finish, modules, trace
 from lamp_compile.frontends.onnx import verify as verification
 from lamp_compile.frontends.onnx.export import Artifact
 from lamp_compile.frontends.onnx.targets import Target
 from lamp_compile.frontends.onnx.translate import Translation
+from lamp_compile.runtime.ort import artifact
 
 
 def build(
@@ -52,6 +54,7 @@ def build(
     finish.name_dimensions(made, {})
     trace.optimize(traced)
     metadata = trace.metadata("module", report, target, guard)
+    metadata[artifact.KEY] = json.dumps(describe.MODULE, separators=(",", ":"))
     proto = finish.to_proto(made, translation, target.opset, metadata)
 
     def verify(run: Any, reduced: bool) -> verification.Verification:

@@ -9,6 +9,9 @@ from lamp_compile.frontends.onnx.decoder import DecoderGraph, PlaneLayer
 from lamp_compile.runtime.hot_values import FIELDS
 from lamp_compile.runtime.ort import artifact
 
+MODULE = {"version": artifact.VERSION, "kind": "module"}
+"""Of a model without a cache: ``OrtSession.run`` takes its inputs as they are."""
+
 
 def decoder(graph: DecoderGraph, original: Any) -> dict[str, Any]:
     """Names of inputs and outputs, sizes and plan of every layer, as plain data.

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lamp_compile.errors import InputError
 from lamp_compile.quality.metrics import Comparison, Scores
+from lamp_compile.runtime.ort import providers
 
 DRIFT = 0.5
 """Most of LAMP's own error that the artifact may add. A sum in another order moves some keys and queries over the edge
@@ -78,14 +78,9 @@ def session(path: str) -> Any:
     """The artifact in ONNX Runtime's CPU provider, which runs the bodies of every target.
 
     Raises:
-        InputError: ONNX Runtime is not installed.
+        OptionError: ONNX Runtime is not installed.
     """
-    try:
-        import onnxruntime as ort
-    except ImportError as error:
-        raise InputError(
-            "onnxruntime is not installed", where="export_onnx", fix="pip install 'lamp_compile[onnx-cpu]'"
-        ) from error
+    ort = providers.onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
