@@ -236,6 +236,7 @@ def test_statistics_are_those_of_the_guard() -> None:
     [
         lambda s: s.step([[1, 2]] * 3),
         lambda s: s.step([[0.5]]),
+        lambda s: s.step([[TOY.vocab]]),
         lambda s: s.step([]),
         lambda s: s.start(0),
         lambda s: s.step([[1]], sequence=1),

@@ -134,13 +134,16 @@ class OrtSession:
             sequence: The only one that takes them; the others stay as they are. None for all.
 
         Raises:
-            InputError: Tokens are no whole numbers, or of another batch.
+            InputError: Tokens are no whole numbers, of another batch, or refused by the graph.
             CacheError: There is no memory to grow. The session is as it was.
         """
         ids, which = self._check_step(tokens, sequence)
         self.ensure_capacity(int(self._lengths[which].max()) + ids.shape[1])
         self._bind(ids, which, sequence)
-        self.raw.run_with_iobinding(self._binding)
+        try:
+            self.raw.run_with_iobinding(self._binding)
+        except Exception as error:  # what was written lies behind the lengths, where nobody looks
+            raise InputError(opening.first_line(error), where="OrtSession.step") from error
         self._lengths[which] += ids.shape[1]
         found: NDArray[np.float32] = self._binding.get_outputs()[-1].numpy()[:, -1].copy()
         return found
