@@ -261,13 +261,18 @@ class SlotCache(SlotView):
         self._table.check_taken(slot)
         self._table.running[slot] = True
 
-    def view(self, slot: int) -> SlotView:
+    def view(self, slot: int, *, reserved: bool = False) -> SlotView:
         """One slot as a batch of one: ``fast(ids, past_key_values=cache.view(slot))`` adds tokens to it alone.
+
+        Args:
+            slot: One that was admitted.
+            reserved: Pages for all tokens to come have been handed out (``admit``, ``ensure``). Then no step waits for
+                the device to say how many the slot holds; tokens behind the pages are lost, as in a compiled step.
 
         Raises:
             CacheError: The slot holds no sequence.
         """
-        rows = SlotRows(self._table, slot)
+        rows = SlotRows(self._table, slot, reserved)
         return SlotView(self.spec, rows, [layer.of(rows) for layer in self.layers])
 
     def length(self, slot: int) -> int:

@@ -18,6 +18,11 @@ from lamp_compile.runtime.growable_layer import ordinary_tensors
 SHARED = ("block_table", "lengths", "running", "positions", "live")
 
 
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device, without waiting for what the device is at."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 class SlotTable:
     """Pages and lengths of all slots.
 
@@ -141,7 +146,8 @@ class SlotTable:
             assert owned is not None
             new = [self._free.pop() for _ in range(self._lacking(slot, count))]
             if new:
-                self.block_table[slot, len(owned) : len(owned) + len(new)] = torch.tensor(new, dtype=torch.int32)
+                listed = upload(torch.tensor(new, dtype=torch.int32), self.block_table.device)
+                self.block_table[slot, len(owned) : len(owned) + len(new)] = listed
                 owned.extend(new)
 
 
@@ -150,6 +156,11 @@ class SlotRows:
 
     A step is ``open(rows)``, which says where rows go and what is live, and ``commit(rows)`` after the last layer. A
     forward that fails in between leaves the lengths as they were.
+
+    Args:
+        table: Of all slots.
+        slot: The one; None for all.
+        reserved: No pages are handed out any more: the slot has all it needs.
     """
 
     block_table: Tensor
@@ -158,8 +169,8 @@ class SlotRows:
     positions: Tensor
     live: Tensor
 
-    def __init__(self, table: SlotTable, slot: int | None = None) -> None:
-        self.table, self.slot = table, slot
+    def __init__(self, table: SlotTable, slot: int | None = None, reserved: bool = False) -> None:
+        self.table, self.slot, self.reserved = table, slot, reserved
         self.count = table.slots if slot is None else 1
         self.tile = table.tile
         if slot is not None:
@@ -208,6 +219,8 @@ class SlotRows:
 
     def _make_room(self, rows: int, taking: Tensor) -> None:
         self.check_current()
+        if self.reserved:
+            return
         first = 0 if self.slot is None else self.slot
         wanted = {
             first + index: int(held) + rows
