@@ -29,6 +29,10 @@ class LaunchPlan:
     """Sub-tiles a program of the look-ahead should have at least."""
     most_splits: int = 128
     """Splits of one kv head's keys at most."""
+    mixed_steps: int = 8
+    """Steps of the look-ahead's loop that one program has at least, where sequences share pages and differ in length."""
+    mixed_tiles: int = 16
+    """Sub-tiles that one program of the refinement looks at, likewise."""
     merge_chunk: int = 32
     """Partial results joined at a time."""
     merge_warps: int = 4
@@ -38,7 +42,7 @@ class LaunchPlan:
     """1: a launch may begin while the one ahead of it ends, where the GPU can do that."""
 
     SMALL = ("warps", "refine_warps", "merge_warps", "stages", "refine_stages")
-    POWERS = ("warps", "refine_warps", "merge_chunk", "merge_warps", "most_rows")
+    POWERS = ("warps", "refine_warps", "mixed_tiles", "merge_chunk", "merge_warps", "most_rows")
 
     def validate(self, where: str) -> None:
         """Check every field.

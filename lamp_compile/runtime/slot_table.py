@@ -69,6 +69,10 @@ class SlotTable:
         """Tokens that the slot's pages hold; 0 for a free slot."""
         return len(self._owned[slot] or ()) * self.tile
 
+    def listed(self, slot: int) -> int:
+        """Columns of the block table that the slot uses, rounded up to a power of two: kernels are compiled for few."""
+        return min(self.width, 1 << (len(self._owned[slot] or ()) - 1).bit_length()) if self._owned[slot] else 1
+
     def admit(self, tokens: int) -> int:
         """A free slot with pages for ``tokens`` tokens and a length of 0.
 
@@ -83,8 +87,8 @@ class SlotTable:
         self._check({free: tokens})
         self._owned[free] = []
         self.admissions[free] += 1
-        self.lengths[free] = 0
-        self.running[free] = True
+        self.lengths[free].zero_()  # to assign a number would wait for the device
+        self.running[free].fill_(True)
         self._give({free: tokens})
         return free
 
@@ -108,9 +112,9 @@ class SlotTable:
         self.check_taken(slot)
         self._free.extend(reversed(self._owned[slot] or ()))
         self._owned[slot] = None
-        self.block_table[slot] = -1
-        self.lengths[slot] = 0
-        self.running[slot] = False
+        self.block_table[slot].fill_(-1)
+        self.lengths[slot].zero_()
+        self.running[slot].fill_(False)
 
     def check_taken(self, slot: int) -> None:
         """Raise CacheError unless the slot holds a sequence."""
@@ -180,6 +184,8 @@ class SlotRows:
             for name in SHARED:
                 tensor = getattr(table, name)
                 setattr(self, name, tensor if slot is None else tensor[slot : slot + 1])
+            if slot is not None and reserved:  # attention is cut for what the table lists: no more than the slot has
+                self.block_table = self.block_table[:, : table.listed(slot)]
 
     def open(self, rows: int) -> None:
         """Begin a step of ``rows`` new tokens per sequence. Outside a compiled graph, slots get the pages they lack;

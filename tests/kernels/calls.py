@@ -215,7 +215,7 @@ def decided_together(call: Call, device: Where) -> int:
     pages = call.planes[0].shape[2] if call.seen[5] is None else call.seen[5].shape[1]
     room = min(call.keys, pages * call.planes[0].shape[3])
     launch = LaunchPlan.parse("")
-    return targets.cut(targets.target_of(device), launch, call.q, call.planes, room, call.options["subtile"]).tokens
+    return targets.cut(targets.target_of(device), launch, call.q, call.planes, room, call.options["subtile"], False).tokens
 
 
 def use_launch(patch: Any, **choices: Any) -> None:
