@@ -49,16 +49,15 @@ def round_row(p, v_scale, v_peak, thresholds, MASKED: tl.constexpr):
 
 
 @triton.jit
-def page_shift(TABLE, tiles, hi, BN: tl.constexpr, TILE: tl.constexpr, PAGED: tl.constexpr):
-    """How far the pages of sub-tiles ``[PACK]`` lie behind their place in a sequence, in keys; 0 without a table. An
-    address that hangs on a table cannot be read in time: this is loaded one step before the scales, two before the
-    planes."""
-    shift = tl.zeros(tiles.shape, tl.int64)
+def stored_tiles(TABLE, tiles, hi, BN: tl.constexpr, TILE: tl.constexpr, PAGED: tl.constexpr):
+    """Where sub-tiles ``[PACK]`` of a sequence stand in its kv head's plane, in sub-tiles. A load whose address hangs on
+    another load in the same step is not pipelined: this is read one step ahead of the scales, two of the planes."""
+    places = tiles
     if PAGED:
-        first = tiles * BN
-        page = tl.maximum(tl.load(TABLE + first // TILE, mask=first < hi, other=0), 0).to(tl.int64)
-        shift = page * TILE - first // TILE * TILE
-    return shift
+        IN_PAGE: tl.constexpr = TILE // BN
+        page = tl.load(TABLE + tiles // IN_PAGE, mask=tiles * BN < hi, other=0)
+        places = tl.maximum(page, 0) * IN_PAGE + tiles % IN_PAGE
+    return places
 
 
 @triton.jit
@@ -69,14 +68,13 @@ def part_of(x, parts, u: tl.constexpr):
 
 @triton.jit
 def narrow_scales(
-    KS, VS, shift, MASK, mask_key, j, hi, PAGED: tl.constexpr, KEY_MASK: tl.constexpr
+    KS, VS, MASK, mask_key, places, tiles, hi, BN: tl.constexpr, KEY_MASK: tl.constexpr
 ):  # fmt: skip
-    """Of keys j ``[BN, PACK]``: both scales as stored, and what a mask of one number per key says. These are too small
+    """Of the keys of sub-tiles, stored at ``places`` ``[PACK]``: both scales as stored, and what a mask of one number per key says. These are too small
     for asynchronous copies: they are read one step ahead."""
-    at = j
-    if PAGED:
-        at = j + shift[None, :]
-    return tl.load(KS + at), tl.load(VS + at), key_mask(MASK, j, mask_key, hi, KEY_MASK)
+    key = tl.arange(0, BN)[:, None]
+    at = key + places.to(tl.int64)[None, :] * BN
+    return tl.load(KS + at), tl.load(VS + at), key_mask(MASK, key + tiles[None, :] * BN, mask_key, hi, KEY_MASK)
 
 
 @triton.jit
@@ -210,22 +208,21 @@ def look_ahead(
     if KEY_MASK:
         MASK += b.to(tl.int64) * mask_b
     tiles = tl.minimum(first // BN + parts, final)
-    next_behind = page_shift(TABLE, tiles, hi, BN, TILE, PAGED)
-    ahead = key[:, None] + tiles[None, :] * BN
-    next_k, next_v, next_allowed = narrow_scales(KS, VS, next_behind, MASK, mask_key, ahead, hi, PAGED, KEY_MASK)
-    after_behind = page_shift(TABLE, tl.minimum((first + STEP) // BN + parts, final), hi, BN, TILE, PAGED)
+    next_places = stored_tiles(TABLE, tiles, hi, BN, TILE, PAGED)
+    next_k, next_v, next_allowed = narrow_scales(KS, VS, MASK, mask_key, next_places, tiles, hi, BN, KEY_MASK)
+    after_places = stored_tiles(TABLE, tl.minimum((first + STEP) // BN + parts, final), hi, BN, TILE, PAGED)
     for n0 in range(first, last, STEP):
         k_narrow, v_narrow, allowed = finite_scale(next_k), finite_scale(next_v), next_allowed
-        behind, next_behind = next_behind, after_behind
-        ahead = key[:, None] + tl.minimum((n0 + STEP) // BN + parts, final)[None, :] * BN
-        next_k, next_v, next_allowed = narrow_scales(KS, VS, next_behind, MASK, mask_key, ahead, hi, PAGED, KEY_MASK)
-        after_behind = page_shift(TABLE, tl.minimum((n0 + 2 * STEP) // BN + parts, final), hi, BN, TILE, PAGED)
+        places, next_places = next_places, after_places
+        tiles = tl.minimum((n0 + STEP) // BN + parts, final)
+        next_k, next_v, next_allowed = narrow_scales(KS, VS, MASK, mask_key, next_places, tiles, hi, BN, KEY_MASK)
+        after_places = stored_tiles(TABLE, tl.minimum((n0 + 2 * STEP) // BN + parts, final), hi, BN, TILE, PAGED)
         product = tl.broadcast_to(origin[None, :], (BN, COLUMNS))
         low_product = tl.zeros((BN, COLUMNS), tl.int32)
         for u in tl.static_range(PACK):
             j = tl.minimum(n0 // BN + u, final) * BN + key
             if PAGED:
-                j += part_of(behind, parts, u)
+                j = part_of(places, parts, u).to(tl.int64) * BN + key
             packed = load_keys(KH, j, HALF_K, HP_K)
             mine = (part == u)[None, :]
             product = tl.dot(upper_nibbles(packed, ASM), tl.where(mine, q_upper, 0), product, out_dtype=tl.int32)
@@ -278,7 +275,7 @@ def look_ahead(
         for u in tl.static_range(PACK):
             j = tl.minimum(n0 // BN + u, final) * BN + key
             if PAGED:
-                j += part_of(behind, parts, u)
+                j = part_of(places, parts, u).to(tl.int64) * BN + key
             values = load_values(VH, j, TILE, HALF_V, HP_V)
             mine = tl.where((part == u)[None, :], p8, 0)
             a = tl.dot(upper_nibbles(values, ASM), mine, a, out_dtype=tl.int32)
