@@ -50,20 +50,21 @@ def round_row(p, v_scale, v_peak, thresholds, MASKED: tl.constexpr):
 
 @triton.jit
 def stored_tiles(TABLE, tiles, hi, BN: tl.constexpr, TILE: tl.constexpr, PAGED: tl.constexpr):
-    """Where sub-tiles ``[PACK]`` of a sequence stand in its kv head's plane, in sub-tiles. A load whose address hangs on
-    another load in the same step is not pipelined: this is read one step ahead of the scales, two of the planes."""
+    """Where sub-tiles ``[PACK]`` of a sequence stand in its kv head's plane, in sub-tiles. What is read at these places
+    waits for them, so they are read a step ahead. Not two: Triton makes asynchronous copies of loads whose address
+    comes from the step before, and plain loads of others (look at the PTX for cp.async)."""
     places = tiles
     if PAGED:
         IN_PAGE: tl.constexpr = TILE // BN
         page = tl.load(TABLE + tiles // IN_PAGE, mask=tiles * BN < hi, other=0)
-        places = tl.maximum(page, 0) * IN_PAGE + tiles % IN_PAGE
+        places = tl.maximum(page, 0).to(tl.int64) * IN_PAGE + tiles % IN_PAGE
     return places
 
 
 @triton.jit
-def part_of(x, parts, u: tl.constexpr):
-    """Number u of a vector ``[PACK]``."""
-    return tl.sum(tl.where(parts == u, x, 0), 0)
+def first_key(places, parts, u: tl.constexpr, BN: tl.constexpr):
+    """Where sub-tile u of ``[PACK]`` begins in its plane, in keys."""
+    return tl.sum(tl.where(parts == u, places, 0), 0) * BN
 
 
 @triton.jit
@@ -73,7 +74,7 @@ def narrow_scales(
     """Of the keys of sub-tiles, stored at ``places`` ``[PACK]``: both scales as stored, and what a mask of one number per key says. These are too small
     for asynchronous copies: they are read one step ahead."""
     key = tl.arange(0, BN)[:, None]
-    at = key + places.to(tl.int64)[None, :] * BN
+    at = key + places[None, :] * BN
     return tl.load(KS + at), tl.load(VS + at), key_mask(MASK, key + tiles[None, :] * BN, mask_key, hi, KEY_MASK)
 
 
@@ -178,6 +179,15 @@ def look_ahead(
         last = first  # everything is refined: nothing is read here
 
     place = bg.to(tl.int64) * tl.num_programs(2) + block
+    slot = place * slots + split
+    meta = META + slot * FIELDS * GP + rows
+    if split > 0 and first >= hi:  # of a short sequence
+        nothing = tl.zeros((GP,), tl.float32)
+        tl.store(meta, nothing + EMPTY)
+        for field in tl.static_range(1, 4):
+            tl.store(meta + field * GP, nothing)
+        tl.store(meta + 4 * GP, nothing + DEAD)
+        return
     q_upper, q_lower, factor, query_sum, origin = query_of(Q8, ROWINFO, place, row, scale, GP, HP_K)
     offset = query_sum * 0.5  # lo averages -1/2
     row_position = position + token
@@ -210,19 +220,21 @@ def look_ahead(
     tiles = tl.minimum(first // BN + parts, final)
     next_places = stored_tiles(TABLE, tiles, hi, BN, TILE, PAGED)
     next_k, next_v, next_allowed = narrow_scales(KS, VS, MASK, mask_key, next_places, tiles, hi, BN, KEY_MASK)
-    after_places = stored_tiles(TABLE, tl.minimum((first + STEP) // BN + parts, final), hi, BN, TILE, PAGED)
+    # Scales are plain loads, a step ahead themselves: their places are read for the step after that.
+    scale_places = stored_tiles(TABLE, tl.minimum((first + STEP) // BN + parts, final), hi, BN, TILE, PAGED)
     for n0 in range(first, last, STEP):
         k_narrow, v_narrow, allowed = finite_scale(next_k), finite_scale(next_v), next_allowed
-        places, next_places = next_places, after_places
+        places = next_places
         tiles = tl.minimum((n0 + STEP) // BN + parts, final)
-        next_k, next_v, next_allowed = narrow_scales(KS, VS, MASK, mask_key, next_places, tiles, hi, BN, KEY_MASK)
-        after_places = stored_tiles(TABLE, tl.minimum((n0 + 2 * STEP) // BN + parts, final), hi, BN, TILE, PAGED)
+        next_places = stored_tiles(TABLE, tiles, hi, BN, TILE, PAGED)
+        next_k, next_v, next_allowed = narrow_scales(KS, VS, MASK, mask_key, scale_places, tiles, hi, BN, KEY_MASK)
+        scale_places = stored_tiles(TABLE, tl.minimum((n0 + 2 * STEP) // BN + parts, final), hi, BN, TILE, PAGED)
         product = tl.broadcast_to(origin[None, :], (BN, COLUMNS))
         low_product = tl.zeros((BN, COLUMNS), tl.int32)
         for u in tl.static_range(PACK):
             j = tl.minimum(n0 // BN + u, final) * BN + key
             if PAGED:
-                j = part_of(places, parts, u).to(tl.int64) * BN + key
+                j = first_key(places, parts, u, BN) + key
             packed = load_keys(KH, j, HALF_K, HP_K)
             mine = (part == u)[None, :]
             product = tl.dot(upper_nibbles(packed, ASM), tl.where(mine, q_upper, 0), product, out_dtype=tl.int32)
@@ -275,7 +287,7 @@ def look_ahead(
         for u in tl.static_range(PACK):
             j = tl.minimum(n0 // BN + u, final) * BN + key
             if PAGED:
-                j = part_of(places, parts, u).to(tl.int64) * BN + key
+                j = first_key(places, parts, u, BN) + key
             values = load_values(VH, j, TILE, HALF_V, HP_V)
             mine = tl.where((part == u)[None, :], p8, 0)
             a = tl.dot(upper_nibbles(values, ASM), mine, a, out_dtype=tl.int32)
@@ -293,8 +305,6 @@ def look_ahead(
     less = tl.sum(rounded, 0)[None, :]
     upper = tl.sum(tl.reshape((upper - 0.5 * less) * to_row[None, :], (HP_V, PACK, GP)), 1)
     lower = tl.sum(tl.reshape((lower - 128.5 * less) * to_row[None, :], (HP_V, PACK, GP)), 1)
-    slot = place * slots + split
-    meta = META + slot * FIELDS * GP + rows
     tl.store(meta, together)
     tl.store(meta + GP, tl.sum(over_parts(tl.sum(mass, 0) * to_row, PACK, GP), 0))
     tl.store(meta + 2 * GP, tl.sum(over_parts(tl.sum(value_mass, 0) * to_row, PACK, GP), 0))

@@ -36,7 +36,7 @@ from lamp_compile.runtime.kernels.look_ahead import (
     load_values,
     narrow_scales,
     stored_tiles,
-    part_of,
+    first_key,
     round_row,
     scores_of,
     seen_scores,
@@ -226,20 +226,17 @@ def refine(
     next_tiles = picked(0, order, hot, tile, PACK)
     next_places = stored_tiles(TABLE, next_tiles, hi, BN, TILE, PAGED)
     next_k, next_v, next_allowed = narrow_scales(KS, VS, MASK, mask_key, next_places, next_tiles, hi, BN, KEY_MASK)
-    after_tiles = picked(PACK, order, hot, tile, PACK)
-    after_places = stored_tiles(TABLE, after_tiles, hi, BN, TILE, PAGED)
     for i in range(0, count, PACK):
         tiles, places = next_tiles, next_places
         k_narrow, v_narrow, allowed = finite_scale(next_k), finite_scale(next_v), next_allowed
-        next_tiles, next_places = after_tiles, after_places
+        next_tiles = picked(i + PACK, order, hot, tile, PACK)
+        next_places = stored_tiles(TABLE, next_tiles, hi, BN, TILE, PAGED)
         next_k, next_v, next_allowed = narrow_scales(KS, VS, MASK, mask_key, next_places, next_tiles, hi, BN, KEY_MASK)
-        after_tiles = picked(i + 2 * PACK, order, hot, tile, PACK)
-        after_places = stored_tiles(TABLE, after_tiles, hi, BN, TILE, PAGED)
         product = tl.broadcast_to(origin[None, :], (BN, COLUMNS))
         low_product = tl.zeros((BN, COLUMNS), tl.int32)
         residual = tl.zeros((BN, COLUMNS), tl.int32)
         for u in tl.static_range(PACK):
-            at_key = part_of(places, parts, u).to(tl.int64) * BN + key
+            at_key = first_key(places, parts, u, BN) + key
             k_high = load_keys(KH, at_key, HALF_K, HP_K)
             k_low = load_keys(KL, at_key, HALF_K, HP_K)
             mine = (part == u)[None, :]
@@ -294,7 +291,7 @@ def refine(
         a_fine = tl.zeros((HP_V, COLUMNS), tl.int32)
         c_fine = tl.zeros((HP_V, COLUMNS), tl.int32)
         for u in tl.static_range(PACK):
-            at_value = part_of(places, parts, u).to(tl.int64) * BN + key
+            at_value = first_key(places, parts, u, BN) + key
             v_high = load_values(VH, at_value, TILE, HALF_V, HP_V)
             v_low = load_values(VL, at_value, TILE, HALF_V, HP_V)
             mine = (part == u)[None, :]
