@@ -30,8 +30,8 @@ class LaunchPlan:
     most_splits: int = 128
     """Splits of one kv head's keys at most."""
     mixed_steps: int = 8
-    """Steps of the look-ahead's loop that one program has at least, where sequences share pages and differ in length."""
-    mixed_tiles: int = 16
+    """Steps of the look-ahead's loop that one program has at least, over pages, where sequences differ in length."""
+    mixed_tiles: int = 64
     """Sub-tiles that one program of the refinement looks at, likewise."""
     merge_chunk: int = 32
     """Partial results joined at a time."""

@@ -91,7 +91,13 @@ def test_slots_equal_a_cache_of_their_own(on_device: Any) -> None:
 def test_the_host_waits_for_nothing_but_tokens_of_the_launch_before(on_device: Any, temperature: float) -> None:
     fast = lamp_compile.compile(on_device)
     cache = fast.lamp.slots(streams=3, tokens=1024, max_length=256)
-    how: dict[str, Any] = {"max_new_tokens": 8, "cache": cache, "temperature": temperature, "eos_token_id": 7, "seed": 1}
+    how: dict[str, Any] = {
+        "max_new_tokens": 8,
+        "cache": cache,
+        "temperature": temperature,
+        "eos_token_id": 7,
+        "seed": 1,
+    }
     wanted = dict(fast.lamp.generate_many(prompts(), **how))
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -68,11 +68,9 @@ def first_key(places, parts, u: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def narrow_scales(
-    KS, VS, MASK, mask_key, places, tiles, hi, BN: tl.constexpr, KEY_MASK: tl.constexpr
-):  # fmt: skip
-    """Of the keys of sub-tiles, stored at ``places`` ``[PACK]``: both scales as stored, and what a mask of one number per key says. These are too small
-    for asynchronous copies: they are read one step ahead."""
+def narrow_scales(KS, VS, MASK, mask_key, places, tiles, hi, BN: tl.constexpr, KEY_MASK: tl.constexpr):
+    """Of the keys of sub-tiles, stored at ``places`` ``[PACK]``: both scales as stored, and what a mask of one number
+    per key says. These are too small for asynchronous copies: they are read one step ahead."""
     key = tl.arange(0, BN)[:, None]
     at = key + places[None, :] * BN
     return tl.load(KS + at), tl.load(VS + at), key_mask(MASK, key + tiles[None, :] * BN, mask_key, hi, KEY_MASK)
@@ -150,9 +148,9 @@ def look_ahead(
     """One split of the keys for one block of rows.
 
     A split has ``least_steps`` steps of the loop at least, so that of a short sequence the last splits are empty.
-    PARTIAL ``[.., slots, GP, Dv]`` takes the unnormalised output, of rows that see a key of this split; META ``[.., slots, FIELDS, GP]`` maximum, sum,
-    sum of p times squared value scale, largest key scale, largest importance; ENERGY ``[.., subtiles, GP]`` log2 of
-    each sub-tile's sqrt(sum p^2), PEAK ``[.., subtiles]`` its largest value scale.
+    PARTIAL ``[.., slots, GP, Dv]`` takes the unnormalised output, of rows that see a key of this split; META
+    ``[.., slots, FIELDS, GP]`` maximum, sum, sum of p times squared value scale, largest key scale, largest importance;
+    ENERGY ``[.., subtiles, GP]`` log2 of each sub-tile's sqrt(sum p^2), PEAK ``[.., subtiles]`` its largest value scale.
     """
     wait_for_launch(PDL)
     split, bg, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)

@@ -32,14 +32,14 @@ from lamp_compile.runtime.kernels._device import (
 )
 from lamp_compile.runtime.kernels.look_ahead import (
     dither,
+    first_key,
     load_keys,
     load_values,
     narrow_scales,
-    stored_tiles,
-    first_key,
     round_row,
     scores_of,
     seen_scores,
+    stored_tiles,
 )
 
 

@@ -34,7 +34,8 @@ class Target:
 class Cut:
     """One call, cut: rows of a program (tokens x group, padded), sub-tiles that share a pass (``_device.py``), tokens
     and number of its row blocks, sub-tiles of a sequence, splits of the look-ahead, segments of the refinement and
-    their length in sub-tiles; steps of a split and sub-tiles of a segment at least, where sequences differ in length."""
+    their length in sub-tiles; where sequences differ in length, steps of a split and sub-tiles of a segment at
+    least."""
 
     rows: int
     pack: int
