@@ -19,7 +19,7 @@ from lamp_compile.frontends.huggingface.many import ManyPrompts
 from lamp_compile.runtime import guard
 
 WARM_NEW = 8
-WARM_PROMPTS = 64
+WARM_PROMPTS = 96
 """How kernels are cut depends on the length of a prompt, and each cut is compiled once: outside the clock."""
 CHECKED_NEW = 48
 KEPT_LOGITS = 4
