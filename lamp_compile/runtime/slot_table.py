@@ -69,9 +69,10 @@ class SlotTable:
         """Tokens that the slot's pages hold; 0 for a free slot."""
         return len(self._owned[slot] or ()) * self.tile
 
-    def listed(self, slot: int) -> int:
-        """Columns of the block table that the slot uses, rounded up to a power of two: kernels are compiled for few."""
-        return min(self.width, 1 << (len(self._owned[slot] or ()) - 1).bit_length()) if self._owned[slot] else 1
+    def columns_for(self, tokens: int) -> int:
+        """Columns of the block table that so many tokens need, rounded up to a power of two: kernels are compiled for
+        few numbers."""
+        return min(self.width, 1 << (layout.tiles_for(tokens, self.tile) - 1).bit_length())
 
     def admit(self, tokens: int) -> int:
         """A free slot with pages for ``tokens`` tokens and a length of 0.
@@ -164,7 +165,7 @@ class SlotRows:
     Args:
         table: Of all slots.
         slot: The one; None for all.
-        reserved: No pages are handed out any more: the slot has all it needs.
+        upto: The one slot holds so many tokens at most, and has pages for them; None: pages are handed out as needed.
     """
 
     block_table: Tensor
@@ -173,8 +174,8 @@ class SlotRows:
     positions: Tensor
     live: Tensor
 
-    def __init__(self, table: SlotTable, slot: int | None = None, reserved: bool = False) -> None:
-        self.table, self.slot, self.reserved = table, slot, reserved
+    def __init__(self, table: SlotTable, slot: int | None = None, upto: int | None = None) -> None:
+        self.table, self.slot, self.upto = table, slot, upto
         self.count = table.slots if slot is None else 1
         self.tile = table.tile
         if slot is not None:
@@ -184,8 +185,8 @@ class SlotRows:
             for name in SHARED:
                 tensor = getattr(table, name)
                 setattr(self, name, tensor if slot is None else tensor[slot : slot + 1])
-            if slot is not None and reserved:  # attention is cut for what the table lists: no more than the slot has
-                self.block_table = self.block_table[:, : table.listed(slot)]
+            if upto is not None:  # attention is cut for as many tokens as the table lists
+                self.block_table = self.block_table[:, : table.columns_for(upto)]
 
     def open(self, rows: int) -> None:
         """Begin a step of ``rows`` new tokens per sequence. Outside a compiled graph, slots get the pages they lack;
@@ -225,7 +226,7 @@ class SlotRows:
 
     def _make_room(self, rows: int, taking: Tensor) -> None:
         self.check_current()
-        if self.reserved:
+        if self.upto is not None:
             return
         first = 0 if self.slot is None else self.slot
         wanted = {

@@ -211,7 +211,7 @@ class ManyPrompts:
         """Read a prompt into a free slot, with pages for all that it may become, and choose its first token."""
         slot = self.cache.admit(sequence.tokens)
         self._running[slot] = sequence
-        view = self.cache.view(slot, reserved=True)
+        view = self.cache.view(slot, upto=len(sequence.prompt))
         logits = self._forward(self._prefill, upload(sequence.prompt[None], self._device), view)
         self._choose([slot], logits)
 

@@ -149,8 +149,9 @@ def look_ahead(
 
     A split has ``least_steps`` steps of the loop at least, so that of a short sequence the last splits are empty.
     PARTIAL ``[.., slots, GP, Dv]`` takes the unnormalised output, of rows that see a key of this split; META
-    ``[.., slots, FIELDS, GP]`` maximum, sum, sum of p times squared value scale, largest key scale, largest importance;
-    ENERGY ``[.., subtiles, GP]`` log2 of each sub-tile's sqrt(sum p^2), PEAK ``[.., subtiles]`` its largest value scale.
+    ``[.., slots, FIELDS, GP]`` maximum, sum, sum of p times squared value scale, largest key scale and importance;
+    ENERGY ``[.., subtiles, GP]`` log2 of each sub-tile's sqrt(sum p^2), PEAK ``[.., subtiles]`` its largest value
+    scale.
     """
     wait_for_launch(PDL)
     split, bg, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
