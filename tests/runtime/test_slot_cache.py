@@ -395,23 +395,3 @@ def test_bytes_are_those_of_the_pool() -> None:
     assert cache.nbytes == 1024 * 2 * G * D * 8.25 / 8
     assert cache.memory()["guard"] == 8 * G * (4 * 4 + 7 * 8)
     assert slots(tokens=100, max_length=4000).max_length == 128, "no slot can list more pages than there are"
-
-
-def test_a_view_up_to_a_length_reads_no_length_and_lists_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = slots()
-    slot = cache.admit(100)
-    with says(CacheError, "pages for 128 tokens, not for 129"):
-        cache.view(slot, upto=129)
-    with says(OptionError, "upto is 0"):
-        cache.view(slot, upto=0)
-    view = cache.view(slot, upto=70)
-    assert view.rows.block_table.shape[1] == 4, "three pages, rounded up to a power of two"
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.Tensor, "tolist", lambda self: pytest.fail("a tensor was read"))
-        view.update(*rows(70, 1), 0)
-        found = attend(view, _query(1))
-    assert cache.length(slot) == 70
-    other = cache.admit(100)
-    plain = cache.view(other)
-    plain.update(*rows(70, 1), 0)
-    assert torch.allclose(found, attend(plain, _query(1)), atol=1e-6)
