@@ -3,9 +3,9 @@
     python benchmarks/control_relation.py MODEL TEXT --windows 8 --context 1024 --out results.json
 
 For each tau: the root mean square over layers, kv heads and windows of the certificate's estimate of the relative error
-of an attention's output, and the share of positions whose most likely next token is the uncompiled model's. The guard is
-off; every query decides for itself, as in decoding. ``slope`` is disagreement over estimate; the controller's default
-(``runtime/controller.py``: AGREEMENT_SLOPE) must be at least the largest of a row whose estimate is 0.02 or more.
+of an attention's output, and the share of positions whose most likely next token is the uncompiled model's. The guard
+is off; every query decides for itself, as in decoding. ``predicted`` is the disagreement that the controller's default
+relation (``control_plan.RELATION``) gives for the estimate: cautious where it is at least the measured one.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import lamp_compile
+from lamp_compile.control_plan import RELATION
 from lamp_compile.errors import LampError
 from lamp_compile.quality import load
 from lamp_compile.quality.environment import environment, write_json
@@ -49,6 +50,7 @@ def measure(model: Any, windows: torch.Tensor, device: str, taus: tuple[float, .
                     layer.reference_only = True
                 comparisons[tau].add(wanted, fast(input_ids=ids, past_key_values=cache).logits, ids)
                 squares[tau].append(estimate(cache))
+    base, start, slope = RELATION
     rows = []
     for tau in taus:
         scores, error = comparisons[tau].result(), math.sqrt(sum(squares[tau]) / len(squares[tau]))
@@ -60,7 +62,7 @@ def measure(model: Any, windows: torch.Tensor, device: str, taus: tuple[float, .
                 "agreement_low": scores.agreement_low,
                 "kl": scores.kl,
                 "positions": scores.positions,
-                "slope": (1 - scores.agreement) / error,
+                "predicted": base + slope * max(0.0, error - start),
             }
         )
     return rows
@@ -80,9 +82,10 @@ def main(argv: list[str] | None = None) -> int:
     rows = measure(model, picked, args.device)
     head = environment(args.device)
     print(f"{Path(args.model).name}, {args.windows} windows of {args.context} on {head['device']}")
-    print(f"{'tau':>6s} {'estimate':>9s} {'agreement':>10s} {'KL':>9s} {'slope':>7s}")
+    print(f"{'tau':>6s} {'estimate':>9s} {'agreement':>10s} {'KL':>9s} {'predicted':>10s}")
     for row in rows:
-        print(f"{row['tau']:6g} {row['estimate']:9.4f} {row['agreement']:10.4%} {row['kl']:9.2e} {row['slope']:7.4f}")
+        numbers = f"{row['tau']:6g} {row['estimate']:9.4f} {row['agreement']:10.4%} {row['kl']:9.2e}"
+        print(f"{numbers} {1 - row['predicted']:10.4%}")
     if args.out:
         data = {**head, "model": Path(args.model).name, "windows": args.windows, "context": args.context, "rows": rows}
         write_json(args.out, data)

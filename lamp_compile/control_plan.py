@@ -15,6 +15,11 @@ GOALS = ("speed", "refined")
 """Targets that say how cheap a step should be. At most one of them; an error limit beside it has the last word."""
 
 
+RELATION = (0.006, 0.036, 0.65)
+"""Default (base, start, slope) of disagreement = base + slope * max(0, error - start), where error is the certificate's
+estimate: at or above what was measured on two trained models (``benchmarks/control_relation.py``)."""
+
+
 @dataclass(frozen=True)
 class ControlPlan:
     """Targets and limits of the precision controller (``runtime/controller.py``)."""
@@ -34,9 +39,17 @@ class ControlPlan:
     """``tau`` never goes above this."""
     interval: float = 0.2
     """Seconds between readings, at least: the thread waits longer where reading takes long."""
-    relation: tuple[float, float] | None = None
-    """(factor, power): disagreement = factor * error ** power, measured on this model; None takes a cautious default,
-    and reports say "uncalibrated"."""
+    relation: tuple[float, float, float] | None = None
+    """(base, start, slope) of disagreement = base + slope * max(0, error - start), measured on this model; None takes
+    ``RELATION``, and reports say "uncalibrated"."""
+
+    @property
+    def error_limit(self) -> float | None:
+        """The estimated relative error that no layer should exceed, or None without such a target."""
+        if self.quality is None:
+            return self.error_budget
+        base, start, slope = self.relation or RELATION
+        return start + (1.0 - self.quality - base) / slope
 
     def validate(self, where: str = "plan, control") -> None:
         """Check every field, and that the targets do not contradict each other.
@@ -50,12 +63,6 @@ class ControlPlan:
         for name in ("error_budget", "speed"):
             if getattr(self, name) is not None:
                 number(getattr(self, name), name, where, above=0.0)
-        if self.quality == 1.0:
-            raise PlanError(
-                "quality is 1: no rounded cache agrees always",
-                where=where,
-                fix="below 1, such as 0.99; apply: false keeps the original attention",
-            )
         for name in ("tau_least", "tau_most", "interval"):
             number(getattr(self, name), name, where, above=0.0)
         if self.tau_least >= self.tau_most:
@@ -63,11 +70,19 @@ class ControlPlan:
                 f"tau_least {self.tau_least} is not below tau_most {self.tau_most}", where=where, fix="leave both out"
             )
         if self.relation is not None:
-            if not isinstance(self.relation, tuple) or len(self.relation) != 2:
-                raise PlanError(f"relation is {self.relation!r}", where=where, fix="two numbers, or null")
-            for value in self.relation:
-                number(value, "relation", where, above=0.0)
+            if not isinstance(self.relation, tuple) or len(self.relation) != 3:
+                raise PlanError(f"relation is {self.relation!r}", where=where, fix="three numbers, or null")
+            for value in self.relation[:2]:
+                number(value, "relation", where, least=0.0)
+            number(self.relation[2], "relation", where, above=0.0)
         self._check_targets(where)
+        if self.quality is not None and 1.0 - self.quality <= (self.relation or RELATION)[0]:
+            raise PlanError(
+                f"quality {self.quality:g} is beyond what both planes everywhere are known to give "
+                f"({1.0 - (self.relation or RELATION)[0]:g})",
+                where=where,
+                fix="a lower one; a relation measured on this model; or apply: false for its most sensitive layers",
+            )
 
     def _check_targets(self, where: str) -> None:
         given = [name for name in (*LIMITS, *GOALS) if getattr(self, name) is not None]

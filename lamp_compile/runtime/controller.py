@@ -3,8 +3,8 @@ a thread beside a torch model and a loop around an ONNX session drive the same f
 
 It works on log tau. A limit on the error moves each site by a share of log(aim / error); a goal moves all sites by the
 same share of its own ratio; where both are given a site takes the smaller move. Around the aim lies a band in which
-nothing moves, wider once a site has settled in it, and a move against the one before halves the share: so a
-noisy or steep response does not swing. Evidence that cannot be judged, a raised floor, a non-finite output: tau is halved.
+nothing moves, wider once a site has settled in it, and a move against the one before halves the share: so a noisy or
+steep response does not swing. Evidence that cannot be judged, a raised floor, a non-finite output: tau is halved.
 """
 
 from __future__ import annotations
@@ -16,9 +16,6 @@ from dataclasses import dataclass, replace
 from lamp_compile.control_plan import ControlPlan
 from lamp_compile.errors import OptionError
 
-RELATION = (1.0, 1.3)
-"""Default (factor, power) of disagreement = factor * error ** power, with the certificate's estimate as the error.
-Above all rows measured on two trained models (``benchmarks/control_relation.py``)."""
 AIM = 0.9
 """Aim at this share of a limit."""
 SETTLE = (0.75, 0.98)
@@ -122,16 +119,6 @@ def initial(target: ControlPlan, taus: Sequence[float]) -> State:
     return State(target, tuple(SiteState(tau, tau, tau, target.tau_most) for tau in taus))
 
 
-def error_limit(target: ControlPlan) -> float | None:
-    """The estimated relative error that no site should exceed, or None without such a target."""
-    if target.error_budget is not None:
-        return target.error_budget
-    if target.quality is None:
-        return None
-    factor, power = target.relation or RELATION
-    return float(((1.0 - target.quality) / factor) ** (1.0 / power))
-
-
 def step(state: State, statistics: Statistics) -> State:
     """One reading taken in: the new state, with every site's new tau.
 
@@ -142,7 +129,7 @@ def step(state: State, statistics: Statistics) -> State:
         raise OptionError(
             f"{len(statistics.sites)} samples for {len(state.sites)} sites", where="controller.step", fix="one each"
         )
-    limit = error_limit(state.target)
+    limit = state.target.error_limit
     sound = [_sound(sample) for sample in statistics.sites]
     goal, goal_gain, goal_direction, goal_settled = _goal(state, statistics, sound)
     made, bound, backed_off = [], 0, 0
@@ -212,9 +199,7 @@ def _room(site: SiteState, error: float, limit: float | None) -> tuple[float, bo
     return math.log(AIM / max(share, TINY)), False
 
 
-def _goal(
-    state: State, statistics: Statistics, sound: Sequence[bool]
-) -> tuple[float | None, float, int, bool]:
+def _goal(state: State, statistics: Statistics, sound: Sequence[bool]) -> tuple[float | None, float, int, bool]:
     """The move of log tau that the goal asks of all sites, already damped; None without a goal."""
     target, same = state.target, (state.gain, state.direction, state.settled)
     if target.speed is None and target.refined is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from dataclasses import replace
@@ -82,9 +83,7 @@ def run(state, error_of, steps, noise=0.0, seed=0):
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    slope=st.floats(0.2, 6.0), knee=st.floats(0.003, 0.1), start=st.floats(2e-4, 0.2), budget=st.floats(0.02, 0.3)
-)
+@given(slope=st.floats(0.2, 6.0), knee=st.floats(0.003, 0.1), start=st.floats(2e-4, 0.2), budget=st.floats(0.02, 0.3))
 def test_converges_and_then_stands_still(slope: float, knee: float, start: float, budget: float) -> None:
     error_of = plant(slope, knee, 0.001)
     target = ControlPlan(error_budget=budget)
@@ -107,8 +106,8 @@ def test_noise_does_not_make_it_swing(slope: float, seed: int) -> None:
     target = ControlPlan(error_budget=0.1)
     state, _ = run(controller.initial(target, (0.01,)), plant(slope, 0.02, 0.001), 100, 0.1, seed)
     _, path = run(state, plant(slope, 0.02, 0.001), 200, 0.1, seed + 1)
-    moves = [b / a for a, b in zip(path, path[1:], strict=False) if a != b]
-    turns = sum((a > 1) != (b > 1) for a, b in zip(moves, moves[1:], strict=False))
+    moves = [b / a for a, b in itertools.pairwise(path) if a != b]
+    turns = sum((a > 1) != (b > 1) for a, b in itertools.pairwise(moves))
     assert max(path) / min(path) < 2
     assert turns < 20
 
@@ -145,8 +144,14 @@ def test_the_guard_acting_backs_off_and_is_not_tried_again_at_once() -> None:
 
 @pytest.mark.parametrize(
     "sample",
-    [SiteSample(9, math.nan), SiteSample(9, math.inf), SiteSample(9, -1.0), SiteSample(-1, 0.1), SiteSample(9, 0.0, 1, 2)],
-)  # fmt: skip
+    [
+        SiteSample(9, math.nan),
+        SiteSample(9, math.inf),
+        SiteSample(9, -1.0),
+        SiteSample(-1, 0.1),
+        SiteSample(9, 0.0, 1, 2),
+    ],
+)
 def test_evidence_that_cannot_be_judged_counts_against_tau(sample: SiteSample) -> None:
     state = controller.step(controller.initial(ControlPlan(error_budget=0.1), (0.01,)), Statistics((sample,)))
     assert state.sites[0].tau == pytest.approx(0.005)
@@ -199,17 +204,18 @@ def test_counters_wrap_and_are_set_back() -> None:
 
 
 def test_quality_becomes_an_error_budget_that_shrinks_with_it() -> None:
-    limits = [controller.error_limit(ControlPlan(quality=q)) for q in (0.9, 0.99, 0.999)]
+    limits = [ControlPlan(quality=q).error_limit for q in (0.9, 0.99, 0.993)]
     assert limits[0] > limits[1] > limits[2] > 0
-    assert controller.error_limit(ControlPlan(quality=0.99, relation=(1.0, 1.0))) == pytest.approx(0.01)
-    assert controller.error_limit(ControlPlan(speed=3.0)) is None
+    assert ControlPlan(quality=0.99, relation=(0.0, 0.0, 1.0)).error_limit == pytest.approx(0.01)
+    assert ControlPlan(speed=3.0).error_limit is None
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         ({}, "nothing to hold"),
-        ({"quality": 1.0}, "no rounded cache agrees always"),
+        ({"quality": 1.0}, "beyond what both planes"),
+        ({"quality": 0.995}, "quality 0.995 is beyond"),
         ({"quality": 0}, "quality is 0"),
         ({"quality": 1.5}, "quality is 1.5"),
         ({"error_budget": 0.0}, "error_budget is 0.0"),
@@ -219,7 +225,7 @@ def test_quality_becomes_an_error_budget_that_shrinks_with_it() -> None:
         ({"quality": 0.99, "error_budget": 0.1}, "contradict"),
         ({"speed": 3.0, "refined": 0.1}, "contradict"),
         ({"speed": 3.0, "tau_least": 0.5}, "tau_least 0.5 is not below"),
-        ({"quality": 0.99, "relation": (1.0,)}, "two numbers"),
+        ({"quality": 0.99, "relation": (1.0,)}, "three numbers"),
         ({"quality": True}, "quality is True"),
     ],
 )
