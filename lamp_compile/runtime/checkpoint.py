@@ -105,5 +105,5 @@ def _scatter(layers: list[NestedLayer], state: Tensor, stats: Tensor) -> None:
     sizes: list[Any] = [layer.state.shape[0] * layer.state.shape[1] for layer in layers]
     for name, whole in (("state", state), ("stats", stats)):
         targets = [getattr(layer, name) for layer in layers]
-        parts = [part.view_as(target) for part, target in zip(whole.split(sizes), targets, strict=True)]
+        parts = [part.view_as(target) for part, target in zip(torch.split(whole, sizes), targets, strict=True)]
         torch._foreach_copy_(targets, parts)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lamp_compile.errors import CacheError
 from lamp_compile.ir import Floor
 from lamp_compile.runtime import guard
 from lamp_compile.runtime.attend_in_parts import attend_in_parts
@@ -17,10 +16,15 @@ from lamp_compile.runtime.growable_layer import rounded_capacity
 from lamp_compile.runtime.host_copy import HostCopy
 from lamp_compile.runtime.plane_handle import PlaneHandle
 
+OUTSIDE: Any = torch.compiler.disable(  # type: ignore[no-untyped-call]
+    reason="exact_tier 'host' needs eager steps: a graph cannot fetch from the host on demand"
+)
+"""In a user's own torch.compile a graph break; with fullgraph=True Dynamo raises and gives the reason."""
+
 
 class InsuredLayer(NestedLayer):
-    """``NestedLayer`` for ``exact_tier="host"``. Eager steps only: a graph knows neither the host's position nor which
-    level comes up.
+    """``NestedLayer`` for ``exact_tier="host"``. It works outside graphs only: they know neither the host's position nor
+    which level comes up.
 
     Every step asks whether a floor is 2, which waits for a GPU once a layer; a step at floor 2 runs the reference.
     """
@@ -29,25 +33,20 @@ class InsuredLayer(NestedLayer):
     copy: HostCopy
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """As of ``NestedLayer``, and the copy.
-
-        Raises:
-            CacheError: Within a graph.
-        """
-        self._refuse_graph()
+        """As of ``NestedLayer``, and the copy."""
         super().lazy_initialization(key_states, value_states)
         self.copy = HostCopy(self.max_cache_len, key_states, value_states)
         self._held = 0
 
+    @OUTSIDE  # type: ignore[untyped-decorator]
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[PlaneHandle, PlaneHandle]:
         """Quantise new rows into the planes and store them as they are.
 
         Raises:
-            CacheError: See ``admit``; or within a graph.
+            CacheError: See ``admit``.
         """
-        self._refuse_graph()
         handles = super().update(key_states, value_states, *args, **kwargs)
         self.copy.write(key_states, value_states, self._held)
         self._held += int(key_states.shape[-2])
@@ -58,6 +57,7 @@ class InsuredLayer(NestedLayer):
         self.spec.ledger.events["exact copies fetched"] += 1
         return self.copy.fetch(self._held)
 
+    @OUTSIDE  # type: ignore[untyped-decorator]
     def _run(self, q: Tensor, seen: tuple[Tensor | None, ...], options: dict[str, Any]) -> Tensor:
         level = torch.maximum(self.state[..., guard.FLOOR], self.controls.floor)
         if not bool((level >= Floor.EXACT).any()):
@@ -69,14 +69,6 @@ class InsuredLayer(NestedLayer):
         self.state.copy_(state)
         self.stats.copy_(stats)
         return out
-
-    def _refuse_graph(self) -> None:
-        if torch.compiler.is_compiling():
-            raise CacheError(
-                "exact_tier 'host' needs eager steps: a graph cannot fetch from the host on demand",
-                where=self.name,
-                fix="mode='eager', or exact_tier 'none'",
-            )
 
     def host_marks(self) -> tuple[int, ...]:
         """What the host counts."""

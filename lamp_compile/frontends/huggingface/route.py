@@ -14,12 +14,14 @@ from lamp_compile.errors import ModelError
 from lamp_compile.frontends import linears
 from lamp_compile.frontends.huggingface import attention, planning
 from lamp_compile.frontends.huggingface.compiled import Lamp, summary
+from lamp_compile.frontends.huggingface.control import Control
 from lamp_compile.frontends.huggingface.hooks import attach
 from lamp_compile.frontends.huggingface.sites import probe, probe_ids
 from lamp_compile.frontends.structure import structural_copy
 from lamp_compile.linear_plan import LinearPlan
 from lamp_compile.plan import Plan, SitePlan
 from lamp_compile.report import Report
+from lamp_compile.runtime.controller_thread import StepClock
 from lamp_compile.runtime.controls import Controls
 
 
@@ -93,6 +95,8 @@ def compile_model(
         controls = Controls()
         chosen = planning.applied(made, sites, fuel)
         spec = planning.make_spec(fast, made, sites, chosen, controls)
+        if made.control is not None:
+            Control(made.control, controls, spec, StepClock())  # before anything is changed: raises where it cannot be
     except BaseException:
         fast.set_attn_implementation(before)  # type: ignore[operator]
         raise
