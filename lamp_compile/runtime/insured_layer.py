@@ -23,8 +23,8 @@ OUTSIDE: Any = torch.compiler.disable(  # type: ignore[no-untyped-call]
 
 
 class InsuredLayer(NestedLayer):
-    """``NestedLayer`` for ``exact_tier="host"``. It works outside graphs only: they know neither the host's position nor
-    which level comes up.
+    """``NestedLayer`` for ``exact_tier="host"``. It works outside graphs only: they know neither the host's position
+    nor which level comes up.
 
     Every step asks whether a floor is 2, which waits for a GPU once a layer; a step at floor 2 runs the reference.
     """

@@ -204,7 +204,7 @@ def test_counters_wrap_and_are_set_back() -> None:
 
 
 def test_quality_becomes_an_error_budget_that_shrinks_with_it() -> None:
-    limits = [ControlPlan(quality=q).error_limit for q in (0.9, 0.99, 0.993)]
+    limits = [ControlPlan(quality=q).error_limit for q in (0.9, 0.95, 0.99)]
     assert limits[0] > limits[1] > limits[2] > 0
     assert ControlPlan(quality=0.99, relation=(0.0, 0.0, 1.0)).error_limit == pytest.approx(0.01)
     assert ControlPlan(speed=3.0).error_limit is None
@@ -215,7 +215,7 @@ def test_quality_becomes_an_error_budget_that_shrinks_with_it() -> None:
     [
         ({}, "nothing to hold"),
         ({"quality": 1.0}, "beyond what both planes"),
-        ({"quality": 0.995}, "quality 0.995 is beyond"),
+        ({"quality": 0.991}, "quality 0.991 is beyond"),
         ({"quality": 0}, "quality is 0"),
         ({"quality": 1.5}, "quality is 1.5"),
         ({"error_budget": 0.0}, "error_budget is 0.0"),
