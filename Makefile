@@ -62,6 +62,7 @@ golden: $(STAMP)
 	$(BIN)/python -m tests.models.table --write
 	$(BIN)/python -m tests.project.operator_page --write
 	$(BIN)/python -m tests.project.results_page --write
+	$(BIN)/python -m tests.project.control_page --write
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/compile_time.py $(MODEL)

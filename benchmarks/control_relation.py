@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 import lamp_compile
+from lamp_compile.control_plan import RELATION
 from lamp_compile.errors import LampError
 from lamp_compile.quality import load, relation
 from lamp_compile.quality.environment import environment, write_json
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{'tau':>6s} {'estimate':>9s} {'agreement':>10s} {'KL':>9s} {'predicted':>10s}")
     for row in rows:
         numbers = f"{row.tau:6g} {row.estimate:9.4f} {row.agreement:10.4%} {row.kl:9.2e}"
-        print(f"{numbers} {1 - row.predicted:10.4%}")
+        print(f"{numbers} {1 - relation.predict(RELATION, row.estimate):10.4%}")
     print("relation of this model: " + ", ".join(f"{value:.4g}" for value in fitted))
     if args.out:
         data = {**head, "model": Path(args.model).name, "windows": args.windows, "context": args.context}

@@ -21,10 +21,12 @@ _HOME = {
     "Plan": "lamp_compile.plan",
     "SitePlan": "lamp_compile.plan",
     "GuardPlan": "lamp_compile.plan",
+    "ControlPlan": "lamp_compile.control_plan",
     "LinearPlan": "lamp_compile.linear_plan",
     "LampError": "lamp_compile.errors",
 }
 __all__ = [
+    "ControlPlan",
     "DecodeStep",
     "GuardPlan",
     "LampError",
@@ -42,6 +44,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from lamp_compile.api import compile, disable, explain, rewrite
+    from lamp_compile.control_plan import ControlPlan
     from lamp_compile.errors import LampError
     from lamp_compile.frontends.huggingface.decode_step import DecodeStep
     from lamp_compile.linear_plan import LinearPlan

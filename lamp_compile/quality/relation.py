@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lamp_compile.control_plan import RELATION
 from lamp_compile.errors import InputError
 from lamp_compile.quality.metrics import Comparison
 from lamp_compile.runtime import guard
@@ -34,8 +33,6 @@ class RelationRow:
     """Lower end of its 95 % interval."""
     kl: float
     positions: int
-    predicted: float
-    """Disagreement by the controller's default relation."""
 
 
 def measure(model: Any, fast: Any, windows: Tensor, taus: Sequence[float] = TAUS) -> Iterator[RelationRow]:
@@ -72,9 +69,7 @@ def measure(model: Any, fast: Any, windows: Tensor, taus: Sequence[float] = TAUS
             fast.lamp.controls.set(tau=tau, sites=name, by="measurement")
     for tau, comparison, square in zip(taus, comparisons, squares, strict=True):
         scores, error = comparison.result(), math.sqrt(square)
-        yield RelationRow(
-            tau, error, scores.agreement, scores.agreement_low, scores.kl, scores.positions, predict(RELATION, error)
-        )
+        yield RelationRow(tau, error, scores.agreement, scores.agreement_low, scores.kl, scores.positions)
 
 
 def predict(relation: tuple[float, float, float], error: float) -> float:

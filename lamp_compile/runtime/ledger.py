@@ -5,7 +5,6 @@ Caches are watched weakly. What one counted is kept when it dies, is reset, or g
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections import Counter, deque
 from typing import Any
@@ -25,7 +24,6 @@ class Ledger:
 
     def __init__(self) -> None:
         self.events: Counter[str] = Counter()
-        self._lock = threading.Lock()
         self._live: dict[int, weakref.ref[Any]] = {}
         self._pending: deque[tuple[str, Tensor]] = deque()
         self._past: dict[str, list[int]] = {}
@@ -36,8 +34,7 @@ class Ledger:
 
     def watch(self, cache: Any) -> None:
         """Take a new cache into account from now on."""
-        with self._lock:
-            self._live[id(cache)] = weakref.ref(cache)
+        self._live[id(cache)] = weakref.ref(cache)
         # A finaliser may run anywhere, also while a graph is captured: it takes names down and touches no device.
         weakref.finalize(cache, self._gone, id(cache), cache.layers).atexit = False
         if len(self._pending) > MOST_PENDING:
@@ -45,8 +42,7 @@ class Ledger:
 
     def caches(self) -> list[Any]:
         """The caches that are alive."""
-        with self._lock:
-            found = [ref() for ref in self._live.values()]
+        found = [ref() for ref in self._live.copy().values()]  # copied in one go: finalisers run in any thread
         return [cache for cache in found if cache is not None]
 
     def retire(self, site: str, stats: Tensor) -> None:
@@ -89,6 +85,6 @@ def _counts(layer: Any) -> bool:
 
 
 def _add(counts: dict[str, list[int]], site: str, stats: Tensor) -> None:
-    new = stats.reshape(-1, stats.shape[-1]).sum(0).tolist()
+    new = [sum(column) for column in zip(*stats.reshape(-1, stats.shape[-1]).tolist(), strict=True)]
     held = counts.get(site, [0] * len(new))
     counts[site] = [a + b for a, b in zip(held, new, strict=True)]

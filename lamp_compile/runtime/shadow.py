@@ -81,7 +81,9 @@ class SiteError:
     """Sum over rows of the squared relative error."""
     largest: float = 0.0
     over_budget: int = 0
-    """Rows beyond the guard's budget."""
+    """Rows beyond the guard's budget, those that are not finite included."""
+    nonfinite: int = 0
+    """Rows that are not finite on either way; they stay out of the sums."""
 
 
 class ShadowTally:
@@ -113,7 +115,8 @@ class ShadowTally:
         """JSON-ready: steps, positions, agreement, mean and largest KL in nats, and by site the true relative error."""
         sites = {}
         for name, site in self.sites.items():
-            rms = (site.square / site.rows) ** 0.5 if site.rows else 0.0
+            rows = site.rows - site.nonfinite
+            rms = (site.square / rows) ** 0.5 if rows > 0 else 0.0
             kept = {key: value for key, value in asdict(site).items() if key != "square"}
             sites[name] = {**kept, "error": rms}
         compared = self.positions - self.nonfinite
@@ -145,9 +148,11 @@ class Measure:
         wrong = (lamp.double() - exact.double()).square().sum(-1)
         budget = layer.controls.budget.double().square().repeat_interleave(q.shape[1] // layer.num_heads)
         square = torch.where(size > 0, wrong / size.clamp_min(1e-300), 0.0)
-        over = (square > budget[None, :, None]).sum()
-        rows = (size > 0).sum()
-        self._found.append((layer, basis, torch.stack((rows.double(), square.sum(), square.amax(), over.double()))))
+        lost = ~square.isfinite()
+        over = (square > budget[None, :, None]) | lost
+        square = square.masked_fill(lost, 0.0)
+        numbers = ((size != 0).sum(), square.sum(), square.amax(), over.sum(), lost.sum())
+        self._found.append((layer, basis, torch.stack([x.double() for x in numbers])))
         return exact
 
     def finish(self, tally: ShadowTally) -> list[str]:
@@ -156,16 +161,17 @@ class Measure:
         if not self._found:
             return []
         loud = []
-        for (layer, basis, _), (rows, square, most, over) in zip(
+        for (layer, basis, _), (rows, square, most, over, lost) in zip(
             self._found, torch.stack([found for *_, found in self._found]).tolist(), strict=True
         ):
             site = tally.sites.setdefault(layer.name, SiteError(basis))
             site.basis = basis
             site.rows += int(rows)
             site.square += square
-            site.largest = max(site.largest, most**0.5) if most == most else float("inf")
+            site.largest = max(site.largest, most**0.5)
             site.over_budget += int(over)
-            if rows and not square / rows <= float(layer.controls.budget.max()) ** 2:
+            site.nonfinite += int(lost)
+            if lost or (rows and square / rows > float(layer.controls.budget.max()) ** 2):
                 loud.append(layer.name)
         tally.steps += 1
         return loud

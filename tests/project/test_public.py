@@ -12,6 +12,7 @@ import pytest
 import lamp_compile
 
 PUBLIC = {
+    "ControlPlan",
     "DecodeStep",
     "GuardPlan",
     "LampError",

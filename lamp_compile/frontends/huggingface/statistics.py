@@ -114,7 +114,7 @@ def collect(ledger: Ledger, controls: Controls, shadow: Any, control: Any) -> Ru
         counts = totals.get(name, [0] * guard.STATS_FIELDS)
         live = counts[guard.LIVE]
         layers = [layer for cache in ledger.caches() for layer in counted(cache) if layer.name == name]
-        squares = [float(layer.state[..., guard.ERROR].mean()) for layer in layers]
+        squares = [x for layer in layers for x in _errors(layer)]
         floors = [layer.state[..., guard.FLOOR].amax(0).tolist() for layer in layers]
         floors.append(controls[name].floor.tolist())
         sites.append(
@@ -139,3 +139,9 @@ def collect(ledger: Ledger, controls: Controls, shadow: Any, control: Any) -> Ru
         shadow.to_dict() if shadow is not None else None,
         control.status() if control is not None else None,
     )
+
+
+def _errors(layer: Any) -> list[float]:
+    """Mean squared relative errors of the sequences and kv heads that took a step."""
+    found: list[float] = layer.state[..., guard.ERROR][layer.stats[..., guard.STEPS] > 0].tolist()
+    return found
