@@ -122,7 +122,8 @@ class Writer:
 
     def __init__(self, controls: Controls) -> None:
         self._controls = controls
-        self._staged: dict[str, tuple[Tensor, Any]] = {}
+        self._staged: dict[str, Tensor] = {}
+        self._streams: dict[torch.device, Any] = {}
 
     def write(self, site: str, tau: Sequence[float]) -> None:
         """Set one site's tau, one number per kv head."""
@@ -130,10 +131,12 @@ class Writer:
         if target.device.type != "cuda":
             self._controls.set(tau=tau, sites=site, by=self._controls.holder or "controller")
             return
+        if target.device not in self._streams:
+            self._streams[target.device] = torch.cuda.Stream(target.device)  # type: ignore[no-untyped-call]
         if site not in self._staged:
-            self._staged[site] = (torch.empty(target.shape, pin_memory=True), torch.cuda.Stream(target.device))  # type: ignore[no-untyped-call]
-        staged, stream = self._staged[site]
-        stream.synchronize()  # its own: the last write of this site
+            self._staged[site] = torch.empty(target.shape, pin_memory=True)
+        staged, stream = self._staged[site], self._streams[target.device]
+        stream.synchronize()  # its own: writes before this one
         staged.copy_(_per_head(tau, target.shape[0], f"tau of {site}"))
         with torch.cuda.stream(stream):
             target.copy_(staged, non_blocking=True)

@@ -38,8 +38,9 @@ class SideCopies:
             if x.device.type != "cuda":
                 copies.append(x.detach().clone())
                 continue
-            stream = self._streams.setdefault(x.device, None) or torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]
-            self._streams[x.device] = stream
+            if x.device not in self._streams:
+                self._streams[x.device] = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]
+            stream = self._streams[x.device]
             buffer = self._buffers.get((x.device, index))
             if buffer is None or buffer.shape != x.shape or buffer.dtype != x.dtype:
                 buffer = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
