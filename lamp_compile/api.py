@@ -35,8 +35,6 @@ def compile(
     fuel: int | None = None,
     balance: str = "auto",
     linears: Any = "never",
-    control: Any = None,
-    shadow: float = 0.0,
     **options: Any,
 ) -> Any:
     """Give back the model with look-ahead mixed precision attention. The argument stays as it is; the weights are
@@ -57,10 +55,10 @@ def compile(
         linears: Linear layers of a transformers decoder: "never" leaves them; "auto" reads weights in INT8 where it is
         measured faster on this CPU, except the output head; "int8" or "int8_dynamic" takes all; or rows
         (``LinearPlan``), as ``quality.linears.calibrate`` chooses them on a text.
-        control: Start the precision controller: ``{"quality": 0.99}`` or other fields of ``ControlPlan``
-        (``fast.lamp.control``).
-        shadow: Share of steps that also run without approximation, to measure the true error.
-        **options: Fields of every site of the plan (``tau``, ``rule``, ``k_format``, ``guard_budget``, ...).
+        **options: Fields of every site of the plan (``tau``, ``rule``, ``k_format``, ``guard_budget``, ...). For
+        transformers decoders also ``control``, which starts the precision controller (``{"quality": 0.99}`` or other
+        fields of ``ControlPlan``), and ``shadow``, the share of steps that also run without approximation, to measure
+        the true error.
 
     Raises:
         OptionError: An option is unknown or impossible.
@@ -68,7 +66,7 @@ def compile(
         PlanError: The plan was made for another model.
     """
     asked = linear_layers.parse(linears)
-    target = control_plan.parse(control)
+    target, shadow = control_plan.parse(options.pop("control", None)), options.pop("shadow", 0.0)
     choices = {"balance": balance, "linears": asked, "control": target, "shadow": shadow}
     _check_options(plan, preset, mode, inplace, choices, options)
     template = plans.template(preset, **options)
