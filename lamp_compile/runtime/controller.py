@@ -180,6 +180,8 @@ def _advance(
     ceiling = site.ceiling if sample.held else min(target.tau_most, site.ceiling * FORGET)
     move = _clamp(wanted * gain if own else wanted, MOST_MOVE)
     tau = _within(min(site.tau * math.exp(move), max(site.tau, ceiling)), target)
+    if target.speed is not None and not own and move < 0:  # time to spare buys back what was given up, no more
+        tau = max(tau, min(site.tau, site.start))
     reached = kept and (tau == site.tau or goal is None) if wanted <= 0 or goal is None else False
     verdict = "moving" if tau != site.tau else "settled" if reached or not wanted else "out of reach"
     return replace(

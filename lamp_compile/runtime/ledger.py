@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+MOST_GONE = 4096
+"""Layers of dead caches that wait for a controller's reading; more are dropped, the oldest first, and counted."""
 MOST_PENDING = 1024
 """Statistics of dead caches that are kept as tensors; beyond it they are read, which waits for the device."""
 
@@ -20,10 +22,14 @@ class Ledger:
 
     Attributes:
         events: What happened on the host, by name: retried steps, fetched exact copies, ...
+        gone: Layers of dead caches, for the controller's next reading: cache's key, site, state, statistics.
+        unread: Of these, how many were dropped.
     """
 
     def __init__(self) -> None:
         self.events: Counter[str] = Counter()
+        self.gone: deque[tuple[int, str, Tensor, Tensor]] = deque(maxlen=MOST_GONE)
+        self.unread = 0
         self._live: dict[int, weakref.ref[Any]] = {}
         self._pending: deque[tuple[str, Tensor]] = deque()
         self._past: dict[str, list[int]] = {}
@@ -65,7 +71,11 @@ class Ledger:
 
     def _gone(self, key: int, layers: list[Any]) -> None:
         self._live.pop(key, None)
-        self._pending.extend((layer.name, layer.stats) for layer in layers if _counts(layer))
+        for layer in layers:
+            if _counts(layer):
+                self._pending.append((layer.name, layer.stats))
+                self.unread += len(self.gone) == MOST_GONE
+                self.gone.append((key, layer.name, layer.state, layer.stats))
 
     def _fold(self) -> None:
         """Read what is pending. The tensors are zeroed: their memory may serve another cache, which counts anew."""

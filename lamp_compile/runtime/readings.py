@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,10 @@ from lamp_compile.runtime.ledger import Ledger, counted
 WINDOWS = 2
 """Readings are apart by so many of the guard's windows at least: its mean follows that slowly."""
 POLL = 0.0005
+
+
+_Entry = tuple[int, "weakref.ref[Any] | None", str, Tensor, Tensor]
+"""A layer to read: its cache's key, the cache if it is alive, its site, state and statistics."""
 
 
 class SideCopies:
@@ -62,46 +66,75 @@ class Reader:
 
     Args:
         ledger: Of the model.
-        sites: Names, in the controller's order.
-        window: The guard's, in steps.
+        windows: The guard's window in steps, by site, in the controller's order.
         clock: Times of decode steps.
 
     Attributes:
         set_back: Counters that were found set back to 0, or that a slot's new sequence began anew.
     """
 
-    def __init__(self, ledger: Ledger, sites: Sequence[str], window: int, clock: StepClock) -> None:
-        self._ledger, self._sites, self._window, self._clock = ledger, list(sites), window, clock
+    def __init__(self, ledger: Ledger, windows: Mapping[str, int], clock: StepClock) -> None:
+        self._ledger, self._windows, self._clock = ledger, dict(windows), clock
         self._before: dict[tuple[int, str], tuple[weakref.ref[Any], Tensor]] = {}
         self._copy = SideCopies()
         self.set_back = 0
+        self._unread = ledger.unread
+        ledger.gone.clear()
+
+    @property
+    def unread(self) -> int:
+        """Layers of caches that came and went between two readings, and were too many to keep."""
+        return self._ledger.unread - self._unread
 
     def read(self) -> Statistics | None:
         """What happened since the last reading; None while that is too little to judge by."""
-        wanted = set(self._sites)
-        found = [(cache, layer) for cache in self._ledger.caches() for layer in counted(cache) if layer.name in wanted]
-        both = self._copy([tensor for _, layer in found for tensor in (layer.state, layer.stats)])
-        sites: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in self._sites}
+        gone = list(self._ledger.gone)
+        found = self._entries(gone)
+        both = self._copy([tensor for *_, state, stats in found for tensor in (state, stats)])
+        sites: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in self._windows}
         after = {}
         back = 0
-        for index, (cache, layer) in enumerate(found):
+        for index, (key, ref, site, *_) in enumerate(found):
             state, stats = both[2 * index], both[2 * index + 1].clone()
             if state.shape[:2] != stats.shape[:2]:
                 continue  # the batch changed between the two copies
-            delta = stats - self._held(cache, layer.name, stats)  # wraps as the counters do
+            delta = stats - self._held(key, ref, site, stats)  # wraps as the counters do
             back += int((delta < 0).any(-1).sum())
-            sites[layer.name].append((state, stats, torch.where((delta < 0).any(-1, keepdim=True), stats, delta)))
-            after[(id(cache), layer.name)] = (weakref.ref(cache), stats)
+            sites[site].append((state, stats, torch.where((delta < 0).any(-1, keepdim=True), stats, delta)))
+            if ref is not None:
+                after[(key, site)] = (ref, stats)
         most = max((int(delta[..., guard.STEPS].max()) for parts in sites.values() for *_, delta in parts), default=0)
-        if most < WINDOWS * self._window:
+        if most < WINDOWS * max(self._windows.values()):
             return None
         self._before = after
         self.set_back += back
-        return Statistics(tuple(_sample(sites[name], self._window) for name in self._sites), self._clock.drain())
+        for _ in range(min(len(gone), len(self._ledger.gone))):
+            self._ledger.gone.popleft()
+        return Statistics(
+            tuple(_sample(sites[name], window) for name, window in self._windows.items()), self._clock.drain()
+        )
 
-    def _held(self, cache: Any, site: str, stats: Tensor) -> Tensor:
-        ref, before = self._before.get((id(cache), site), (lambda: None, stats))
-        return before if ref() is cache and before.shape == stats.shape else torch.zeros_like(stats)
+    def _entries(self, gone: Sequence[tuple[int, str, Tensor, Tensor]]) -> list[_Entry]:
+        """Layers of caches alive, and of those that died since the last reading, unless another cache has their
+        tensors by now."""
+        found: list[_Entry] = [
+            (id(cache), weakref.ref(cache), layer.name, layer.state, layer.stats)
+            for cache in self._ledger.caches()
+            for layer in counted(cache)
+            if layer.name in self._windows
+        ]
+        taken = {id(stats) for *_, stats in found}
+        return found + [
+            (key, None, site, state, stats)
+            for key, site, state, stats in gone
+            if site in self._windows and id(stats) not in taken
+        ]
+
+    def _held(self, key: int, ref: weakref.ref[Any] | None, site: str, stats: Tensor) -> Tensor:
+        """The same cache's statistics at the last reading; zeros for a cache that is new."""
+        old, before = self._before.get((key, site), (None, stats))
+        same = old is not None and old() is (None if ref is None else ref())
+        return before if same and before.shape == stats.shape else torch.zeros_like(stats)
 
 
 def _sample(parts: Sequence[tuple[Tensor, Tensor, Tensor]], window: int) -> SiteSample:

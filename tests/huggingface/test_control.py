@@ -21,7 +21,7 @@ import lamp_compile
 from lamp_compile.errors import OptionError, PlanError
 from lamp_compile.frontends.huggingface import route
 from lamp_compile.plan import Plan
-from lamp_compile.runtime import guard, readings
+from lamp_compile.runtime import guard, ledger, readings
 from lamp_compile.runtime.controller_thread import StepClock
 from lamp_compile.runtime.readings import Reader
 from tests.huggingface import reference
@@ -138,6 +138,7 @@ def test_death_is_survived_and_said(fast: Any, ids: Tensor) -> None:
         fast.generate(ids, **LONG)
     assert any("died 1 times" in note for note in fast.lamp.report().notes)
     fast.lamp.controls.set(tau=0.02)  # nobody holds it
+    control.thread._read = lambda: None
     control.start()
     assert control.running
     control.stop()
@@ -212,8 +213,7 @@ def test_readings_undo_wraps_and_notice_resets(fast: Any, ids: Tensor) -> None:
     cache = keep(fast, ids)
     for layer in cache.layers:
         layer.stats[..., guard.LIVE] = 2**63 - 5
-    names = list(fast.lamp.controls)
-    reader = Reader(fast.lamp.spec.ledger, names, 4, StepClock())
+    reader = Reader(fast.lamp.spec.ledger, dict.fromkeys(fast.lamp.controls, 4), StepClock())
     assert reader.read() is not None
     for layer in cache.layers:
         layer.stats[..., guard.LIVE] += 20  # over the end
@@ -230,6 +230,31 @@ def test_readings_undo_wraps_and_notice_resets(fast: Any, ids: Tensor) -> None:
     assert readings.WINDOWS * 4 == 8
     reference.logits(fast, ids[:, :1], past_key_values=cache)
     assert reader.read() is None, "too few steps to judge by"
+
+
+def test_caches_that_come_and_go_between_two_readings_are_read(
+    fast: Any, ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with fast.lamp.control(error_budget=0.1, **SLOW) as control:
+        for _ in range(3):
+            fast.generate(ids, **LONG)
+        gc.collect()
+        assert not fast.lamp.spec.ledger.caches()
+        kept = keep(fast, ids)
+        reading = control._reader.read()
+        assert [site.steps for site in reading.sites] == [4 * 40 * 4] * 2
+        assert all(site.error > 0 for site in reading.sites)
+        reference.logits(fast, ids[:, :1], past_key_values=kept)
+        del kept
+        gc.collect()
+        fast.generate(ids, **LONG)
+        gc.collect()
+        assert [site.steps for site in control._reader.read().sites] == [41 * 4] * 2, "what was read is not read again"
+        monkeypatch.setattr(ledger, "MOST_GONE", len(fast.lamp.spec.ledger.gone))
+        fast.generate(ids, **LONG)
+        gc.collect()
+        assert control.status()["unread"] > 0, "a full queue is counted"
+    assert [site.steps for site in fast.lamp.statistics().sites] == [6 * 40 * 4 + 4] * 2, "the ledger has all"
 
 
 def test_statistics_outlive_caches(fast: Any, ids: Tensor) -> None:

@@ -52,8 +52,8 @@ class Control:
             )
         self._start = {name: controls[name].tau.tolist() for name in self._sites}
         state = controller.initial(target, [_middle(self._start[name]) for name in self._sites])
-        window = max(layer.plan.guard.window for layer in layers)
-        self._reader = Reader(spec.ledger, self._sites, window, clock)
+        windows = {layer.plan.name: layer.plan.guard.window for layer in layers}
+        self._reader = Reader(spec.ledger, windows, clock)
         self._clock, self._writer = clock, Writer(controls)
         self.thread = ControllerThread(state, self._reader.read, self._put)
 
@@ -109,6 +109,7 @@ class Control:
             "backed_off": state.backed_off,
             "limit_bound": state.bound,
             "set_back": self._reader.set_back,
+            "unread": self._reader.unread,
             "times_dropped": self._clock.dropped,
             "deaths": self.thread.deaths,
             "lags": self.thread.lags,
