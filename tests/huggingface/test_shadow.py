@@ -121,6 +121,13 @@ def test_a_step_that_fails_half_way_leaves_the_cache_as_it_was(model: Any, ids: 
     assert int(cache.get_seq_length()) == 40
 
 
+def test_a_graph_of_ones_own_is_told(model: Any, ids: Tensor) -> None:
+    fast = lamp_compile.compile(model, mode="eager", shadow=1.0)
+    step: Any = torch.compile(fast.forward, backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="a graph of your own does not do"):
+        step(ids[:, :1], past_key_values=fast.lamp.cache(), use_cache=True)
+
+
 def test_plans_and_options(model: Any) -> None:
     fast = lamp_compile.compile(model, mode="eager", shadow=0.01)
     again = Plan.from_json(fast.lamp.plan.to_json())

@@ -55,6 +55,8 @@ def attach(model: nn.Module, lamp: Lamp) -> None:
         whole = args if bound else (self, *args)
         cache = given if made is None else made
         if compiling or not isinstance(cache, NestedCache):
+            if compiling and self.lamp.supervisor.active and not self.lamp.supervisor.running:
+                _say_unsupervised(self.lamp)
             return call(*whole, **kwargs)
         run = functools.partial(call, *whole, **kwargs)
         return self.lamp.step(run, run, cache, _new_tokens(args, kwargs))
@@ -140,6 +142,15 @@ def _cache_for_forward(model: Any, given: Any, args: tuple[Any, ...], kwargs: di
 _cache_outside_the_graph: Any = torch.compiler.disable(  # type: ignore[no-untyped-call]
     _cache_for_forward, reason="a compiled call without a cache: pass past_key_values=fast.lamp.cache(tokens)"
 )
+
+
+_say_unsupervised: Any = torch.compiler.disable(  # type: ignore[no-untyped-call]
+    lambda lamp: lamp.say(
+        "a step in a graph of your own: no shadow step, no retry; generate and generate_many do both"
+    ),
+    reason="the plan asks for shadow steps or retries, which a graph of your own does not do",
+)
+"""As above: a graph break that warns, or an error with fullgraph=True."""
 
 
 def _prepare_cache_for_generation(

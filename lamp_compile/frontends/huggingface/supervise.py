@@ -44,6 +44,7 @@ class Supervisor:
         self.schedule = Schedule(plan.shadow)
         self.tally = ShadowTally()
         self.active = self.retries or plan.shadow > 0.0
+        self.running = False
         self._ledger = ledger
 
     def run(
@@ -62,12 +63,13 @@ class Supervisor:
         """
         if not self.active or _inside.get():
             return step()
-        token = _inside.set(True)
+        token, self.running = _inside.set(True), True
         try:
             exact = self._shadow(eager, cache, warn) if self.schedule.due() else None
             out = self._again(step, cache) if self.retries else step()
         finally:
             _inside.reset(token)
+            self.running = False
         if exact is not None:
             self._compare(exact, out, cache)
         return out
