@@ -7,7 +7,7 @@ Blocks of decode steps over one cache, plain and the other way in turns; the cac
 have the same context. ``ratio`` is the median over pairs of blocks, with the 95 % interval of that median by order
 statistics. The controller's tau is held fast by its limits: what is measured is its readings, not what it decides.
 ``thread_share`` is the processor time of its thread over the time. Exit code 1 with ``--targets`` where the
-controller costs more than 0.5 %.
+controller costs more than 0.5 %, or blocks were too short for a reading.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def measure(model: Any, prompt: torch.Tensor, args: argparse.Namespace) -> list[
         made[name] = Way(name, fast, prompt, args.most_steps + 8)
         made[name].block(3)  # compiles
     plain = made["plain"]
-    steps = max(4, min(args.most_steps, round(args.seconds / plain.block(16))))
+    steps = max(4, min(args.most_steps, round(args.seconds / min(plain.block(16) for _ in range(3)))))
     rows = []
     for name in args.ways:
         if name == "plain":
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--mode", default="auto", help="as of lamp_compile.compile")
     parser.add_argument("--pairs", type=int, default=21)
     parser.add_argument("--seconds", type=float, default=1.0, help="of a block")
-    parser.add_argument("--most-steps", type=int, default=512)
+    parser.add_argument("--most-steps", type=int, default=1024)
     parser.add_argument("--ways", default=",".join(WAYS), type=lambda text: text.split(","))
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
@@ -183,7 +183,9 @@ def main(argv: list[str] | None = None) -> int:
     head = environment(args.device)
     print(f"{Path(args.model).name}, {args.context} tokens of context on {head['device']}")
     rows = measure(model, prompt, args)
-    missed = [row["name"] for row in rows if row["name"] == "controller" and row["ratio"] > MOST]
+    missed = [
+        row["name"] for row in rows if row["name"] == "controller" and not (row["ratio"] <= MOST and row["readings"])
+    ]
     if args.out:
         data = {**head, "model": Path(args.model).name, "context": args.context, "mode": args.mode, "rows": rows}
         write_json(args.out, {**data, "targets": [{"target": f"controller <= {MOST}", "met": not missed}]})
