@@ -15,6 +15,8 @@ _HOME = {
     "rewrite": "lamp_compile.api",
     "explain": "lamp_compile.api",
     "disable": "lamp_compile.api",
+    "compare": "lamp_compile.diff.api",
+    "snapshot": "lamp_compile.diff.api",
     "backend": "lamp_compile.torch_backend",
     "DecodeStep": "lamp_compile.frontends.huggingface.decode_step",
     "NestedCache": "lamp_compile.runtime.kv_cache",
@@ -34,14 +36,17 @@ __all__ = [
     "SitePlan",
     "__version__",
     "backend",
+    "compare",
     "compile",
     "disable",
     "explain",
     "rewrite",
+    "snapshot",
 ]
 
 if TYPE_CHECKING:
     from lamp_compile.api import compile, disable, explain, rewrite
+    from lamp_compile.diff.api import compare, snapshot
     from lamp_compile.errors import LampError
     from lamp_compile.frontends.huggingface.decode_step import DecodeStep
     from lamp_compile.linear_plan import LinearPlan
