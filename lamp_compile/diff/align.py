@@ -24,8 +24,6 @@ from lamp_compile.diff.lines import Line
 
 BAND = 64
 """How far two lines matched by place may be from each other's place."""
-MOST_REPLACED = 3
-"""Operations in a row that can be taken for replaced ones."""
 GONE = "gone:"
 """Before the name of a value that has no partner."""
 
@@ -94,6 +92,7 @@ class _Side:
     producer: dict[str, tuple[int, int]] = field(default_factory=dict)
     users: dict[int, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
     needs: list[list[tuple[int, int] | str]] = field(default_factory=list)
+    results: list[tuple[int, int] | str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for index, line in enumerate(self.lines):
@@ -105,6 +104,7 @@ class _Side:
             for place, need in enumerate(self.needs[-1]):
                 if not isinstance(need, str):
                     self.users[need[0]].append((index, place))
+        self.results = [self.producer.get(ref, ref) for text in self.ends for ref in refs(text)]
         self._local = [self._looks(line, True) for line in self.lines]
         self._rough = [self._looks(line, False) for line in self.lines]
 
@@ -229,12 +229,14 @@ class _Match:
                     self.pair(i, j)
 
     def replaced(self) -> None:
-        """One operation between matched neighbours became another, with as many results."""
-        for ours, theirs in self._gaps():
-            if len(ours) == len(theirs) <= MOST_REPLACED:
-                for i, j in zip(ours, theirs, strict=True):
-                    if len(self.left.lines[i].outputs) == len(self.right.lines[j].outputs):
-                        self.pair(i, j, replaced=True)
+        """One operation became another with as many results, and the same user takes it in the same place."""
+        places = [(self.left.needs[i], self.right.needs[j]) for i, j in self.partner.items()]
+        for ours, theirs in [*places, (self.left.results, self.right.results)]:
+            for mine, other in zip(ours, theirs, strict=False):
+                if isinstance(mine, str) or isinstance(other, str):
+                    continue
+                if len(self.left.lines[mine[0]].outputs) == len(self.right.lines[other[0]].outputs):
+                    self.pair(mine[0], other[0], replaced=True)
 
     def _alike(self, i: int, j: int) -> bool:
         a, b = self.left.lines[i], self.right.lines[j]

@@ -77,12 +77,11 @@ def compare_snapshots(a: Snapshot, b: Snapshot, names: tuple[str, str] = ("A", "
     one."""
     made = _Compare(a, b)
     notes = [f"{name}: {note}" for name, side in zip(names, (a, b), strict=True) for note in side.notes]
-    graphs = a.kind == b.kind != "plan"
-    if graphs:
+    if a.kind == b.kind:
         made.interface()
         made.params()
         made.blocks()
-    elif a.kind != b.kind:
+    else:
         notes.append(f"{a.kind} against {b.kind}: only precision plans were compared")
         if not (a.sites and b.sites):
             without = ", ".join(name for name, side in zip(names, (a, b), strict=True) if not side.sites)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -114,7 +113,7 @@ def _text(path: Path) -> str:
 
 def _program(thing: Any, weights: bool) -> Program:
     if isinstance(thing, Plan):
-        return Program("plan", sites=from_plan(thing))
+        return Program("plan", sites=from_plan(thing), facts=_launches(thing))
     module = type(thing).__module__.split(".")[0]
     if module == "onnx":
         from lamp_compile.diff.readers.onnx_model import read_model
@@ -133,13 +132,13 @@ def _program(thing: Any, weights: bool) -> Program:
             return fx.read_graph_module(thing, weights)
         lamp = getattr(thing, "lamp", None)
         if lamp is not None and hasattr(lamp, "report"):
-            return Program("plan", sites=from_plan(lamp.report().plan))
+            return _program(lamp.report().plan, weights)
     raise InputError(
         f"cannot make a snapshot of a {type(thing).__name__}", where="snapshot",
         fix=f"{KINDS}; in memory an ExportedProgram, GraphModule, ModelProto, Plan or compiled model",
     )  # fmt: skip
 
 
-def is_archive(path: Path) -> bool:
-    """Whether it is a zip file."""
-    return zipfile.is_zipfile(path)
+def _launches(plan: Plan) -> dict[str, str]:
+    """How kernels cut their work changes the order of sums."""
+    return {f"launch.{name}": launch.text() or "{}" for name, launch in plan.launch.items()}

@@ -79,7 +79,7 @@ def layer(site: str) -> str:
 def planes(row: Mapping[str, Any]) -> str:
     """Which planes are read: the precision of a site in a few words."""
     if not row.get("apply", True):
-        return "original attention"
+        return "original weights" if row.get("linear") else "original attention"
     if row.get("linear"):
         return f"{row.get('format')} weights"
     formats = {str(row[key]) for key in ("k_format", "v_format") if row.get(key) is not None}

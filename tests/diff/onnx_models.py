@@ -253,7 +253,7 @@ def change_weight(model: onnx.ModelProto) -> None:
     tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
 
 
-def constant_to_initializer(model: onnx.ModelProto) -> None:
+def cosmetic(model: onnx.ModelProto) -> None:
     """Says the schema's default, leaves a note, and lists an unused opset: nothing that matters."""
     find(model.functions[0].node, "Softmax").attribute[0].i = -1
     model.graph.node[0].metadata_props.append(
