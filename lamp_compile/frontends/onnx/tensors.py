@@ -83,7 +83,7 @@ def data_bytes(count: int, kind: int) -> int:
 
 
 def check_sparse(sparse: SparseTensorProto, limits: Limits, where: str) -> None:
-    """A sparse tensor: its values and indices, and indices that fit its shape. Only dense parts are allocated."""
+    """A sparse tensor: its values, and indices of a shape that fits them. Nothing is made dense."""
     check_shape(sparse.dims, limits, where)
     for part in (sparse.values, sparse.indices):
         if part.data_location == 1:
