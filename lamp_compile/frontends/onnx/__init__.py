@@ -1,1 +1,1 @@
-"""ONNX graphs: read with care, searched for attention, written. Imported on use only; needs the onnx package."""
+"""ONNX: LAMP written as model-local functions that stock ONNX Runtime runs."""
