@@ -7,8 +7,8 @@ shape inference leaves open (a Reshape to a shape that is computed) is worked ou
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 Size = int | str
 Dims = list[Size]
-_DEPTH = 40
+_T = TypeVar("_T")
+_DEPTH = 60
 _MOST = 4096
 """Elements of a constant worth looking at: scalars and shapes, not weights."""
 
@@ -46,7 +47,7 @@ def result(node: NodeProto, index: int) -> str:
 
 
 class Graph:
-    """The main graph of a model and its index. The graph may be changed through ``insert`` and ``remove`` alone.
+    """The main graph of a model and its index. Indices follow ``add`` and ``bury`` alone.
 
     Args:
         model: A checked model (``reading.load``).
@@ -67,8 +68,9 @@ class Graph:
         }
         self.names = {*self.inputs, *self.initializers, *(t.name for t in self.proto.initializer)}
         self.makers: dict[str, NodeProto] = {}
-        self.readers: dict[str, list[NodeProto]] = {}
-        self._dims: dict[str, Dims | None] = {}
+        self.readers: dict[str, dict[int, NodeProto]] = {}
+        self.memory: dict[tuple[str, str], Any] = {}
+        """What was worked out before, by (question, name): a value that many others depend on is looked at once."""
         for node in self.proto.node:
             self._index(node)
 
@@ -78,14 +80,14 @@ class Graph:
                 self.makers[name] = node
                 self.names.add(name)
         for name in set(read_by(node)):
-            self.readers.setdefault(name, []).append(node)
+            self.readers.setdefault(name, {})[id(node)] = node
             self.names.add(name)
 
     # Who makes and reads what
 
     def users(self, name: str) -> list[NodeProto]:
         """The nodes that read a value, in subgraphs too (then the node that holds the subgraph)."""
-        return self.readers.get(name, [])
+        return list(self.readers.get(name, {}).values())
 
     def maker(self, name: str, *operators: str) -> NodeProto | None:
         """The node that makes a value, if its operator (of the standard's domain) is one of these."""
@@ -101,8 +103,16 @@ class Graph:
         kind = self.types.get(name)
         if kind is not None:
             return int(kind.tensor_type.elem_type)
-        node = self.maker(name, "Cast")
-        return int(attribute(node, "to", 0)) if node is not None else 0
+        for _ in range(_DEPTH):  # a node made here, of which shape inference knows nothing
+            node = self.maker(name)
+            if node is None or node.op_type == "Cast":
+                return int(attribute(node, "to", 0)) if node is not None else 0
+            if node.op_type in _TESTS or not node.input:
+                return 9 if node.op_type in _TESTS else 0
+            name = node.input[1 if node.op_type == "Where" else 0]
+            if name in self.types or name in self.initializers:
+                return self.dtype(name)
+        return 0
 
     # Constants
 
@@ -125,41 +135,53 @@ class Graph:
             return None
         return np.asarray(numpy_helper.to_array(tensor))
 
-    def number(self, name: str, depth: int = 16) -> float | None:
-        """The one number that a value is, where that follows from constants; None otherwise."""
+    def number(self, name: str, depth: int = _DEPTH) -> float | None:
+        """The one number that a value is, where that follows from constants and shapes; None otherwise."""
+        return self.remember("number", name, depth, self._number)
+
+    def remember(self, question: str, name: str, depth: int, answer: Callable[[str, int], _T | None]) -> _T | None:
+        """The answer to a question about a value, worked out once; None where it would take more than ``depth``
+        steps back, or depends on itself."""
+        key = question, name
+        if key not in self.memory:
+            self.memory[key] = None
+            if depth > 0:
+                self.memory[key] = answer(name, depth - 1)
+        return self.memory[key]  # type: ignore[no-any-return]
+
+    def _number(self, name: str, depth: int) -> float | None:
         found = self.constant(name)
         if found is not None:
             return float(found.reshape(-1)[0]) if found.size == 1 else None
         node = self.maker(name)
-        if node is None or depth == 0:
+        if node is None:
             return None
-        if node.op_type in _UNARY or node.op_type in _BINARY:
-            values = [self.number(x, depth - 1) for x in node.input]
-            known = [x for x in values if x is not None]
-            if len(known) == len(values):
-                try:
-                    return float(_UNARY[node.op_type](*known) if len(known) == 1 else _BINARY[node.op_type](*known))
-                except (ValueError, ZeroDivisionError, OverflowError):
-                    return None
-        if node.op_type in ("Unsqueeze", "Squeeze", "Reshape", "Expand"):
-            return self.number(node.input[0], depth - 1)
+        if node.op_type in ("Unsqueeze", "Squeeze", "Reshape", "Expand", "CastLike"):
+            return self.number(node.input[0], depth)
+        if node.op_type in _FOLDED:
+            known = [self.number(x, depth) for x in node.input]
+            if None in known:
+                return None
+            try:
+                value = float(_FOLDED[node.op_type](*known))
+            except (ValueError, ZeroDivisionError, OverflowError, TypeError):
+                return None
+            return float(math.trunc(value)) if self.dtype(name) in (6, 7) and math.isfinite(value) else value
         sizes = self.sizes(name, depth)
-        if sizes is not None and len(sizes) == 1 and isinstance(sizes[0], int):
-            return float(sizes[0])
-        return None
+        return float(sizes[0]) if sizes is not None and len(sizes) == 1 and isinstance(sizes[0], int) else None
 
     # Shapes
 
     def dims(self, name: str, depth: int = _DEPTH) -> Dims | None:
         """The shape of a value: numbers, and names for sizes that are not known. None if even the rank is not."""
-        if name not in self._dims:
-            self._dims[name] = None  # should a shape depend on itself
-            declared = self._declared(name)
-            if declared is None or any(isinstance(size, str) and size.startswith("?") for size in declared):
-                computed = self._computed(name, depth) if depth else None
-                declared = declared if computed is None else _merged(computed, declared)
-            self._dims[name] = declared
-        return self._dims[name]
+        return self.remember("dims", name, depth, self._dims)
+
+    def _dims(self, name: str, depth: int) -> Dims | None:
+        declared = self._declared(name)
+        if declared is None or any(isinstance(size, str) and size.startswith("?") for size in declared):
+            computed = self._computed(name, depth)
+            return declared if computed is None else _merged(computed, declared)
+        return declared
 
     def rank(self, name: str) -> int | None:
         """The number of axes of a value."""
@@ -180,31 +202,45 @@ class Graph:
     def _computed(self, name: str, depth: int) -> Dims | None:
         node = self.maker(name)
         if node is None or not node.input:
-            return None
-        first = self.dims(node.input[0], depth - 1)
+            found = self.constant(name)
+            return None if found is None else list(found.shape)
+        first = self.dims(node.input[0], depth)
         if node.op_type in _SAME_SHAPE:
             return first
         if node.op_type in _BROADCAST:
-            shapes = [self.dims(x, depth - 1) for x in node.input]
+            shapes = [self.dims(x, depth) for x in node.input]
             return broadcast([s for s in shapes if s is not None]) if None not in shapes else None
+        if node.op_type in ("ConstantOfShape", "Range"):
+            count = self.number(node.input[1], depth) if node.op_type == "Range" else None
+            size = int(count) if count is not None and self.number(node.input[0]) == 0 else f"?{name}:0"
+            return self.sizes(node.input[0], depth) if node.op_type == "ConstantOfShape" else [size]
         if first is None:
             return None
         if node.op_type == "Transpose":
             order = attribute(node, "perm") or list(reversed(range(len(first))))
-            return [first[axis] for axis in order] if max(order, default=0) < len(first) else None
+            return [first[axis] for axis in order] if sorted(order) == list(range(len(first))) else None
+        if node.op_type == "Pad":
+            return [f"?{name}:{axis}" for axis in range(len(first))]
         if node.op_type == "Unsqueeze":
             return self._unsqueezed(node, first)
+        if node.op_type == "Squeeze":
+            gone = {axis % len(first) for axis in self.axes(node) or ()} if first else set()
+            return [size for axis, size in enumerate(first) if axis not in gone] if gone else None
         if node.op_type in ("Reshape", "Expand"):
-            target = self.sizes(operand(node, 1), depth - 1)
+            target = self.sizes(operand(node, 1), depth)
             if target is None:
                 return None
             if node.op_type == "Expand":
                 return broadcast([first, target])
             return reshaped(first, target, name, bool(attribute(node, "allowzero", 0)))
-        if node.op_type == "MatMul":
-            second = self.dims(node.input[1], depth - 1)
-            if second is None or min(len(first), len(second)) < 2:
-                return None
+        second = self.dims(operand(node, 1), depth)
+        if node.op_type == "Concat" and len(node.input) == 2 and second is not None and len(first) == len(second):
+            axis = attribute(node, "axis", 0)
+            sizes = [first[axis], second[axis]] if -len(first) <= axis < len(first) else []
+            total = sum(x for x in sizes if isinstance(x, int))
+            known = all(isinstance(x, int) for x in sizes)
+            return [*first[:axis], total if known else f"?{name}:{axis}", *first[axis:][1:]]
+        if node.op_type == "MatMul" and second is not None and min(len(first), len(second)) >= 2:
             batch = broadcast([first[:-2], second[:-2]])
             return None if batch is None else [*batch, first[-2], second[-1]]
         return None
@@ -229,38 +265,40 @@ class Graph:
         return None if found is None else [int(axis) for axis in found.reshape(-1)]
 
     def sizes(self, name: str, depth: int = _DEPTH) -> Dims | None:
-        """The elements of an integer list that says a shape, as numbers and names."""
+        """The elements of an integer list that says a shape, as numbers and names; at most 64 of them."""
+        found = self.remember("sizes", name, depth, self._sizes)
+        return found if found is not None and len(found) <= 64 else None
+
+    def _sizes(self, name: str, depth: int) -> Dims | None:
         found = self.constant(name)
         if found is not None:
             flat = found.reshape(-1)
             return [int(x) for x in flat] if flat.size <= 64 and flat.dtype.kind in "iu" else None
         node = self.maker(name)
-        if node is None or depth == 0:
+        if node is None:
             return None
         if node.op_type == "Shape":
-            dims = self.dims(node.input[0], depth - 1)
+            dims = self.dims(node.input[0], depth)
             if dims is None:
                 return None
             return dims[attribute(node, "start", 0) : attribute(node, "end", len(dims))]
         if node.op_type in ("Cast", "Identity", "Unsqueeze", "Squeeze"):
-            return self.sizes(node.input[0], depth - 1)
+            return self.sizes(node.input[0], depth)
         if node.op_type == "Reshape":
-            inner = self.sizes(node.input[0], depth - 1)
+            inner = self.sizes(node.input[0], depth)
             return inner if inner is not None and (self.rank(name) or 1) <= 1 else None
         if node.op_type == "Concat":
-            parts = [self.sizes(x, depth - 1) for x in node.input]
+            parts = [self.sizes(x, depth) for x in node.input]
             return [size for part in parts if part is not None for size in part] if None not in parts else None
         if node.op_type in ("Slice", "Gather"):
             return self._picked(node, depth)
-        if node.op_type == "Mul":
-            left, right = (self.sizes(x, depth - 1) for x in node.input)
-            if left is not None and right is not None and len(left) == len(right) == 1:
-                a, b = left[0], right[0]
-                return [a * b] if isinstance(a, int) and isinstance(b, int) else None
+        if node.op_type in _FOLDED and self.dims(name, depth) in ([], [1]) and self.dtype(name) in (6, 7):
+            value = self.number(name, depth)
+            return [int(value)] if value is not None and math.isfinite(value) else None
         return None
 
     def _picked(self, node: NodeProto, depth: int) -> Dims | None:
-        inner = self.sizes(node.input[0], depth - 1)
+        inner = self.sizes(node.input[0], depth)
         given = [self.constant(x) for x in node.input[1:]]
         if inner is None or any(x is None for x in given):
             return None
@@ -284,6 +322,11 @@ class Graph:
         self.names.add(name)
         return name
 
+    def add(self, nodes: Sequence[NodeProto]) -> None:
+        """Take nodes into the index."""
+        for node in nodes:
+            self._index(node)
+
     def bury(self, roots: Sequence[NodeProto]) -> set[int]:
         """Take nodes out of the index, and with them whatever only they used; gives back the ids of all these."""
         dead: set[int] = set()
@@ -294,27 +337,29 @@ class Graph:
                 continue
             dead.add(id(node))
             for name in set(read_by(node)):
-                left = [reader for reader in self.users(name) if reader is not node]
-                self.readers[name] = left
+                self.readers.get(name, {}).pop(id(node), None)
                 maker = self.makers.get(name)
                 if maker is not None and all(self._unused(out) for out in maker.output if out):
                     waiting.append(maker)
         return dead
 
     def _unused(self, name: str) -> bool:
-        return not self.users(name) and name not in self.outputs
+        return not self.readers.get(name) and name not in self.outputs
 
 
 def broadcast(shapes: Sequence[Dims]) -> Dims | None:
-    """The shape of an elementwise operation; None where names differ and neither side is known to be 1."""
+    """The shape of an elementwise operation; None where sizes contradict each other."""
     rank = max((len(shape) for shape in shapes), default=0)
     out: Dims = []
     for axis in range(rank):
         column = {shape[axis - rank + len(shape)] for shape in shapes if axis - rank + len(shape) >= 0} - {1}
-        known = {size for size in column if not (isinstance(size, str) and size.startswith("?"))} or column
-        if len(known) > 1:
+        numbers = {size for size in column if isinstance(size, int)}
+        if len(numbers) > 1:
             return None
-        out.append(known.pop() if known else 1)
+        named = {size for size in column if isinstance(size, str) and not size.startswith("?")}
+        chosen = numbers or named or column
+        # Any of several unknown sizes may turn out to be 1, so their result is one more unknown size.
+        out.append(chosen.pop() if len(chosen) == 1 else "?" + "|".join(sorted(map(str, chosen))) if chosen else 1)
     return out
 
 
@@ -371,11 +416,11 @@ def nodes_within(nodes: Any) -> Iterator[tuple[NodeProto, bool]]:
 
 
 _SAME_SHAPE = ("Cast", "Identity", "Softmax", "IsNaN", "Neg", "Dropout", "Sqrt", "Tanh", "Not")
-_BROADCAST = ("Add", "Sub", "Mul", "Div", "Where", "And", "Or", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Equal")
-_UNARY: dict[str, Any] = {
+_TESTS = ("And", "Or", "Not", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Equal", "IsNaN", "IsInf")
+_BROADCAST = ("Add", "Sub", "Mul", "Div", "Where", *_TESTS)
+_FOLDED: dict[str, Callable[..., float]] = {
     "Identity": lambda x: x, "Cast": lambda x: x, "Sqrt": math.sqrt, "Neg": lambda x: -x, "Reciprocal": lambda x: 1 / x,
-}  # fmt: skip
-_BINARY: dict[str, Any] = {
     "Mul": lambda a, b: a * b, "Div": lambda a, b: a / b, "Pow": math.pow, "Add": lambda a, b: a + b,
-    "Sub": lambda a, b: a - b,
+    "Sub": lambda a, b: a - b, "Mod": lambda a, b: a % b, "Equal": lambda a, b: a == b, "Not": lambda a: not a,
+    "And": lambda a, b: bool(a and b), "Or": lambda a, b: bool(a or b), "Where": lambda c, a, b: a if c else b,
 }  # fmt: skip

@@ -13,9 +13,15 @@ if TYPE_CHECKING:
     from onnx import NodeProto
 
 
+_STEPS = 100
+
+
 def through(graph: Graph, name: str, passed: list[NodeProto]) -> str:
     """Walk back over nodes that change nothing: casts between floats, copies, inactive dropout."""
-    while (node := graph.maker(name, "Identity", "Cast", "Dropout")) is not None:
+    for _ in range(_STEPS):
+        node = graph.maker(name, "Identity", "Cast", "Dropout")
+        if node is None:
+            break
         if node.op_type == "Cast" and not {graph.dtype(node.input[0]), graph.dtype(name)} <= FLOATS.keys():
             return name
         if node.op_type == "Dropout" and training(graph, node):
@@ -142,11 +148,14 @@ def sizes_of(graph: Graph, q: str, k: str, v: str) -> dict[str, Any]:
 
 
 def checked(graph: Graph, site: OnnxSite) -> OnnxSite:
-    """The site, once its mask and bias are known to fit.
+    """The site, once its channels, mask and bias are known to fit.
 
     Raises:
         Refuse: They do not.
     """
+    for what, size in (("head_dim", site.head_dim), ("value dim", site.value_dim)):
+        if size % 2:
+            raise Refuse(f"{what} {size} is odd: nested8 packs channels in pairs", "an even number of channels")
     for what, name in (("mask", site.mask), ("bias", site.bias)):
         if not name:
             continue

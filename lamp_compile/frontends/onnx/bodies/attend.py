@@ -283,6 +283,7 @@ _LEVEL_OF_KEY = """
   level_of = Reshape(level_spread, score_shape)
 """
 
+
 def _flat(rows: str, name: str) -> str:
     """``[B, G, R, N]`` -> ``[M, N, R]``."""
     return f"""{name}_columns = Transpose<perm = [0, 1, 3, 2]>({rows})

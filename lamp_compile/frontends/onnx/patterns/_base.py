@@ -25,7 +25,7 @@ class OnnxPattern:
     Attributes:
         name: Shown in reports.
         roots: ``(domain, operator)`` pairs that it anchors on.
-        read: ``(graph, node, emitter) -> OnnxSite``. New nodes that it needs (a transpose, a mask of positions) it makes
+        read: ``(graph, node, emitter) -> OnnxSite``. New nodes that it needs (a transpose, a mask) it makes
             through the emitter; they are forgotten unless it returns a site.
     """
 

@@ -67,13 +67,14 @@ def unscaled(graph: Graph, name: str, scores: Scores) -> str:
 
 def _leads_to_product(graph: Graph, name: str) -> bool:
     """Whether walking up from here meets a product: tells scores from the bias that is added to them."""
-    try:
-        walk_up(graph, name, Scores())
-    except NoMatch:
-        return False
-    except Refuse:
-        return True
-    return True
+    key = "leads to product", name
+    if key not in graph.memory:
+        try:
+            walk_up(graph, name, Scores())
+            graph.memory[key] = True
+        except (NoMatch, Refuse) as outcome:
+            graph.memory[key] = isinstance(outcome, Refuse)
+    return bool(graph.memory[key])
 
 
 def _add(graph: Graph, node: NodeProto, scores: Scores) -> str:

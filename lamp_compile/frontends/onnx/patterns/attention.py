@@ -43,7 +43,7 @@ def read_attention(graph: Graph, root: NodeProto, emit: Emitter) -> OnnxSite:
     mask = _positions(root, emit, queries, keys, shift)
     if valid:
         mask = emit.both(mask, emit.call("Less", emit.count(keys), after))
-    given, bias = _given(graph, operand(root, 3), keys, emit)
+    given, bias = _given(graph, operand(root, 3), k, keys, emit)
     sizes = sizes_of(graph, q, k, v)
     out = graph.fresh(f"{emit.prefix}/out") if flat else root.output[0]
     site = OnnxSite(
@@ -65,13 +65,13 @@ def _positions(root: NodeProto, emit: Emitter, queries: str, keys: str, shift: s
     return emit.visible(queries, keys, shift, left, right) if left >= 0 or right >= 0 else ""
 
 
-def _given(graph: Graph, name: str, keys: str, emit: Emitter) -> tuple[str, str]:
+def _given(graph: Graph, name: str, k: str, keys: str, emit: Emitter) -> tuple[str, str]:
     """``attn_mask`` as (mask, bias). It may have fewer columns than there are keys: those behind are hidden."""
     if not name:
         return "", ""
     boolean = graph.dtype(name) == BOOL
     columns, total = (graph.dims(name) or [""])[-1], graph.number(keys)
-    if isinstance(columns, int) and columns == 1 or columns == total:
+    if (isinstance(columns, int) and columns == 1) or columns == total:
         return (name, "") if boolean else ("", name)
     # Padding works on numbers; what is added is cut to nothing where the mask is long enough.
     missing = emit.call("Sub", keys, emit.size(name, -1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from lamp_compile.frontends.onnx.emit import Emitter
@@ -21,9 +22,11 @@ def read_softmax(graph: Graph, root: NodeProto, emit: Emitter) -> OnnxSite:
     axis = attribute(root, "axis", -1 if graph.opset >= 13 else 1)
     if axis != -1 and (rank is None or axis != rank - 1):
         raise NoMatch("it is not over the last axis")
-    product, below = _product_with_values(graph, root)
+    product, below, guarded = _product_with_values(graph, root)
     scores = Scores()
     q, k_t = walk_up(graph, root.input[0], scores)
+    if not guarded <= set(scores.biases):
+        raise Refuse("weights are set to zero by something else than the mask")
     _refuse_other_uses(graph, [root, *below, *scores.passed], product)
     k = unscaled(graph, transposed(graph, k_t, emit), scores)
     v = product.input[1]
@@ -49,15 +52,16 @@ def _heads(graph: Graph, name: str) -> object:
     return dims[1] if dims is not None and len(dims) == 4 else None
 
 
-def _product_with_values(graph: Graph, root: NodeProto) -> tuple[NodeProto, list[NodeProto]]:
-    """The MatMul that takes the weights, and the nodes between."""
+def _product_with_values(graph: Graph, root: NodeProto) -> tuple[NodeProto, list[NodeProto], set[str]]:
+    """The MatMul that takes the weights, the nodes between, and the biases whose hidden rows are set to zero there."""
     between: list[NodeProto] = []
+    guarded: set[str] = set()
     name = root.output[0]
     for _ in range(16):
         users = graph.users(name)
         products = [n for n in users if n.op_type == "MatMul" and n.input[0] == name and not n.domain]
         if products:
-            return products[0], between
+            return products[0], between, guarded
         onward = [n for n in users if n.op_type in ("Cast", "Identity", "Dropout", "Where") and not n.domain]
         if not onward:
             raise NoMatch(NOT_ATTENTION)
@@ -65,28 +69,42 @@ def _product_with_values(graph: Graph, root: NodeProto) -> tuple[NodeProto, list
         if node.op_type == "Dropout" and training(graph, node):
             raise Refuse("attention weights are dropped out: exported in training mode", "export it in eval mode")
         if node.op_type == "Where":
-            between.append(_without_nan(graph, node, name))
+            guarded |= _empty_rows(graph, node, name, between)
         between.append(node)
         name = node.output[0]
     raise NoMatch(NOT_ATTENTION)
 
 
-def _without_nan(graph: Graph, where: NodeProto, name: str) -> NodeProto:
-    """``Where(IsNaN(w), 0, w)``: a row that sees no key has weights 0, here as there."""
-    test = graph.maker(where.input[0], "IsNaN")
-    if test is None or test.input[0] != name or where.input[2] != name or graph.number(where.input[1]) != 0:
+def _empty_rows(graph: Graph, where: NodeProto, name: str, between: list[NodeProto]) -> set[str]:
+    """``Where(test, 0, w)`` with a test for rows that see no key, which have weights 0 here as there: ``IsNaN(w)``, or
+    ``ReduceMax(bias) == -inf``, whose bias is given back."""
+    if where.input[2] != name or graph.number(where.input[1]) != 0:
         raise NoMatch(NOT_ATTENTION)
-    return test
+    test = graph.maker(where.input[0], "IsNaN", "Equal")
+    if test is not None and test.op_type == "IsNaN" and test.input[0] == name:
+        between.append(test)
+        return set()
+    largest = graph.maker(test.input[0], "ReduceMax") if test is not None else None
+    if test is None or largest is None or test.op_type != "Equal" or graph.number(test.input[1]) != -math.inf:
+        raise NoMatch(NOT_ATTENTION)
+    if graph.axes(largest) != [-1] or attribute(largest, "keepdims", 1) != 1:
+        raise NoMatch(NOT_ATTENTION)
+    return {largest.input[0]}
 
 
 def _refuse_other_uses(graph: Graph, nodes: list[NodeProto], product: NodeProto) -> None:
     inside = {id(node) for node in (*nodes, product)}
     for name in (name for node in nodes for name in node.output):
-        outside = [user.op_type for user in graph.users(name) if id(user) not in inside]
+        outside = [user.op_type for user in graph.users(name) if id(user) not in inside and not _type_only(user, name)]
         if outside or name in graph.outputs:
             who = f"by {outside[0]}" if outside else "as an output of the model"
             fix = "export the model without attention weights (output_attentions=False)"
             raise Refuse(f"scores or weights are used elsewhere, {who}", fix)
+
+
+def _type_only(node: NodeProto, name: str) -> bool:
+    """Whether a node reads a value's element type and nothing else of it."""
+    return node.op_type == "CastLike" and not node.domain and node.input[0] != name
 
 
 def _mask(graph: Graph, scores: Scores, flat: bool, emit: Emitter) -> str:
