@@ -20,10 +20,7 @@ PLANES = ("k_high", "k_residual", "k_scale", "v_high", "v_residual", "v_scale")
 
 def node_model(op: str, form: Form, inputs: dict[str, np.ndarray], outputs: list[str], **attributes: Any) -> Any:
     """A checked model with one node."""
-    node = helper.make_node(op, list(inputs), outputs, domain=functions.DOMAIN, overload=form.tag)
-    node.attribute.extend(
-        helper.make_attribute(k, v) for k, v in functions.attributes_for(form, **attributes).items()
-    )
+    node = functions.make_node(op, form, {name: name for name in inputs}, outputs, **attributes)
     infos = [
         helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(x.dtype), x.shape)
         for name, x in inputs.items()
@@ -32,8 +29,7 @@ def node_model(op: str, form: Form, inputs: dict[str, np.ndarray], outputs: list
     imports = [helper.make_opsetid("", functions.OPSET), helper.make_opsetid(functions.DOMAIN, functions.VERSION)]
     model = helper.make_model(graph, opset_imports=imports, ir_version=functions.IR_VERSION)
     model.functions.extend(functions.functions_for([form]))
-    model = onnx.shape_inference.infer_shapes(model, strict_mode=True)
-    return model
+    return onnx.shape_inference.infer_shapes(model, strict_mode=True)
 
 
 def session(model: Any) -> ort.InferenceSession:

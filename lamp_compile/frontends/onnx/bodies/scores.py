@@ -28,8 +28,13 @@ def prepare_query(form: Form) -> str:
   ratio = Div(x3, divisor)
   query = Round(ratio)"""
     else:
-        cast = "y = Cast<to = 16>(x3)\n  query = Cast<to = 1>(y)" if form.query_bits == 16 else "query = Identity(x3)"
-        rounded = f"{cast}\n  step = Constant<value = float[1,1,1,1] {{1.0}}>()"
+        bf16 = "y = Cast<to = 16>(x3)\n  query = Cast<to = 1>(y)"
+        if form.arithmetic == "float":  # no cast there and back: see store.rounded_to_half
+            bf16 = (
+                "split = Constant<value = float {65537.0}>()\n  y = Mul(x3, split)\n  rest = Sub(y, x3)\n"
+                "  query = Sub(y, rest)"
+            )
+        rounded = f"{bf16 if form.query_bits == 16 else 'query = Identity(x3)'}\n  step = Constant<value = float[1,1,1,1] {{1.0}}>()"
     return f"""PrepareQuery ({inputs}) => (query, step) {{
   last = Constant<value_ints = [-1]>()
   minus_two = Constant<value_ints = [-2]>()
@@ -256,5 +261,5 @@ def select(form: Form) -> str:
   skip = Constant<value = float {{0.0}}>()
   nobody = Equal(importance, dead)
   levels0 = Where(nobody, skip, chosen)
-  levels = Cast<to = 2>(levels0)
+  {"levels = Cast<to = 2>(levels0)" if form.arithmetic == "integer" else "levels = Identity(levels0)"}
 }}"""

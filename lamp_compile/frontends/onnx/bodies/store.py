@@ -5,9 +5,10 @@ from __future__ import annotations
 from lamp_compile.frontends.onnx.form import Form
 
 
-def encode(rotation: bool, balance: bool) -> str:
-    """Rows ``[B, G, n, D]`` -> high, residual uint8 ``[B, G, n, D/2]``, scale float16 ``[B, G, n]``, bit by bit as
-    ``runtime/formats/nested8.py``. A NaN or infinity in a row goes into its scale."""
+def encode(form: Form, balance: bool) -> str:
+    """Rows ``[B, G, n, D]`` -> high, residual uint8 ``[B, G, n, D/2]``, scale ``[B, G, n]`` rounded to float16 (kept as
+    float32), bit by bit as ``runtime/formats/nested8.py``. A NaN or infinity in a row goes into its scale."""
+    rotation = form.rotation
     name = f"Encode{'Rotated' if rotation else ''}{'Balanced' if balance else ''}"
     inputs = ", ".join(["rows", *(["rotate"] if rotation else []), *(["balance"] if balance else [])])
     divide = "divisor = Unsqueeze(balance, minus_two)\n  x1 = Div(x0, divisor)" if balance else "x1 = Identity(x0)"
@@ -30,9 +31,8 @@ def encode(rotation: bool, balance: bool) -> str:
   nothing = Mul(total, zero)
   step0 = Div(peak, largest)
   step = Add(step0, nothing)
-  scale = Cast<to = 10>(step)
-  stored = Cast<to = 1>(scale)
-  divisor1 = Unsqueeze(stored, last)
+  {rounded_to_half("step", "scale", form)}
+  divisor1 = Unsqueeze(scale, last)
   ratio = Div(x, divisor1)
   unscaled = Equal(divisor1, zero)
   undefined = IsNaN(ratio)
@@ -48,6 +48,17 @@ def encode(rotation: bool, balance: bool) -> str:
   high = ai.lamp.Pack(hi)
   residual = ai.lamp.Pack(lo)
 }}"""
+
+
+def rounded_to_half(x: str, name: str, form: Form) -> str:
+    """x rounded to float16, as float32. Some compilers drop a cast there and back, so "float" forms split it by hand
+    (T. J. Dekker, 1971): 11 bits of mantissa; they differ below float16's smallest normal number only."""
+    if form.arithmetic == "integer":
+        return f"{name}_half = Cast<to = 10>({x})\n  {name} = Cast<to = 1>({name}_half)"
+    return f"""{name}_factor = Constant<value = float {{8193.0}}>()
+  {name}_scaled = Mul({x}, {name}_factor)
+  {name}_rest = Sub({name}_scaled, {x})
+  {name} = Sub({name}_scaled, {name}_rest)"""
 
 
 def pack() -> str:
@@ -124,8 +135,10 @@ def append(form: Form) -> str:
   at_key = Concat<axis = -1>(b, g, page, key)
   k_high_new = ScatterND(k_high, at_key, k_bytes)
   k_residual_new = ScatterND(k_residual, at_key, k_rest)
-  k_scale_new = ScatterND(k_scale, at_scale, k_step)
-  v_scale_new = ScatterND(v_scale, at_scale, v_step)
+  k_half = Cast<to = 10>(k_step)
+  v_half = Cast<to = 10>(v_step)
+  k_scale_new = ScatterND(k_scale, at_scale, k_half)
+  v_scale_new = ScatterND(v_scale, at_scale, v_half)
   width1 = Shape<start = 3, end = 4>(v_bytes)
   width = Squeeze(width1)
   every_channel = Range(zero, width, one)

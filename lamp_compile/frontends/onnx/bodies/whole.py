@@ -1,4 +1,4 @@
-"""One node for one attention: ``FusedAttention`` over a cache, ``Attention`` over keys and values."""
+"""One node for one attention: ``FusedAttention`` over a cache, ``UncachedAttention`` over keys and values."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ def _parts(form: Form) -> str:
     turned = (", rotate_k, rotate_v" if form.rotation else "") + _given(form, "balance")
     added = _given(form, "bias", "sinks")
     exact = "" if form.cache else ", k, v"
+    rest = _PLANES.removeprefix("k_high, ")
     return f"""live = ai.lamp.Visible{visible}(q, k_scale, lengths{_given(form, "start", "mask")})
   importance, scores = ai.lamp.LookAhead{products}(q, k_high, k_scale, live{turned_k}{added})
   levels = ai.lamp.Select(importance, tau, floor, state)
-  out, lse, certificate = ai.lamp.Attend{products}(q, scores, levels, live, {_PLANES.removeprefix("k_high, ")}{turned}{added}{exact})
+  out, lse, certificate = ai.lamp.Attend{products}(q, scores, levels, live, {rest}{turned}{added}{exact})
   state_new, stats_new = ai.lamp.Guard{_GUARD}(out, lse, certificate, levels, state, stats, floor, budget)"""
 
 
@@ -61,7 +62,7 @@ def attention(form: Form) -> str:
   begin = Constant<value_ints = [0]>()
   axis = Constant<value_ints = [3]>()
   pads = Concat<axis = 0>(begin, missing){pads}"""
-    return f"""Attention <{_attributes(form)[0]}>
+    return f"""UncachedAttention <{_attributes(form)[0]}>
 (q, k, v, tau, floor, budget, state, stats{turned}{renamed}) => (out, state_new, stats_new) {{
   {_PLANES} = ai.lamp.Quantize(k, v{turned})
   lengths = Shape<start = 2, end = 3>(k){pads}
