@@ -16,6 +16,7 @@ _HOME = {
     "explain": "lamp_compile.api",
     "disable": "lamp_compile.api",
     "backend": "lamp_compile.torch_backend",
+    "rewrite_onnx": "lamp_compile.frontends.onnx.rewrite",
     "DecodeStep": "lamp_compile.frontends.huggingface.decode_step",
     "NestedCache": "lamp_compile.runtime.kv_cache",
     "Plan": "lamp_compile.plan",
@@ -38,12 +39,14 @@ __all__ = [
     "disable",
     "explain",
     "rewrite",
+    "rewrite_onnx",
 ]
 
 if TYPE_CHECKING:
     from lamp_compile.api import compile, disable, explain, rewrite
     from lamp_compile.errors import LampError
     from lamp_compile.frontends.huggingface.decode_step import DecodeStep
+    from lamp_compile.frontends.onnx.rewrite import rewrite_onnx
     from lamp_compile.linear_plan import LinearPlan
     from lamp_compile.plan import GuardPlan, Plan, SitePlan
     from lamp_compile.runtime.kv_cache import NestedCache

@@ -2,7 +2,7 @@
 
     python -m tests.onnx.fuzz SEED CASES
 
-What is accepted must not bring down onnx's own checker and shape inference either. Case ``i`` depends on ``SEED`` and
+What is accepted must not bring down onnx's own checker and shape inference, nor the rewriter. Case ``i`` depends on ``SEED`` and
 ``i`` alone: ``python -m tests.onnx.fuzz SEED 1 i`` repeats one.
 """
 
@@ -20,6 +20,7 @@ import onnx
 
 from lamp_compile.errors import LampError
 from lamp_compile.frontends.onnx import reading
+from lamp_compile.frontends.onnx.rewrite import rewrite_onnx
 from tests.onnx import hostile
 
 SECONDS = 5.0
@@ -61,6 +62,8 @@ def read(data: bytes) -> None:
     for check in (onnx.checker.check_model, onnx.shape_inference.infer_shapes):
         with contextlib.suppress(onnx.checker.ValidationError, onnx.shape_inference.InferenceError, RuntimeError):
             check(model)  # what it thinks does not matter here, but that it comes back
+    with contextlib.suppress(LampError):
+        rewrite_onnx(model)
 
 
 def main(argv: list[str]) -> int:

@@ -31,15 +31,13 @@ class Emitter:
         """Put what is made from now on behind the site's own node."""
         self._list = self.following
 
-    def call(
-        self, operator: str, *inputs: str, domain: str = "", out: str = "", more: tuple[str, ...] = (), **attributes: Any
-    ) -> str:  # fmt: skip
-        """A node, whose first output's name is given back (``out`` names it; ``more`` are further ones)."""
+    def call(self, operator: str, *inputs: str, domain: str = "", out: str = "", **attributes: Any) -> str:
+        """A node with one output, whose name is given back (``out`` names it)."""
         from onnx import helper
 
         name = out or self.graph.fresh(f"{self.prefix}/{operator.lower()}")
         label = self.graph.fresh(f"{self.prefix}/{operator.lower()}") if out else name
-        node = helper.make_node(operator, list(inputs), [name, *more], name=label, domain=domain, **attributes)
+        node = helper.make_node(operator, list(inputs), [name], name=label, domain=domain, **attributes)
         self._list.append(node)
         if not out:
             self.graph.makers[name] = node

@@ -49,7 +49,7 @@ class FoundOnnx:
     refusals: tuple[Refusal, ...]
     unclaimed: tuple[Refusal, ...]
     rewritten: int = 0
-    """``ai.lamp`` attentions that are there already."""
+    """Nodes of domain ``ai.lamp`` that are there already."""
 
     @property
     def sites(self) -> tuple[OnnxSite, ...]:
@@ -70,7 +70,7 @@ def find_sites(graph: Graph) -> FoundOnnx:
     done = 0
     for node in list(graph.proto.node):
         anchor = _anchor(node)
-        done += anchor in ((DOMAIN, "Attention"), (DOMAIN, "FusedAttention"))
+        done += anchor[0] == DOMAIN
         if anchor in _UNREAD:
             unclaimed.append(Refusal(site_name(node), _UNREAD[anchor], node=node.name))
         if anchor in readers:
@@ -92,9 +92,9 @@ def site_name(node: NodeProto) -> str:
         if entry.key == "pkg.torch.onnx.name_scopes":
             scopes = [scope for scope in re.findall(r"'([^']*)'", entry.value)[:-1] if scope]
             if scopes:
-                return scopes[-1][:200]
+                return str(scopes[-1])[:200]
     parts = [part for part in node.name.strip("/").split("/") if part]
-    return (".".join(parts[:-1]) or node.name or "attention")[:200]
+    return str(".".join(parts[:-1]) or node.name or "attention")[:200]
 
 
 def _anchor(node: NodeProto) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Put one ``ai.lamp.Attention`` node in the place of each chosen site."""
+"""Put one ``ai.lamp.UncachedAttention`` node in the place of each chosen site."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from lamp_compile.runtime import rotation
 
 if TYPE_CHECKING:
     from onnx import NodeProto
+
+OPERATOR = "UncachedAttention"
 
 
 def check_row(site: OnnxSite, row: SitePlan) -> None:
@@ -80,22 +82,20 @@ class _Parts:
             mask="keys" if mask else "", bias=bool(bias), cache=False,
         )  # fmt: skip
         self.forms.add(form)
-        inputs = [site.q, site.k, site.v, *self.settings(site, row)]
+        inputs = {"q": site.q, "k": site.k, "v": site.v, "mask": mask, "bias": bias, **self.settings(site, row)}
         if form.rotation:
-            inputs += [self.rotation(site.head_dim, site), self.rotation(site.value_dim, site)]
+            inputs["rotate_k"] = self.rotation(site.head_dim, site)
+            inputs["rotate_v"] = self.rotation(site.value_dim, site)
         if row.balance is not None:
-            inputs.append(self.initializer(f"lamp/{site.name}/balance", np.asarray(row.balance, np.float32)))
-        inputs += [name for name in (mask, bias) if name]
-        attributes: dict[str, Any] = {"site": site.name, "scale": float(site.scale)}
-        if site.softcap:
-            attributes["softcap"] = float(site.softcap)
-        attributes |= {"guard_window": row.guard.window, "guard_hold": row.guard.hold}
-        attributes["hysteresis"] = float(row.guard.hysteresis)
-        unused = tuple(self.graph.fresh(f"lamp/{site.name}/{name}_new") for name in ("state", "stats"))
-        emit.call(
-            "Attention", *inputs, domain=functions.DOMAIN, out=site.out, more=unused, overload=form.tag,
-            **functions.attributes_for(form, **attributes),
+            inputs["balance"] = self.initializer(f"lamp/{site.name}/balance", np.asarray(row.balance, np.float32))
+        unused = [self.graph.fresh(f"lamp/{site.name}/{name}_new") for name in ("state", "stats")]
+        node = functions.make_node(
+            OPERATOR, form, inputs, [site.out, *unused], site=site.name, scale=float(site.scale),
+            guard_window=row.guard.window, guard_hold=row.guard.hold, hysteresis=float(row.guard.hysteresis),
+            **({"softcap": float(site.softcap)} if site.softcap else {}),
         )  # fmt: skip
+        node.name = self.graph.fresh(f"lamp/{site.name}/attention")
+        emit.made.append(node)
 
     def visibility(self, site: OnnxSite, emit: Emitter) -> tuple[str, str]:
         """Mask and bias with four axes and a column for each key; minus infinity in a bias goes into the mask."""
@@ -131,7 +131,7 @@ class _Parts:
         numbers = [self.graph.number(name) for name in node.input[1:]]
         return all(number is not None and np.isfinite(number) for number in numbers)
 
-    def settings(self, site: OnnxSite, row: SitePlan) -> list[str]:
+    def settings(self, site: OnnxSite, row: SitePlan) -> dict[str, str]:
         """tau, floor, budget, and the guard's state and statistics, which nobody carries on here."""
         heads = site.kv_heads
         values = {
@@ -141,7 +141,7 @@ class _Parts:
             "state": np.zeros((1, heads, guards.STATE_FIELDS), np.float32),
             "stats": np.zeros((1, heads, guards.STATS_FIELDS), np.int64),
         }
-        return [self.initializer(f"lamp/{site.name}/{name}", value) for name, value in values.items()]
+        return {name: self.initializer(f"lamp/{site.name}/{name}", value) for name, value in values.items()}
 
     def rotation(self, size: int, site: OnnxSite) -> str:
         """The rotation of so many channels; one for all sites."""

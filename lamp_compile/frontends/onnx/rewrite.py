@@ -50,8 +50,8 @@ def rewrite_onnx(
     """Give every attention of an ONNX model look-ahead mixed precision; the argument stays as it was.
 
     Operator Attention (opset 23 and later), com.microsoft MultiHeadAttention and GroupQueryAttention, and MatMul -
-    Softmax - MatMul become one node ``ai.lamp.Attention`` each, a model-local function of standard operators: it
-    runs on stock ONNX Runtime. Inputs and outputs keep their names; external data stays external.
+    Softmax - MatMul become one node ``ai.lamp.UncachedAttention`` each, a model-local function of standard operators,
+    so that the result runs on stock ONNX Runtime. Inputs and outputs keep their names; external data stays external.
 
     Args:
         model: A ``ModelProto``, or the path of a file (read as ``frontends.onnx.reading.load`` does, with its checks).
@@ -80,7 +80,7 @@ def rewrite_onnx(
     made = make_plan(cast(Found, found), preset=preset, plan=chosen_plan, overrides=options)
     names = {site.name for site in choose_sites(cast(Found, found), made, fuel)}
     chosen = [claimed for claimed in found.claimed if claimed.site.name in names]
-    before = "\n".join(_line(node) for claimed in chosen[:1] for node in claimed.site.replaced)
+    before = "\n".join(_line(node) for claimed in chosen[:1] for node in claimed.site.absorbed or claimed.site.replaced)
     notes = replace_sites(graph, chosen, made, guard)
     _stamp(copy, made)
     _verify(copy, chosen)
@@ -130,7 +130,7 @@ def _read(
 
 def _refuse_pointless(found: FoundOnnx, where: str) -> None:
     if found.rewritten:
-        what = f"already rewritten: {found.rewritten} attentions are of domain {functions.DOMAIN}"
+        what = f"already rewritten: {found.rewritten} nodes are of domain {functions.DOMAIN}"
         raise ModelError(what, where=where, fix="rewrite the original with the plan that you want")
     if not found.sites:
         reasons = [f"{refusal.site}: {refusal.reason}" for refusal in (*found.refusals, *found.unclaimed)]

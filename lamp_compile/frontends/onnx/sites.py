@@ -41,6 +41,8 @@ class OnnxSite:
     name: str = ""
     replaced: list[NodeProto] = field(default_factory=list)
     """Nodes that the new ones make superfluous; what only they used goes with them."""
+    absorbed: list[NodeProto] = field(default_factory=list)
+    """The site's nodes for a reader of the report, in order."""
     cache: None = None
 
     @property

@@ -121,6 +121,8 @@ def sizes_of(graph: Graph, q: str, k: str, v: str) -> dict[str, Any]:
         Refuse: Heads or channels are not numbers, or do not fit each other.
     """
     shapes: list[Dims] = [graph.dims(name) or [] for name in (q, k, v)]
+    if any(len(shape) != 4 for shape in shapes):
+        raise Refuse("the shapes of q, k or v are not known", "export it with shapes")
     found = {
         "heads": shapes[0][1], "kv_heads": shapes[1][1], "head_dim": shapes[0][3], "value_dim": shapes[2][3],
     }  # fmt: skip

@@ -84,7 +84,7 @@ def _add(graph: Graph, node: NodeProto, scores: Scores) -> str:
     if scores.scale != 1.0 or scores.softcap:
         raise Refuse("a bias is added before scaling or soft-capping", "add it after")
     _bias(graph, right, scores)
-    return left
+    return str(left)
 
 
 def _bias(graph: Graph, name: str, scores: Scores) -> None:
@@ -128,7 +128,7 @@ def _softcap(graph: Graph, tanh: NodeProto, cap: float, scores: Scores) -> str:
                 raise Refuse("the soft-cap divides and multiplies by different numbers")
             scores.softcap = cap
             scores.passed.extend([tanh, node])
-            return node.input[given]
+            return str(node.input[given])
     raise Refuse("the soft-cap is not tanh(x / c) * c")
 
 
@@ -158,7 +158,7 @@ def _where(graph: Graph, node: NodeProto, scores: Scores) -> str:
         if scores.softcap:
             raise Refuse("keys are hidden before soft-capping, which lets them back in", "hide them after it")
         found.append(node.input[0])
-        return node.input[kept]
+        return str(node.input[kept])
     raise NoMatch(NOT_ATTENTION)
 
 
@@ -171,7 +171,7 @@ def _sub(graph: Graph, node: NodeProto, scores: Scores) -> str:
     if graph.axes(largest) not in ([-1], [(rank or 0) - 1]) or attribute(largest, "keepdims", 1) != 1:
         raise NoMatch(NOT_ATTENTION)
     scores.passed.append(largest)
-    return node.input[0]
+    return str(node.input[0])
 
 
 def _concat(graph: Graph, node: NodeProto, scores: Scores) -> str:
@@ -182,7 +182,7 @@ def _concat(graph: Graph, node: NodeProto, scores: Scores) -> str:
 
 def _reshape(graph: Graph, node: NodeProto, scores: Scores) -> str:
     if graph.dims(node.input[0]) is not None and graph.dims(node.input[0]) == graph.dims(node.output[0]):
-        return node.input[0]
+        return str(node.input[0])
     if _leads_to_product(graph, node.input[0]):
         raise Refuse("scores are reshaped on the way to their softmax", "export it with four axes throughout")
     raise NoMatch(NOT_ATTENTION)

@@ -39,6 +39,7 @@ def read_softmax(graph: Graph, root: NodeProto, emit: Emitter) -> OnnxSite:
     site = OnnxSite(
         pattern="softmax", root=product, out=out, q=q, k=k, v=v, scale=scores.scale, softcap=scores.softcap,
         mask=_mask(graph, scores, flat, emit), bias=_bias(graph, scores, flat, emit), replaced=[product],
+        absorbed=[*reversed(scores.passed), root, *below, product],
         **sizes_of(graph, q, k, v),
     )  # fmt: skip
     if flat:
