@@ -18,6 +18,7 @@ _HOME = {
     "compare": "lamp_compile.diff.api",
     "snapshot": "lamp_compile.diff.api",
     "backend": "lamp_compile.torch_backend",
+    "rewrite_onnx": "lamp_compile.frontends.onnx.rewrite",
     "DecodeStep": "lamp_compile.frontends.huggingface.decode_step",
     "NestedCache": "lamp_compile.runtime.kv_cache",
     "Plan": "lamp_compile.plan",
@@ -41,6 +42,7 @@ __all__ = [
     "disable",
     "explain",
     "rewrite",
+    "rewrite_onnx",
     "snapshot",
 ]
 
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from lamp_compile.diff.api import compare, snapshot
     from lamp_compile.errors import LampError
     from lamp_compile.frontends.huggingface.decode_step import DecodeStep
+    from lamp_compile.frontends.onnx.rewrite import rewrite_onnx
     from lamp_compile.linear_plan import LinearPlan
     from lamp_compile.plan import GuardPlan, Plan, SitePlan
     from lamp_compile.runtime.kv_cache import NestedCache

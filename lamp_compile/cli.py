@@ -8,10 +8,22 @@ import sys
 from collections.abc import Sequence
 
 from lamp_compile import __version__
-from lamp_compile.commands import _output, bisect, compile, diff, doctor, evaluate, explain, run, snapshot, tune
+from lamp_compile.commands import (
+    _output,
+    bisect,
+    compile,
+    diff,
+    doctor,
+    evaluate,
+    explain,
+    rewrite,
+    run,
+    snapshot,
+    tune,
+)
 from lamp_compile.errors import LampError
 
-COMMANDS = (run, explain, evaluate, compile, tune, bisect, diff, snapshot, doctor)
+COMMANDS = (run, explain, evaluate, compile, tune, bisect, rewrite, diff, snapshot, doctor)
 LIGHT = ("doctor", "diff", "snapshot")
 """Commands that load no model of transformers."""
 EPILOG = "exit codes: 0 done, 1 error, 2 usage, 3 a limit was exceeded, or something differs"

@@ -25,6 +25,7 @@ PUBLIC = {
     "disable",
     "explain",
     "rewrite",
+    "rewrite_onnx",
 }
 
 
