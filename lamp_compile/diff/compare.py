@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lamp_compile.diff import sites
-from lamp_compile.diff._syntax import replace_refs
+from lamp_compile.diff._syntax import refs, replace_refs
 from lamp_compile.diff.align import GONE, align
 from lamp_compile.diff.lines import Block, Line
 from lamp_compile.diff.snapshot import Snapshot
@@ -146,15 +146,17 @@ class _Compare:
     def blocks(self) -> None:
         """The graph and its functions, by name."""
         ours, theirs = {x.name: x for x in self.a.blocks}, {x.name: x for x in self.b.blocks}
-        for name in dict.fromkeys((*ours, *theirs)):
-            a, b = ours.get(name), theirs.get(name)
-            where = name.removeprefix("function ")
+        for name, other in _pairs(list(ours), list(theirs)):
+            a, b = ours.get(name), theirs.get(other)
+            where = other.removeprefix("function ") or name.removeprefix("function ")
             if a is None or b is None:
                 there = a or b
                 assert there is not None
-                what = f"{name} is {'gone' if b is None else 'new'} ({len(there.lines)} operations)"
-                self.add("structure", where, name, what, name if b is None else "", name if a is None else "")
+                what = f"{there.name} is {'gone' if b is None else 'new'} ({len(there.lines)} operations)"
+                self.add("structure", where, there.name, what, name, other)
                 continue
+            if name != other:
+                self._entry("attributes", where, "overload", _overload(name), _overload(other))
             outer = {x: x for x in (*self.a.params, *self.b.params)}
             self.block(a, b, where, {f"${x}": f"${x}" for x in outer})
 
@@ -227,6 +229,8 @@ class _Compare:
     def _operands(self, a: Line, b: Line, where: str, values: Mapping[str, str]) -> None:
         ours = [(name, replace_refs(text, values)) for name, text in a.arguments]
         theirs = list(b.arguments)
+        if _is_lamp(b.op) and self.a.sites and self.b.sites:  # hot values are said once for the site
+            ours, theirs = [[x for x in side if not (x[0] in sites.HOT and not refs(x[1]))] for side in (ours, theirs)]
         if ours == theirs:
             return
         swapped = [t for _, t in ours] != [t for _, t in theirs] and sorted(ours, key=str) == sorted(theirs, key=str)
@@ -247,7 +251,7 @@ class _Compare:
         self, a: Sequence[tuple[str, str]], b: Sequence[tuple[str, str]], where: str, op: str, old: str, new: str
     ) -> None:  # fmt: skip
         before, after = dict(a), dict(b)
-        lamp = op.startswith(("lamp.", "ai.lamp::", "lamp::"))
+        lamp = _is_lamp(op)
         for name in sorted(before.keys() | after.keys()):
             if before.get(name) == after.get(name):
                 continue
@@ -269,8 +273,32 @@ class _Compare:
                 self.add("precision", name, setting, text, _shown(old), _shown(new))
 
 
+def _overload(name: str) -> str:
+    """``function ai.lamp::Attend:if.q8`` -> ``if.q8``."""
+    return name.rpartition("::")[2].partition(":")[2]
+
+
+def _pairs(ours: list[str], theirs: list[str]) -> list[tuple[str, str]]:
+    """Blocks by name; functions of one name whose only overload changed are one function. Empty = no partner."""
+    pairs = [(name, name if name in theirs else "") for name in ours] + [
+        ("", name) for name in theirs if name not in ours
+    ]
+    lone = [name for name, other in pairs if not other], [other for name, other in pairs if not name]
+    for name in lone[0]:
+        base = name.removesuffix(f":{_overload(name)}")
+        same = [[x for x in side if x.removesuffix(f":{_overload(x)}") == base] for side in lone]
+        if len(same[0]) == len(same[1]) == 1:
+            pairs[pairs.index((name, ""))] = (name, same[1][0])
+            pairs.remove(("", same[1][0]))
+    return pairs
+
+
 def _types(outputs: Sequence[tuple[str, str]]) -> dict[str, str]:
     return {name: text.partition(" : ")[2] or "?" for name, text in outputs}
+
+
+def _is_lamp(op: str) -> bool:
+    return op.startswith(("lamp.", "ai.lamp::", "lamp::"))
 
 
 def _is_hot(path: str) -> bool:

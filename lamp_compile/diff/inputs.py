@@ -76,28 +76,11 @@ def _from_file(path: Path, weights: bool) -> Snapshot:
         program = read_pt2(path, weights)
     else:
         from lamp_compile.diff.readers.onnx_model import read_model
+        from lamp_compile.frontends.onnx.reading import Folder, load
 
-        program = read_model(load_onnx(path), path.parent, weights)
+        program = read_model(load(path, domains="*"), Folder(path), weights)
     made = canonical(program)
     return replace(made, versions={"lamp_compile": __version__, **made.versions})
-
-
-def load_onnx(path: Path) -> Any:
-    """A ModelProto from a file, external data left where it is.
-
-    Raises:
-        InputError: It is no ONNX model.
-    """
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-    except (DecodeError, ValueError, RecursionError, OSError) as error:
-        raise InputError(f"not an ONNX model: {error}", where=str(path), fix="check the file") from None
-    if not model.HasField("graph"):
-        raise InputError("not an ONNX model: it holds no graph", where=str(path), fix="check the file")
-    return model
 
 
 def _text(path: Path) -> str:
@@ -117,8 +100,10 @@ def _program(thing: Any, weights: bool) -> Program:
     module = type(thing).__module__.split(".")[0]
     if module == "onnx":
         from lamp_compile.diff.readers.onnx_model import read_model
+        from lamp_compile.frontends.onnx import reading
 
         if hasattr(thing, "opset_import") and hasattr(thing, "graph"):
+            reading.check(thing, "model", domains="*")
             return read_model(thing, None, weights)
     else:
         from torch.export import ExportedProgram

@@ -15,6 +15,8 @@ SETTINGS = (
 HOT = ("tau", "floor", "budget")
 PRECISION = frozenset((*SETTINGS, *HOT, "window", "hold"))
 """Attributes of ``lamp`` nodes that are said once for a site, and not again for each node."""
+GUARDED = ("guard", "fused_attention", "uncached_attention", "attention.cached")
+"""Operators that are a guard, or hold one."""
 TWO_PLANES = ("nested8",)
 """Formats with a residual plane."""
 BOUNDED = ("energy", "mass", "lamp_relaxed")
@@ -64,7 +66,9 @@ def from_call(
             row[f"guard_{name}"] = value
         elif (name in SETTINGS and name != "exact") or (name in HOT and isinstance(value, int | float)):
             row[name] = value
-    row["guard"] = row["guard"] or short in ("guard", "fused_attention", "attention.cached")
+        elif name == "format":
+            row["k_format"] = row["v_format"] = value
+    row["guard"] = row["guard"] or short in GUARDED
     for name, text in hot.items():
         if name in HOT:
             row[name] = _values(text)

@@ -192,7 +192,7 @@ def test_a_circle_is_an_error() -> None:
     def edit(model) -> None:
         model.graph.node[0].input[0] = model.graph.node[-1].input[0]
 
-    with pytest.raises(InputError, match="circle"):
+    with pytest.raises(InputError, match="cycle"):
         lamp_compile.snapshot(models.edited(edit))
 
 

@@ -132,7 +132,8 @@ class TestOnnx:
         from tests.diff import onnx_models as models
 
         def edit(model) -> None:
-            model.graph.node[-1].op_type = "NoSuchOperator"
+            model.graph.node[-1].op_type, model.graph.node[-1].domain = "NoSuchOperator", "somebody"
+            model.opset_import.append(models.onnx.helper.make_opsetid("somebody", 1))
 
         with pytest.raises(InputError, match="ONNX Runtime cannot run it"):
             lamp_compile.compare(models.edited(edit), models.edited(edit), numerics=True, sizes={"d0": 1, "d1": 6})

@@ -74,7 +74,7 @@ def test_every_field_of_a_site_is_compared() -> None:
     """A plan that gains a field gets it here, or says why not."""
     row = sites.from_plan(BASE)[NAMES[0]]
     known = set(row) | {"name", "reason", "guard"} | {"launch", "exact"}
-    assert {f for f in SitePlan.__dataclass_fields__} <= known
+    assert set(SitePlan.__dataclass_fields__) <= known
     assert {f"guard_{f}" if f in ("window", "hold") else f for f in GuardPlan.__dataclass_fields__} <= known
 
 

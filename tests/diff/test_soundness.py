@@ -28,10 +28,9 @@ def graphs(draw, most: int = 6, depth: int = 1, outside: tuple[str, ...] = ("x",
         if depth and draw(st.integers(0, 4)) == 0:
             bodies = [(name, draw(graphs(3, depth - 1, tuple(values)))) for name in ("else", "then")]
         attributes = {"k": draw(st.sampled_from(["1", "2"]))} if draw(st.booleans()) else {}
-        scope = draw(st.sampled_from(["", "layers.0", "layers.1"]))
         op = "If" if bodies else draw(st.sampled_from(["Add", "Mul"]))
         names = [f"{stem}{len(values)}_{index}"]
-        nodes.append(Node(op, [("", (Ref(o),)) for o in operands], attributes, names, [None], scope, bodies))
+        nodes.append(Node(op, [("", (Ref(o),)) for o in operands], attributes, names, [None], bodies=bodies))
         values += names
     results = draw(st.lists(st.sampled_from([n for n in values if n not in outside]), min_size=1, max_size=2))
     return Graph([], nodes, [(Ref(r),) for r in results])
@@ -82,7 +81,6 @@ def test_one_edit_is_found(graph: Graph, data) -> None:
     else:
         node.arguments = [*node.arguments, ("", (Ref("w"),))]
     found = compare_snapshots(before, snapshot(graph))
-    assert 1 <= len(found.changes)
     assert not found.same
     assert len(found.changes) <= 8
 
@@ -96,6 +94,18 @@ def test_names_and_order_are_nothing(graph: Graph, seed: int) -> None:
         return
     second = snapshot(other_names_and_order(graph, random.Random(seed), {"x": "x", "w": "w"}))
     assert second.text(header=False) == first.text(header=False)
+
+
+@QUIET
+@given(graphs(12), st.data())
+def test_module_paths_are_names(graph: Graph, data) -> None:
+    """They help to find a partner, and are no difference themselves."""
+    first = snapshot(graph)
+    for node in graph.nodes:
+        node.scope = data.draw(st.sampled_from(["", "layers.0", "layers.1"]))
+    if any(line.mark for block in first.blocks for line in block.walk()):
+        return
+    assert compare_snapshots(first, snapshot(graph)).same
 
 
 @QUIET

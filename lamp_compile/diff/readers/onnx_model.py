@@ -7,13 +7,15 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lamp_compile.diff.graph import DEEPEST, Function, Graph, Node, Param, Program, Ref, Text, Type
 from lamp_compile.diff.readers import onnx_tensors as tensors
-from lamp_compile.diff.sites import from_call
+from lamp_compile.diff.sites import HOT, from_call
 from lamp_compile.errors import InputError
+
+if TYPE_CHECKING:
+    from lamp_compile.frontends.onnx.reading import Folder
 
 _PATH = re.compile(r"[A-Za-z_]\w*(\.\w+)+")
 """Initialisers with such a name are parameters, known by it; all others are constants, known by what they hold."""
@@ -22,7 +24,7 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 LAMP = ("ai.lamp", "lamp")
 
 
-def read_model(model: Any, folder: Path | None = None, weights: bool = False) -> Program:
+def read_model(model: Any, folder: Folder | None = None, weights: bool = False) -> Program:
     """A ModelProto.
 
     Args:
@@ -39,18 +41,20 @@ def read_model(model: Any, folder: Path | None = None, weights: bool = False) ->
 @dataclass
 class _Reader:
     model: Any
-    folder: Path | None
+    folder: Folder | None
     weights: bool
     opsets: dict[str, int] = field(default_factory=dict)
     program_: Program = field(default_factory=lambda: Program("onnx"))
-    functions: dict[tuple[str, str], Any] = field(default_factory=dict)
+    functions: dict[tuple[str, str, str], Any] = field(default_factory=dict)
     constants: dict[str, str] = field(default_factory=dict)
+    inside: bool = False
+    """Whether a function's body is being read: calls in it belong to no site."""
     small: dict[str, str] = field(default_factory=dict)
 
     def program(self) -> Program:
         model, made = self.model, self.program_
         self.opsets = {o.domain or "": o.version for o in model.opset_import}
-        self.functions = {(f.domain, f.name): f for f in model.functions}
+        self.functions = {(f.domain, f.name, _overload(f)): f for f in model.functions}
         made.facts = {"ir_version": str(model.ir_version)}
         made.facts |= {f"opset.{domain or 'ai.onnx'}": str(version) for domain, version in self.opsets.items()}
         made.versions = {model.producer_name or "producer": model.producer_version or "unknown"}
@@ -120,13 +124,13 @@ class _Reader:
     def _node(self, node: Any, values: Mapping[str, Any], opsets: Mapping[str, int], depth: int) -> Node:
         domain = "" if node.domain == "ai.onnx" else node.domain
         op = f"{domain}::{node.op_type}" if domain else node.op_type
-        if getattr(node, "overload", ""):
-            op += f":{node.overload}"
-        arguments: list[tuple[str, Text]] = [("", _operand(name)) for name in node.input]
+        formal = self._formal(node)
+        hot = [name if name in HOT else "" for name in formal] + [""] * (len(node.input) - len(formal))
+        arguments: list[tuple[str, Text]] = [(h, _operand(x)) for h, x in zip(hot, node.input, strict=False)]
         while arguments and arguments[-1][1] == ("_",):
             arguments.pop()
-        defaults = self._defaults(domain, node.op_type, opsets)
-        attributes, bodies = {}, []
+        defaults = self._defaults(node, domain, opsets)
+        attributes, bodies = {"overload": json.dumps(_overload(node))} if _overload(node) else {}, []
         for item in sorted(node.attribute, key=lambda a: a.name):
             graphs = [item.g] if item.type == item.GRAPH else list(item.graphs)
             for index, graph in enumerate(graphs):
@@ -141,7 +145,7 @@ class _Reader:
         while outputs and not outputs[-1]:
             outputs.pop()
         types = [values.get(name) for name in outputs]
-        if domain in LAMP:
+        if domain in LAMP and not self.inside:
             self._site(node, defaults | attributes)
         return Node(op, arguments, attributes, outputs, types, _scope(node), bodies)
 
@@ -156,27 +160,30 @@ class _Reader:
         opsets = {o.domain or "": o.version for o in function.opset_import} or self.opsets
         values = {v.name: tensors.type_of(v) for v in getattr(function, "value_info", ())}
         outer, small = self.constants, self.small
-        self.constants, self.small = {}, {}
+        self.constants, self.small, self.inside = {}, {}, True
         nodes = self._nodes(function.node, values, opsets, 0)
+        self.inside = False
         graph = Graph(list(function.input), nodes, [_operand(name) for name in function.output])
         inline, self.constants, self.small = self.constants, outer, small
         attributes = dict.fromkeys(function.attribute, "required")
         attributes |= {a.name: tensors.attribute(a, self.folder) for a in function.attribute_proto}
-        name = f"{function.domain}::{function.name}" + (
-            f":{function.overload}" if getattr(function, "overload", "") else ""
-        )
+        name = f"{function.domain}::{function.name}" + (f":{_overload(function)}" if _overload(function) else "")
         used = tuple(f"{domain or 'ai.onnx'}:{version}" for domain, version in opsets.items())
         return Function(name, _inlined(graph, inline), tuple(function.input), attributes, used)
 
-    def _defaults(self, domain: str, op: str, opsets: Mapping[str, int]) -> dict[str, str]:
-        function = self.functions.get((domain, op))
+    def _defaults(self, node: Any, domain: str, opsets: Mapping[str, int]) -> dict[str, str]:
+        function = self.functions.get((node.domain, node.op_type, _overload(node)))
         if function is not None:
             return {a.name: tensors.attribute(a, self.folder) for a in function.attribute_proto}
-        return tensors.schema_defaults(domain, op, opsets.get(domain, 1))
+        return tensors.schema_defaults(domain, node.op_type, opsets.get(domain, 1))
+
+    def _formal(self, node: Any) -> tuple[str, ...]:
+        """Names of the inputs of the function that a ``lamp`` node calls."""
+        function = self.functions.get((node.domain, node.op_type, _overload(node))) if node.domain in LAMP else None
+        return tuple(function.input) if function is not None else ()
 
     def _site(self, node: Any, attributes: Mapping[str, str]) -> None:
-        function = self.functions.get((node.domain, node.op_type))
-        formal = tuple(function.input) if function is not None else ()
+        formal = self._formal(node)
         hot = {name: self.small[x] for name, x in zip(formal, node.input, strict=False) if x in self.small}
         for x in node.input:
             if x in self.small and x in self.program_.params:
@@ -186,6 +193,11 @@ class _Reader:
         settings = {name: json_value(text) for name, text in attributes.items()}
         site = settings.get("site") or _scope(node) or node.name
         from_call(self.program_.sites, str(site), node.op_type, settings, hot)
+
+
+def _overload(of: Any) -> str:
+    """Of a node or function; models before IR version 10 have none."""
+    return str(getattr(of, "overload", ""))
 
 
 def _operand(name: str) -> Text:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from functools import cache
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lamp_compile.diff import literals
 from lamp_compile.diff.graph import Type
 from lamp_compile.errors import InputError
 
+if TYPE_CHECKING:
+    from lamp_compile.frontends.onnx.reading import Folder
+
 _NAMED = ("to", "dtype", "softmax_precision", "stash_type", "output_dtype")
 """Attributes that hold an element type."""
-_PIECE = 2**20
 
 
 def dtype(number: int) -> str:
@@ -43,7 +44,7 @@ def type_of(info: Any) -> Type | None:
     return Type(dtype(tensor.elem_type), sizes)
 
 
-def literal(item: Any, folder: Path | None, values: bool = True, always: bool = False) -> tuple[str, bool]:
+def literal(item: Any, folder: Folder | None, values: bool = True, always: bool = False) -> tuple[str, bool]:
     """A TensorProto as text, and whether it was written out in full. ``always`` raises where the bytes are missing."""
     sizes = tuple(item.dims)
     count = 1
@@ -88,37 +89,16 @@ def _python(x: Any) -> Any:
     return got if isinstance(got, bool | int | float) else float(got) if not isinstance(got, complex) else str(got)
 
 
-def _external(item: Any, folder: Path | None) -> str | None:
-    """Hash of external data that lies inside the folder; None without a folder."""
-    import hashlib
-
+def _external(item: Any, folder: Folder | None) -> str | None:
+    """Hash of external data, which is read from inside the folder only; None without a folder."""
     if folder is None:
         return None
-    facts = {entry.key: entry.value for entry in item.external_data}
-    root = folder.resolve()
-    path = (root / facts.get("location", "")).resolve()
-    where = f"external data of {item.name}"
-    if not path.is_relative_to(root) or not path.is_file():
-        raise InputError(
-            "it is not a file beside the model", where=where, fix="keep external data in the model's folder"
-        )
-    size = path.stat().st_size
-    try:
-        offset, length = int(facts.get("offset", 0)), int(facts.get("length", size))
-    except ValueError:
-        raise InputError("offset or length is no number", where=where, fix="export the model again") from None
-    if offset < 0 or length < 0 or offset + length > size:
-        raise InputError(f"bytes {offset} to {offset + length} of {size}", where=where, fix="the whole file") from None
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        file.seek(offset)
-        while length > 0 and (piece := file.read(min(length, _PIECE))):
-            digest.update(piece)
-            length -= len(piece)
-    return "#" + digest.hexdigest()[:12]
+    from lamp_compile.frontends.onnx.reading import read_external
+
+    return literals.digest(read_external(item, folder, f"external data of {item.name}"))
 
 
-def attribute(item: Any, folder: Path | None) -> str:
+def attribute(item: Any, folder: Folder | None) -> str:
     """An attribute's value as text."""
     from onnx import AttributeProto as A
 
@@ -143,7 +123,7 @@ def attribute(item: Any, folder: Path | None) -> str:
     return literals.digest(item.SerializeToString(deterministic=True))
 
 
-def constant(item: Any, folder: Path | None) -> str:
+def constant(item: Any, folder: Folder | None) -> str:
     """The attribute of a Constant node as a tensor's text, as an initialiser of the same value reads."""
     from onnx import AttributeProto as A
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 from lamp_compile.diff.compare import Change, Comparison
 from lamp_compile.diff.reporters._base import TITLES, Reporter, count, sentence, shown, verdict
 
-WIDTH = 200
+WIDTH, BEFORE = 200, 60
 _ONE_LINE = ("interface", "precision", "numerics", "weights")
 """Tiers whose sentence says it all."""
 
@@ -29,12 +31,21 @@ def render(found: Comparison, limit: int) -> str:
 def _change(change: Change) -> list[str]:
     lines = [f"  {sentence(change)}"]
     if change.tier not in _ONE_LINE and not change.subject.startswith("parameter "):
-        lines += [f"    {sign} {_cut(text)}" for sign, text in (("-", change.before), ("+", change.after)) if text]
+        same = os.path.commonprefix([change.before, change.after])
+        start = max(0, len(same) - BEFORE) if change.before and change.after else 0
+        lines += [
+            f"    {sign} {_cut(text, start)}" for sign, text in (("-", change.before), ("+", change.after)) if text
+        ]
     return lines
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= WIDTH else text[: WIDTH - 3] + "..."
+def _cut(text: str, start: int) -> str:
+    """A window of a long line, from shortly before the first difference."""
+    if len(text) <= WIDTH:
+        return text
+    head = "..." if start else ""
+    end = start + WIDTH - len(head)
+    return head + text[start:end] + ("..." if end < len(text) else "")
 
 
 REPORTER = Reporter("text", render)
