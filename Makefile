@@ -61,6 +61,7 @@ format: $(STAMP)
 # Accept the graphs and tables that the tests compare with; read the diff before you commit it.
 golden: $(STAMP)
 	EXPECTTEST_ACCEPT=1 $(BIN)/python -m pytest tests/passes tests/backends $(ARGS)
+	LAMP_ACCEPT=1 $(BIN)/python -m pytest tests/diff/test_own_snapshots.py $(ARGS)
 	$(BIN)/python -m tests.models.table --write
 	$(BIN)/python -m tests.project.operator_page --write
 	$(BIN)/python -m tests.project.results_page --write

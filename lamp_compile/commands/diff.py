@@ -21,7 +21,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format", choices=_plugins.names("diff/reporters"), help="how the report is written (default: text)"
     )
-    parser.add_argument("-o", "--output", metavar="FILE", help="write the report to a file; the verdict is printed")
+    parser.add_argument("-o", "--output", metavar="FILE", help="write the report to a file, and print it as text")
     parser.add_argument(
         "--allow", action="append", default=[], metavar="RULE", type=_rule,
         help="an expected change: TIER[@WHERE][#SUBJECT], shell patterns; may be repeated",
@@ -48,7 +48,6 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compare, and write the report."""
     from lamp_compile.diff import api, reporters, rules
-    from lamp_compile.diff.reporters import _base
 
     if not args.numerics and (args.size or args.tolerance is not None):
         raise OptionError("--size and --tolerance are for --numerics", where="options", fix="add --numerics")
@@ -59,13 +58,13 @@ def run(args: argparse.Namespace) -> int:
         args.a, args.b, allow=allow, weights=args.weights, numerics=args.numerics, seed=args.seed,
         tolerance=api.TOLERANCE if args.tolerance is None else args.tolerance, sizes=dict(args.size),
     )  # fmt: skip
-    text = reporters.render(found, "json" if args.json else args.format or "text", args.limit)
+    name = "json" if args.json else args.format or "text"
+    text = reporters.render(found, name, args.limit)
     if args.output:
         _output.write(Path(args.output), text)
-        if not args.json:
-            print(f"{_base.verdict(found)}; wrote {args.output}")
-    if args.json or not args.output:
-        print(text, end="")
+    print(text if args.json or not args.output else reporters.render(found, "text", args.limit), end="")
+    if args.output and not args.json:
+        print(f"wrote {args.output}")
     return 0 if found.same else DIFFERENT
 
 

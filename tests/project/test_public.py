@@ -21,11 +21,13 @@ PUBLIC = {
     "SitePlan",
     "__version__",
     "backend",
+    "compare",
     "compile",
     "disable",
     "explain",
     "rewrite",
     "rewrite_onnx",
+    "snapshot",
 }
 
 
