@@ -62,6 +62,7 @@ class LampSnapshot:
         """
         __tracebackhide__ = True
         from lamp_compile.diff import api, reporters
+        from lamp_compile.errors import LampError
 
         stem = _plain(f"{self._stem}-{name}" if name else self._stem)
         if stem in self._used:
@@ -76,13 +77,16 @@ class LampSnapshot:
                 )
             self._write(path, found.text())
             return
-        compared = api.compare(path, found, weights=weights, allow=allow)
-        if compared.same:
-            return
+        try:
+            compared = api.compare(path, found, weights=weights, allow=allow)
+            if compared.same:
+                return
+            text = reporters.render(compared, "text", 20)
+        except LampError as error:  # a snapshot of an older format, or a rule that matches nothing
+            text = f"{error}\n"
         if self.accept:
             self._write(path, found.text())
             return
-        text = reporters.render(compared, "text", 20)
         pytest.fail(f"{text}  accept it with pytest --lamp-accept (or {ACCEPT}=1)", pytrace=False)
 
     def _write(self, path: Path, text: str) -> None:

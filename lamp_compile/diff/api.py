@@ -10,7 +10,8 @@ from typing import Any
 from lamp_compile.diff import rules as rules_
 from lamp_compile.diff.compare import Comparison, compare_snapshots
 from lamp_compile.diff.inputs import snapshot
-from lamp_compile.errors import OptionError
+from lamp_compile.diff.snapshot import Snapshot
+from lamp_compile.errors import InputError, OptionError
 
 TOLERANCE = 1e-5
 """Largest difference of an output over its largest value, unless something else is said."""
@@ -42,7 +43,7 @@ def compare(
         sizes: Symbolic sizes of those inputs, such as ``{"d1": 64}``.
 
     Raises:
-        InputError: A side cannot be read or run, or a rule matched nothing.
+        InputError: A side cannot be read or run, the two have nothing in common to compare, or a rule matched nothing.
         OptionError: A rule is malformed, or an option makes no sense.
         PlanError: A plan is malformed.
     """
@@ -53,6 +54,12 @@ def compare(
         raise OptionError("sizes are for numerics", where="sizes", fix="numerics=True")
     names = (_name(a, "A"), _name(b, "B"))
     first, second = snapshot(a, weights=weights), snapshot(b, weights=weights)
+    _check_comparable(first, second, names, numerics)
+    for side, name in ((first, names[0]), (second, names[1])):
+        if weights and any(" = " not in value for value in side.params.values()):
+            raise InputError(
+                "this snapshot holds no values of parameters", where=name, fix="write it again with --weights"
+            )
     found = compare_snapshots(first, second, names)
     if numerics:
         from lamp_compile.diff import numbers
@@ -60,6 +67,17 @@ def compare(
         changes, notes = numbers.compare((a, first), (b, second), seed, tolerance, sizes or {})
         found = replace(found, changes=(*found.changes, *changes), notes=(*found.notes, *notes))
     return rules_.apply(found, parsed)
+
+
+def _check_comparable(a: Snapshot, b: Snapshot, names: tuple[str, str], numerics: bool) -> None:
+    """Nothing compared is not the same as no difference."""
+    if a.kind == b.kind or numerics or (a.sites and b.sites):
+        return
+    without = " and ".join(name for name, side in zip(names, (a, b), strict=True) if not side.sites)
+    raise InputError(
+        f"nothing can be compared: one is {a.kind}, the other {b.kind}, and there is no precision plan in {without}",
+        where=f"{names[0]}, {names[1]}", fix="two of one kind, two with a precision plan, or --numerics",
+    )  # fmt: skip
 
 
 def _name(thing: Any, default: str) -> str:

@@ -76,7 +76,7 @@ def size_text(size: Any, symbols: Mapping[str, str]) -> str:
         op, *operands = size
         texts = [size_text(x, symbols) for x in operands]
         if op in COMMUTATIVE:
-            return "(" + op.join(sorted(texts)) + ")"
+            return f"({str(op).join(sorted(texts))})"
         return f"{op}({', '.join(texts)})"
     return str(size) if isinstance(size, int) else str(symbols.get(size, size))
 

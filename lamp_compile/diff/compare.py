@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,6 +47,8 @@ class Comparison:
     names: tuple[str, str] = ("A", "B")
     counts: tuple[int, int] = (0, 0)
     """Operations of both."""
+    only: str = ""
+    """"precision plan" where nothing else of the two can be compared."""
 
     @property
     def same(self) -> bool:
@@ -83,11 +86,9 @@ def compare_snapshots(a: Snapshot, b: Snapshot, names: tuple[str, str] = ("A", "
         made.blocks()
     else:
         notes.append(f"{a.kind} against {b.kind}: only precision plans were compared")
-        if not (a.sites and b.sites):
-            without = ", ".join(name for name, side in zip(names, (a, b), strict=True) if not side.sites)
-            notes.append(f"no precision plan in {without}")
     made.precision()
-    return Comparison(tuple(made.changes), (), tuple(notes), names, (a.nodes(), b.nodes()))
+    what = "" if a.kind == b.kind else "precision plan"
+    return Comparison(tuple(made.changes), (), tuple(notes), names, (a.nodes(), b.nodes()), what)
 
 
 @dataclass
@@ -310,7 +311,7 @@ def _where(line: Line, where: str) -> str:
 
 
 def _short(text: str) -> str:
-    text = text.replace(GONE, "")
+    text = re.sub(rf"{GONE}([^\s,\]]+)", r"\1 (gone)", text)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -69,7 +69,10 @@ def _from_file(path: Path, weights: bool) -> Snapshot:
     if kind == "snapshot":
         return Snapshot.parse(_text(path), where=str(path))
     if kind == "plan":
-        return snapshot(Plan.from_json(_text(path), where=str(path)))
+        text = _text(path)
+        if '"sites"' not in text:
+            raise InputError("a JSON file that is no plan", where=str(path), fix=KINDS)
+        return snapshot(Plan.from_json(text, where=str(path)))
     if kind == "torch":
         from lamp_compile.diff.readers.pt2 import read_pt2
 

@@ -62,7 +62,9 @@ def test_exit_codes(call, files: Path) -> None:
         (["a.json", "empty.onnx"], "of no known kind: it is empty"),
         (["a.json", "words.txt"], "of no known kind: it begins with b'words"),
         (["a.json", "list.json"], "of no known kind"),
-        (["a.json", "object.json"], "plan version None"),
+        (["a.json", "object.json"], "a JSON file that is no plan"),
+        (["a.json", "graph.lamp.txt"], "nothing can be compared: one is plan, the other onnx"),
+        (["graph.lamp.txt", "graph.lamp.txt", "--weights"], "this snapshot holds no values of parameters"),
         (["a.json", "old.lamp.txt"], "the first line is 'lamp-snapshot 99'"),
         (["a.json", "short.lamp.txt"], "broken snapshot"),
         (["a.json", "nested.lamp.txt"], "broken snapshot: more than 64 blocks in blocks"),
@@ -75,8 +77,10 @@ def test_exit_codes(call, files: Path) -> None:
 )
 def test_wrong_inputs_get_three_lines(call, files: Path, arguments: list[str], says: str) -> None:
     for name, text in {
-        "empty.onnx": "", "words.txt": "words", "list.json": "[1]", "object.json": "{}", "old.lamp.txt": "lamp-snapshot 99\n",
+        "empty.onnx": "", "words.txt": "words", "list.json": "[1]", "object.json": "{}", "old.lamp.txt":
+        "lamp-snapshot 99\n",
         "short.lamp.txt": "lamp-snapshot 1\nkind onnx\nblock graph() [\n  %a = Add(\n",
+        "graph.lamp.txt": "lamp-snapshot 1\nkind onnx\nparam a.w float32[2]\n",
         "nested.lamp.txt": "lamp-snapshot 1\nkind onnx\n" + "block b() [\n%a = If()\n" * 90,
     }.items():  # fmt: skip
         (files / name).write_text(text)

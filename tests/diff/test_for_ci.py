@@ -46,7 +46,8 @@ def job(action: dict, tmp_path: Path):
             (tmp_path / name).write_text("")
         given = {"A": "a.json", "B": "b $(touch gone).json", "FAIL": "true", **DEFAULTS, **inputs}
         environment = {
-            **os.environ, **given, "PATH": f"{binary.parent}{os.pathsep}{os.environ['PATH']}", "RUNNER_TEMP": str(tmp_path),
+            **os.environ, **given, "PATH": f"{binary.parent}{os.pathsep}{os.environ['PATH']}", "RUNNER_TEMP":
+            str(tmp_path),
             "GITHUB_STEP_SUMMARY": str(tmp_path / "summary.md"), "GITHUB_OUTPUT": str(tmp_path / "outputs.txt"),
         }  # fmt: skip
         command = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", script]

@@ -93,7 +93,8 @@ def test_junit(found: Comparison) -> None:
     (failed,) = [case for case in cases if case.find("failure") is not None]
     assert failed.attrib["name"] == "precision plan"
     failure = failed.find("failure")
-    assert failure is not None and failure.text is not None
+    assert failure is not None
+    assert failure.text is not None
     assert failure.attrib["message"] == "18 differences"
     assert "and 15 more" in failure.text
     assert root.attrib["failures"] == "1"

@@ -35,7 +35,8 @@ def edited(index: int, **fields) -> Plan:
         (BASE, edited(2, tau=(0.01, 0.003)), "layer 2 (model.layers.2.self_attn): tau 0.01 -> [0.01, 0.003]"),
         (
             BASE, edited(0, apply=False),
-            "layer 0 (model.layers.0.self_attn) went from high, and low where the rule asks for it to original attention",
+            "layer 0 (model.layers.0.self_attn) went from high, and low where the rule asks for it "
+            "to original attention",
         ),
         (
             BASE, edited(1, k_format="fp8", v_format="fp8"),

@@ -1,4 +1,5 @@
-"""Nothing is missed and nothing made up, on random graphs: no difference is reported exactly when the texts are equal."""
+"""Nothing is missed and nothing made up, on random graphs: no difference is reported exactly when the texts are
+equal."""
 
 from __future__ import annotations
 
@@ -61,6 +62,19 @@ def other_names_and_order(graph: Graph, rng: random.Random, outer: dict[str, str
     return Graph([], nodes, [text(parts) for parts in graph.results])
 
 
+def test_a_lost_value_is_not_taken_for_its_namesake() -> None:
+    """`%sin1` is another operation on each side; who used the one that is gone has another operand now."""
+
+    def node(op: str, operand: str, output: str, **attributes: str) -> Node:
+        return Node(op, [("", (Ref(operand),))], attributes, [output], [None])
+
+    before = [node("Sin", "x", "a", k="1"), node("Cos", "a", "c"), node("Sin", "x", "b", k="2"), node("Exp", "b", "d")]
+    after = [node("Sin", "x", "b", k="2"), node("Cos", "b", "c"), node("Exp", "b", "d")]
+    results = [(Ref("c"),), (Ref("d"),)]
+    found = compare_snapshots(snapshot(Graph([], before, results)), snapshot(Graph([], after, results)))
+    assert [c.text for c in found.changes] == ["Sin is gone", "Cos: operand %sin1 (gone) -> %sin1"]
+
+
 @QUIET
 @given(graphs(), graphs())
 def test_different_texts_are_different_graphs(a: Graph, b: Graph) -> None:
@@ -82,7 +96,6 @@ def test_one_edit_is_found(graph: Graph, data) -> None:
         node.arguments = [*node.arguments, ("", (Ref("w"),))]
     found = compare_snapshots(before, snapshot(graph))
     assert not found.same
-    assert len(found.changes) <= 8
 
 
 @QUIET

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import lamp_compile
+from lamp_compile.diff import reporters
 from lamp_compile.errors import InputError
 from tests.backends.modules import stack, tokens
 
@@ -148,6 +149,7 @@ def test_against_its_own_plan(files: Path) -> None:
     found = lamp_compile.compare(plan, files / "rewritten.pt2")
     assert found.same
     assert "only precision plans were compared" in found.notes[-1]
+    assert reporters.render(found, "text", 0).endswith("the same precision plan\n")
     other = rewritten(tau=0.5).graph_module.meta["lamp_report"].plan
     assert [c.subject for c in lamp_compile.compare(other, files / "rewritten.pt2").changes] == ["tau", "tau"]
 
@@ -164,6 +166,18 @@ def test_fx_graphs() -> None:
     assert lamp_compile.compare(a, b).same
     found = lamp_compile.compare(a, symbolic_trace(nn.Sequential(nn.Linear(4, 4), nn.GELU())))
     assert [c.text for c in found.changes] == ["module.ReLU became module.GELU"]
+
+
+def test_a_default_left_out_is_the_default_written_down() -> None:
+    def graph(*more, **named):
+        made = torch.fx.Graph()
+        x = made.placeholder("x")
+        made.output(made.call_function(torch.ops.aten.gelu.default, (x, *more), named))
+        return torch.fx.GraphModule(nn.Module(), made)
+
+    assert lamp_compile.compare(graph(), graph(approximate="none")).same
+    (change,) = lamp_compile.compare(graph(), graph(approximate="tanh")).changes
+    assert change.text == 'aten.gelu: approximate the default -> "tanh"'
 
 
 def test_dynamo_graphs(reference_only) -> None:

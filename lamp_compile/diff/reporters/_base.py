@@ -49,6 +49,8 @@ def sentence(change: Change) -> str:
 def verdict(found: Comparison) -> str:
     """One line: the same or not."""
     allowed = f", {count(len(found.allowed), 'allowed difference')}" if found.allowed else ""
+    if found.same and found.only:
+        return f"the same {found.only}{allowed}"
     if found.same:
         return f"the same ({count(max(found.counts), 'operation')}{allowed})"
     return f"{count(len(found.changes))}{allowed}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 from lamp_compile.diff.compare import Change, Comparison
 from lamp_compile.diff.reporters._base import TITLES, Reporter, count, sentence, shown, verdict
 
@@ -31,8 +29,9 @@ def render(found: Comparison, limit: int) -> str:
 def _change(change: Change) -> list[str]:
     lines = [f"  {sentence(change)}"]
     if change.tier not in _ONE_LINE and not change.subject.startswith("parameter "):
-        same = os.path.commonprefix([change.before, change.after])
-        start = max(0, len(same) - BEFORE) if change.before and change.after else 0
+        pairs = zip(change.before, change.after, strict=False)
+        first = next((index for index, (x, y) in enumerate(pairs) if x != y), 0)
+        start = max(0, first - BEFORE)
         lines += [
             f"    {sign} {_cut(text, start)}" for sign, text in (("-", change.before), ("+", change.after)) if text
         ]
