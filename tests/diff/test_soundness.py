@@ -26,7 +26,7 @@ def graphs(draw, most: int = 6, depth: int = 1, outside: tuple[str, ...] = ("x",
     for index in range(draw(st.integers(1, most))):
         operands = draw(st.lists(st.sampled_from(values), min_size=1, max_size=2))
         bodies = []
-        if depth and draw(st.integers(0, 4)) == 0:
+        if depth and draw(st.integers(0, 2)) == 0:
             bodies = [(name, draw(graphs(3, depth - 1, tuple(values)))) for name in ("else", "then")]
         attributes = {"k": draw(st.sampled_from(["1", "2"]))} if draw(st.booleans()) else {}
         op = "If" if bodies else draw(st.sampled_from(["Add", "Mul"]))
