@@ -16,6 +16,7 @@ _HOME = {
     "explain": "lamp_compile.api",
     "disable": "lamp_compile.api",
     "backend": "lamp_compile.torch_backend",
+    "export_onnx": "lamp_compile.onnx_export",
     "rewrite_onnx": "lamp_compile.frontends.onnx.rewrite",
     "DecodeStep": "lamp_compile.frontends.huggingface.decode_step",
     "NestedCache": "lamp_compile.runtime.kv_cache",
@@ -38,6 +39,7 @@ __all__ = [
     "compile",
     "disable",
     "explain",
+    "export_onnx",
     "rewrite",
     "rewrite_onnx",
 ]
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from lamp_compile.frontends.huggingface.decode_step import DecodeStep
     from lamp_compile.frontends.onnx.rewrite import rewrite_onnx
     from lamp_compile.linear_plan import LinearPlan
+    from lamp_compile.onnx_export import export_onnx
     from lamp_compile.plan import GuardPlan, Plan, SitePlan
     from lamp_compile.runtime.kv_cache import NestedCache
     from lamp_compile.torch_backend import backend

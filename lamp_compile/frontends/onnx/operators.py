@@ -51,7 +51,7 @@ _Bounds = tuple[tuple[int, int], tuple[int, int], dict[str, int]]
 
 @lru_cache(maxsize=4096)
 def _bounds(operator: str, version: int, domain: str) -> _Bounds | None:
-    from onnx import defs
+    from onnx import AttributeProto, defs
 
     try:
         schema = defs.get_schema(operator, version, domain)
@@ -59,5 +59,5 @@ def _bounds(operator: str, version: int, domain: str) -> _Bounds | None:
         return None
     if schema.deprecated:
         return None
-    kinds = {name: int(attribute.type.value) for name, attribute in schema.attributes.items()}
+    kinds = {name: AttributeProto.AttributeType.Value(attribute.type.name) for name, attribute in schema.attributes.items()}
     return (schema.min_input, schema.max_input), (schema.min_output, schema.max_output), kinds
