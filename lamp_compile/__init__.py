@@ -18,6 +18,7 @@ _HOME = {
     "compare": "lamp_compile.diff.api",
     "snapshot": "lamp_compile.diff.api",
     "backend": "lamp_compile.torch_backend",
+    "export_onnx": "lamp_compile.onnx_export",
     "rewrite_onnx": "lamp_compile.frontends.onnx.rewrite",
     "DecodeStep": "lamp_compile.frontends.huggingface.decode_step",
     "NestedCache": "lamp_compile.runtime.kv_cache",
@@ -41,6 +42,7 @@ __all__ = [
     "compile",
     "disable",
     "explain",
+    "export_onnx",
     "rewrite",
     "rewrite_onnx",
     "snapshot",
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from lamp_compile.frontends.huggingface.decode_step import DecodeStep
     from lamp_compile.frontends.onnx.rewrite import rewrite_onnx
     from lamp_compile.linear_plan import LinearPlan
+    from lamp_compile.onnx_export import export_onnx
     from lamp_compile.plan import GuardPlan, Plan, SitePlan
     from lamp_compile.runtime.kv_cache import NestedCache
     from lamp_compile.torch_backend import backend

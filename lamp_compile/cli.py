@@ -16,6 +16,7 @@ from lamp_compile.commands import (
     doctor,
     evaluate,
     explain,
+    export,
     rewrite,
     run,
     snapshot,
@@ -23,7 +24,7 @@ from lamp_compile.commands import (
 )
 from lamp_compile.errors import LampError
 
-COMMANDS = (run, explain, evaluate, compile, tune, bisect, rewrite, diff, snapshot, doctor)
+COMMANDS = (run, explain, evaluate, compile, export, rewrite, tune, bisect, diff, snapshot, doctor)
 LIGHT = ("doctor", "diff", "snapshot")
 """Commands that load no model of transformers."""
 EPILOG = "exit codes: 0 done, 1 error, 2 usage, 3 a limit was exceeded, or something differs"

@@ -139,3 +139,8 @@ LINEAR = {
     "int8_dynamic": Tolerance(1.7e-2, "the same for weights and for each row of activations, added in squares"),
 }
 """A linear layer in INT8 against the original in float64, standard-normal weights and activations."""
+
+REWRITTEN = Tolerance(
+    1e-2, "step max/119 over rows of 8 to 16 channels, few keys: 0.5 % measured on node tests, 0.8 % on peaked ones"
+)
+"""An ONNX graph rewritten at tau 0 (both planes everywhere, 8-bit query) against the original."""

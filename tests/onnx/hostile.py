@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -59,6 +59,18 @@ def decoder() -> bytes:
     return model.SerializeToString()
 
 
+GROUPED = """
+<ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]>
+step (float[B,S,64] q, float[B,S,32] k, float[B,S,32] v, float[B,2,P,16] pk, float[B,2,P,16] pv, int32[B] lens,
+      int32 total, float[64,8] cos, float[64,8] sin, float[1,1,S,T] bias)
+    => (float[B,S,64] out, float[B,2,T,16] pk2, float[B,2,T,16] pv2, float[B,S,64] o2) {
+    out, pk2, pv2 = com.microsoft.GroupQueryAttention <num_heads = 4, kv_num_heads = 2, do_rotary = 1, softcap = 2.0,
+        local_window_size = 7> (q, k, v, pk, pv, lens, total, cos, sin, , bias)
+    o2 = com.microsoft.MultiHeadAttention <num_heads = 4, unidirectional = 1> (q, out, out)
+}
+"""
+
+
 @cache
 def seeds() -> tuple[bytes, ...]:
     """Models to damage."""
@@ -66,7 +78,7 @@ def seeds() -> tuple[bytes, ...]:
 
     chosen = [case.model.SerializeToString() for name, case in attention_cases().items() if name in _CASES]
     assert len(chosen) == len(_CASES)
-    return (decoder(), *chosen)
+    return (decoder(), onnx.parser.parse_model(GROUPED).SerializeToString(), *chosen)
 
 
 _CASES = (
@@ -106,24 +118,27 @@ def _repeat(data: bytes, rng: random.Random) -> bytes:
 
 
 def _field(data: bytes, rng: random.Random) -> bytes:
-    """One field of one message, chosen at random, gets an odd value."""
+    """One field of one message, any of them, gets an odd value."""
     model = onnx.ModelProto()
     try:
         model.ParseFromString(data)
     except Exception:  # noqa: BLE001  (damaged before already: leave it so)
         return data
-    message: Any = model
-    while True:
-        fields = [(f, v) for f, v in message.ListFields() if f.message_type is not None]
-        if not fields or rng.random() < 0.15:
-            break
-        field, value = rng.choice(fields)
-        message = rng.choice(value) if field.is_repeated else value
+    message = rng.choice(list(_messages(model)))
     try:
         _change(message, rng)
         return model.SerializeToString()
     except Exception:  # noqa: BLE001  (text that is not UTF-8 in the message, a number out of range)
         return data
+
+
+def _messages(message: Any) -> Iterator[Any]:
+    """A message and all within it: most are nodes, their attributes, and dimensions."""
+    yield message
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for inner in value if field.is_repeated else [value]:
+                yield from _messages(inner)
 
 
 def _change(message: Any, rng: random.Random) -> None:

@@ -108,6 +108,8 @@ FAULTS: dict[Callable[[onnx.ModelProto], object], str] = {
     graph_in_number: "its type says ints, it holds g",
     strange_parameter: "of a function that has none such",
     lambda m: m.graph.initializer[0].ClearField("data_type"): "data type 0",
+    lambda m: m.graph.initializer[0].float_data.append(1.0): "both float_data and raw_data",
+    lambda m: setattr(m.graph.node[0].attribute[0], "name", "values"): "has no attribute 'values'",
     lambda m: m.graph.initializer.append(m.graph.initializer[0]): "the name of another",
     lambda m: m.graph.input.append(m.graph.input[0]): "'q' is defined twice",
     lambda m: m.graph.node.append(m.graph.node[3]): "'vx' is defined twice",

@@ -25,15 +25,17 @@ from lamp_compile.runtime import guard
 from lamp_compile.runtime.cache_layers import PLANES, LayerSpec
 from lamp_compile.runtime.plane_handle import PlaneHandle
 
-STATE = ("state", "stats")
+HOT, STATE = ("tau", "floor", "budget"), ("state", "stats")
 FLOATS = ("keys", "values")
 
 
 class PlaneLayer:
     """One layer over planes that are inputs of the graph. Not a module: it exists while a graph is recorded."""
 
-    def __init__(self, spec: LayerSpec, hot: tuple[Tensor, Tensor, Tensor], balance: Tensor | None) -> None:
-        self.spec, self.name, self.hot, self.balance = spec, spec.plan.name, hot, balance
+    def __init__(self, spec: LayerSpec) -> None:
+        self.spec, self.name = spec, spec.plan.name
+        self.hot: tuple[Tensor, ...] = ()
+        self.balance: Tensor | None = None
         self.tensors: dict[str, Tensor] = {}
         self.positions = self.lengths = torch.empty(0)
 
@@ -56,15 +58,15 @@ class PlaneLayer:
         """Attention over the planes; the guard's new state becomes an output of the graph."""
         _refuse_mask(self.name, mask, bias)
         plan = self.spec.plan
-        out, state, stats = torch.ops.lamp_onnx.fused_attention(
+        found: tuple[Tensor, Tensor, Tensor] = torch.ops.lamp_onnx.fused_attention(
             q, *(self.tensors[name] for name in PLANES), *self.hot, *(self.tensors[name] for name in STATE),
             self.lengths, self.balance, sinks, causal=causal, window=window, scale=float(scale),
             softcap=float(softcap), rotation=plan.rotation, rule=plan.rule, query_bits=plan.query_bits,
             subtile=plan.subtile, guard_window=plan.guard.window, guard_hold=plan.guard.hold,
             hysteresis=plan.guard.hysteresis, site=self.name,
         )  # fmt: skip
-        self.tensors.update(state=state, stats=stats)
-        return out  # type: ignore[no-any-return]
+        out, self.tensors["state"], self.tensors["stats"] = found
+        return out
 
 
 class FloatRows:
@@ -164,9 +166,9 @@ class DecoderGraph(nn.Module):
             )
         self.sites = {site.layer: site for site in lamp.sites}
         config = lamp.original.config
-        self._layers: list[PlaneLayer | FloatRows] = []
+        self.layers: list[PlaneLayer | FloatRows] = []
         for index, spec in enumerate(lamp.spec.layers):
-            self._layers.append(self._layer(index, spec, config))
+            self.layers.append(self._layer(index, spec, config))
 
     def _layer(self, index: int, spec: LayerSpec | None, config: Any) -> PlaneLayer | FloatRows:
         site = self.sites.get(index)
@@ -182,21 +184,20 @@ class DecoderGraph(nn.Module):
         if spec is None:
             return FloatRows(site.name)
         _check_plan(spec)
-        for name in ("tau", "floor", "budget"):
+        for name in HOT:
             self.register_buffer(f"lamp_{index}_{name}", getattr(spec.controls, name).clone())
         if spec.balance is not None:
             self.register_buffer(f"lamp_{index}_balance", spec.balance)
-        hot = tuple(getattr(self, f"lamp_{index}_{name}") for name in ("tau", "floor", "budget"))
-        return PlaneLayer(spec, hot, spec.balance)  # type: ignore[arg-type]
+        return PlaneLayer(spec)
 
     def cache_names(self) -> list[str]:
         """Names of the cache's tensors, in the order of ``forward``: ``0.k_high`` and so on."""
-        return [f"{index}.{name}" for index, layer in enumerate(self._layers) for name in layer.names]
+        return [f"{index}.{name}" for index, layer in enumerate(self.layers) for name in layer.names]
 
     def empty_cache(self, batch: int, capacity: int) -> list[Tensor]:
         """Zeros for every tensor of ``cache_names``; ``capacity`` is rounded up to whole storage tiles."""
         made: list[Tensor] = []
-        for index, layer in enumerate(self._layers):
+        for index, layer in enumerate(self.layers):
             site = self.sites[index]
             if isinstance(layer, FloatRows):
                 made += [
@@ -211,18 +212,18 @@ class DecoderGraph(nn.Module):
         """One step: append the tokens, and give back their logits and the cache."""
         given = iter(cache)
         rows = input_ids.shape[1]
-        for index, layer in enumerate(self._layers):
+        for index, layer in enumerate(self.layers):
             layer.tensors = {name: next(given) for name in layer.names}
             layer.positions, layer.lengths = positions, positions + rows
             if isinstance(layer, PlaneLayer):
-                layer.hot = tuple(getattr(self, f"lamp_{index}_{name}") for name in ("tau", "floor", "budget"))  # type: ignore[assignment]
+                layer.hot = tuple(getattr(self, f"lamp_{index}_{name}") for name in HOT)
                 layer.balance = getattr(self, f"lamp_{index}_balance", None)
         places = positions[:, None] + torch.arange(rows, device=input_ids.device)
-        held = _GraphCache(list(self._layers))
+        held = _GraphCache(list(self.layers))
         logits = self.model(
             input_ids=input_ids, position_ids=places, past_key_values=held, use_cache=True, return_dict=True
         ).logits
-        return (logits, *(layer.tensors[name] for layer in self._layers for name in layer.names))
+        return (logits, *(layer.tensors[name] for layer in self.layers for name in layer.names))
 
 
 def _empty_planes(tile: int, site: ProbedSite, batch: int, capacity: int) -> list[Tensor]:

@@ -8,6 +8,7 @@ import numpy as np
 
 from lamp_compile.frontends.onnx.graph import Dims, Graph
 from lamp_compile.frontends.onnx.sites import BOOL, INT64
+from lamp_compile.passes.patterns._base import Refuse
 
 if TYPE_CHECKING:
     from onnx import NodeProto
@@ -67,6 +68,8 @@ class Emitter:
     def size(self, x: str, axis: int) -> str:
         """One size of a value, as a list of one int64: a constant where it is known."""
         dims: Dims | None = self.graph.dims(x)
+        if dims is not None and not -len(dims) <= axis < len(dims):
+            raise Refuse(f"a value has {len(dims)} axes where more are needed")
         if dims is not None and isinstance(dims[axis], int):
             return self.constant([dims[axis]])
         return self.call("Gather", self.call("Shape", x), self.constant([axis]), axis=0)
@@ -97,6 +100,8 @@ class Emitter:
 
     def split_heads(self, x: str, heads: int) -> str:
         """``[B, S, H * D]`` -> ``[B, H, S, D]``."""
+        if self.graph.rank(x) != 3:
+            raise Refuse("its queries, keys or values have not three axes each")
         width = (self.graph.dims(x) or [""])[-1]
         last = width // heads if isinstance(width, int) else -1
         return self.transpose(self.call("Reshape", x, self.constant([0, 0, heads, last])), 0, 2, 1, 3)

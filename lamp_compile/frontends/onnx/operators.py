@@ -1,4 +1,4 @@
-"""Whether a node names an operator that exists, with as many inputs and outputs as that takes."""
+"""Whether a node names an operator that exists, with inputs, outputs and attributes as that takes them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ def check_operator(node: Any, opsets: dict[str, int], functions: set[tuple[str, 
     """Domains must be imported; operators of the standard's domains must exist. Others are left to who runs them.
 
     Raises:
-        InputError: The domain is not imported, the operator unknown, or its number of inputs or outputs impossible.
+        InputError: The domain is not imported, the operator unknown, or its number of inputs or outputs or the type of
+            an attribute impossible.
     """
     domain = "" if node.domain == "ai.onnx" else node.domain
     if not node.op_type:
@@ -36,11 +37,21 @@ def check_operator(node: Any, opsets: dict[str, int], functions: set[tuple[str, 
     ):
         if not least <= count <= most:
             raise bad(f"{count} {what}, {node.op_type} takes {least} to {most}", where, "export the model again")
+    for given in node.attribute:
+        kind = bounds[2].get(given.name)
+        if kind is None:
+            raise bad(f"{node.op_type} has no attribute {shown(given.name)}", where, "export the model again")
+        if given.type != kind:
+            what = f"attribute {shown(given.name)} is of type {given.type}, {node.op_type} takes {kind}"
+            raise bad(what, where, "export the model again")
+
+
+_Bounds = tuple[tuple[int, int], tuple[int, int], dict[str, int]]
 
 
 @lru_cache(maxsize=4096)
-def _bounds(operator: str, version: int, domain: str) -> tuple[tuple[int, int], tuple[int, int]] | None:
-    from onnx import defs
+def _bounds(operator: str, version: int, domain: str) -> _Bounds | None:
+    from onnx import AttributeProto, defs
 
     try:
         schema = defs.get_schema(operator, version, domain)
@@ -48,4 +59,5 @@ def _bounds(operator: str, version: int, domain: str) -> tuple[tuple[int, int], 
         return None
     if schema.deprecated:
         return None
-    return (schema.min_input, schema.max_input), (schema.min_output, schema.max_output)
+    kinds = {name: AttributeProto.AttributeType.Value(attribute.type.name) for name, attribute in schema.attributes.items()}
+    return (schema.min_input, schema.max_input), (schema.min_output, schema.max_output), kinds

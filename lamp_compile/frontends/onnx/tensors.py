@@ -28,7 +28,6 @@ _TYPED = {
     "uint64_data": (12, 13),
     "string_data": (STRING,),
 }
-_FIELDS = (*_TYPED, "raw_data")
 _KEYS = ("location", "offset", "length", "checksum", "basepath")
 _EXPORT = "export the model again"
 _INSIDE = "keep the data in the model's own folder and name it by a relative path"
@@ -53,7 +52,9 @@ def check_tensor(tensor: TensorProto, limits: Limits, folder: Folder | None, whe
     if tensor.HasField("segment"):
         raise bad("a tensor in segments", where, "no runtime reads these: " + _EXPORT)
     count = check_shape(tensor.dims, limits, where)
-    filled = [name for name in _FIELDS if len(getattr(tensor, name))]
+    # Who reads a tensor asks whether it has raw_data, not whether there is anything in it.
+    filled = [name for name in _TYPED if len(getattr(tensor, name))]
+    filled += ["raw_data"] if tensor.HasField("raw_data") else []
     if tensor.data_location == 1:
         if filled:
             raise bad(f"a tensor with external data and {filled[0]}", where, _EXPORT)

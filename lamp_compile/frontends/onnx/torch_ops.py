@@ -16,7 +16,7 @@ from lamp_compile.runtime import fused_ops as _fused_ops  # noqa: F401  (registe
 from lamp_compile.runtime.attend_in_parts import attend_in_parts
 from lamp_compile.runtime.ops import _fake_attend
 
-LIBRARY = torch.library.Library("lamp_onnx", "DEF")
+LIBRARY: Any = torch.library.Library("lamp_onnx", "DEF")  # type: ignore[no-untyped-call]
 _HOW = "str causal, int window, float scale, float softcap, str rotation, str rule, int query_bits, int subtile"
 _GUARD = "int guard_window, int guard_hold, float hysteresis, str site"
 SCHEMAS = {

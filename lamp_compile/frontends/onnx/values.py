@@ -7,6 +7,7 @@ shape inference leaves open (a Reshape to a shape that is computed) is worked ou
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 Size = int | str
 Dims = list[Size]
 _T = TypeVar("_T")
+_INVENTED = re.compile(r"^(?=unk__)")
 _DEPTH = 60
 _MOST = 4096
 """Elements of a constant worth looking at: scalars and shapes, not weights."""
@@ -171,8 +173,9 @@ class Values:
         kind = self.types.get(name)
         if kind is None or not kind.HasField("tensor_type") or not kind.tensor_type.HasField("shape"):
             return None
+        # Names that shape inference makes up stand for sizes that it could not work out.
         return [
-            d.dim_value if d.HasField("dim_value") else d.dim_param or f"?{name}:{axis}"
+            d.dim_value if d.HasField("dim_value") else _INVENTED.sub("?", d.dim_param) or f"?{name}:{axis}"
             for axis, d in enumerate(kind.tensor_type.shape.dim)
         ]
 

@@ -1,7 +1,7 @@
 """Attention at the chosen precisions: ``Attend``, with the residual planes read as its ``Form`` says.
 
-Shape letters as in ``functions``; M = B * G. ``K`` is what one product gives, ``[M, N, R]``: keys come first, because
-stored keys are the larger operand and stand as they are.
+Shape letters as in ``functions``; M = B * G. One product with keys gives ``[M, N, R]``: keys come first, because they
+are the larger operand and stand as they are.
 """
 
 from __future__ import annotations
@@ -63,10 +63,14 @@ def gathered_values() -> str:
   index = Reshape(found, last)
   some = Gather<axis = 0>(tiles, index)
   tile = Shape<start = 4>(v_residual)
-  rows = Shape<start = 2>(weight)
-  weight_shape = Concat<axis = 0>(last, tile, rows)
+  rows = Shape<start = 1, end = 2>(weight)
+  weight_lead = Shape<start = 0, end = 2>(weight)
+  weight_shape = Concat<axis = 0>(weight_lead, last, tile)
   tiled = Reshape(weight, weight_shape)
-  weights = Gather<axis = 0>(tiled, index)
+  by_tile = Transpose<perm = [0, 2, 1, 3]>(tiled)
+  flat_weight_shape = Concat<axis = 0>(last, rows, tile)
+  flat_weight = Reshape(by_tile, flat_weight_shape)
+  weights = Gather<axis = 0>(flat_weight, index)
   y = ai.lamp.NibbleSums(some, weights)
   per_head = Shape<start = 2, end = 3>(v_residual)
   owner = Div(index, per_head)
@@ -95,7 +99,7 @@ def dense_values() -> str:
   last = Constant<value_ints = [-1]>()
   heads = Shape<start = 0, end = 1>(weight)
   width = Shape<start = 3, end = 4>(plane)
-  keys = Shape<start = 1, end = 2>(weight)
+  keys = Shape<start = 2>(weight)
   rows = Transpose<perm = [0, 1, 3, 2, 4]>(plane)
   shape = Concat<axis = 0>(heads, width, keys)
   flat = Reshape(rows, shape)
@@ -206,7 +210,11 @@ def attend(form: Form) -> str:
         _ADD_VALUES,
         "high_sums",
     )
-    back = "turned_back = MatMul(rotate_v, both_sums)" if form.rotation else "turned_back = Identity(both_sums)"
+    back = (
+        "rotate_back = Transpose<perm = [1, 0]>(rotate_v)\n  out_flat = MatMul(both_sums, rotate_back)"
+        if form.rotation
+        else "out_flat = Identity(both_sums)"
+    )
     planes = "k_residual, k_scale, v_high, v_residual, v_scale"
     return f"""Attend <scale: float = 1.0{cap}> (q, scores, levels, live, {planes}{turned}{bias}{sinks}{exact})
 => (out, lse, certificate) {{
@@ -247,17 +255,18 @@ def attend(form: Form) -> str:
   weighted = Mul(p_rows, v_scale1)
   hot_rows = Reshape(hot, weight_shape)
   hot_weighted = Where(hot_rows, weighted, zero)
-  {_flat("weighted", "weight")}
-  {_flat("hot_weighted", "hot_weight")}
+  rows1 = Shape<start = 2, end = 3>(query)
+  flat_weight_shape = Concat<axis = 0>(last, rows1, keys)
+  weight = Reshape(weighted, flat_weight_shape)
+  hot_weight = Reshape(hot_weighted, flat_weight_shape)
   high_sums = ai.lamp.ValueSums(v_high, weight)
   {values}
-  weight_sum = ReduceSum(weight, minus_two)
-  hot_sum = ReduceSum(hot_weight, minus_two)
+  weight_sum = ReduceSum(weight, last)
+  hot_sum = ReduceSum(hot_weight, last)
   cold_sum = Sub(weight_sum, hot_sum)
   value_half = Mul(cold_sum, half)
   both_sums = Sub(stored_sums, value_half)
   {back}
-  out_flat = Transpose<perm = [0, 2, 1]>(turned_back)
   value_width = Shape<start = 2>(out_flat)
   out_row_shape = Concat<axis = 0>(row_lead, value_width)
   out_rows0 = Reshape(out_flat, out_row_shape){exact_out or chr(10) + "  out_rows = Identity(out_rows0)"}
@@ -282,11 +291,3 @@ _LEVEL_OF_KEY = """
   level_spread = Expand(level6, repeat)
   level_of = Reshape(level_spread, score_shape)
 """
-
-
-def _flat(rows: str, name: str) -> str:
-    """``[B, G, R, N]`` -> ``[M, N, R]``."""
-    return f"""{name}_columns = Transpose<perm = [0, 1, 3, 2]>({rows})
-  {name}_tail = Shape<start = 2>({name}_columns)
-  {name}_flat = Concat<axis = 0>(last, {name}_tail)
-  {name} = Reshape({name}_columns, {name}_flat)"""

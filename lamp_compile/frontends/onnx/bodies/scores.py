@@ -34,7 +34,8 @@ def prepare_query(form: Form) -> str:
                 "split = Constant<value = float {65537.0}>()\n  y = Mul(x3, split)\n  rest = Sub(y, x3)\n"
                 "  query = Sub(y, rest)"
             )
-        rounded = f"{bf16 if form.query_bits == 16 else 'query = Identity(x3)'}\n  step = Constant<value = float[1,1,1,1] {{1.0}}>()"
+        whole_step = "step = Constant<value = float[1,1,1,1] {1.0}>()"
+        rounded = f"{bf16 if form.query_bits == 16 else 'query = Identity(x3)'}\n  {whole_step}"
     return f"""PrepareQuery ({inputs}) => (query, step) {{
   last = Constant<value_ints = [-1]>()
   minus_two = Constant<value_ints = [-2]>()

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lamp_compile.frontends.onnx.emit import Emitter
-from lamp_compile.frontends.onnx.graph import Graph, attribute, operand, result
+from lamp_compile.frontends.onnx.graph import Graph, operand, result
 from lamp_compile.frontends.onnx.patterns._base import OnnxPattern, Refuse
 from lamp_compile.frontends.onnx.sites import BOOL, FLOAT, FLOATS, INT64, OnnxSite
+from lamp_compile.frontends.onnx.values import attribute as any_attribute
 from lamp_compile.frontends.onnx.walk import checked, sizes_of
 
 if TYPE_CHECKING:
     from onnx import NodeProto
 
 DOMAIN = "com.microsoft"
+
+
+def attribute(root: NodeProto, name: str, default: Any) -> Any:
+    """A number; onnx has no schemas of this domain, so its type was not checked when the file was read."""
+    value = any_attribute(root, name, default)
+    if type(value) is not type(default):
+        raise Refuse(f"its attribute {name} is of a strange type")
+    return value
 
 
 def read_microsoft(graph: Graph, root: NodeProto, emit: Emitter) -> OnnxSite:
@@ -68,7 +77,7 @@ def _multihead(graph: Graph, root: NodeProto, emit: Emitter, out: str) -> OnnxSi
 
 
 def _scale(root: NodeProto, head_dim: int) -> float:
-    return float(attribute(root, "scale", 0.0) or head_dim**-0.5)  # 0 stands for the default, too
+    return float(attribute(root, "scale", 0.0) or max(head_dim, 1) ** -0.5)  # 0 stands for the default, too
 
 
 def _with_bias(graph: Graph, inputs: list[str], bias: str, emit: Emitter) -> list[str]:
@@ -146,7 +155,7 @@ def _grouped(graph: Graph, root: NodeProto, emit: Emitter, out: str) -> OnnxSite
 
 def _channels(graph: Graph, q: str, root: NodeProto) -> dict[str, int]:
     size, element = (graph.dims(q) or [""] * 4)[3], graph.dtype(operand(root, 0))
-    if not isinstance(size, int):
+    if not isinstance(size, int) or size < 1:
         raise Refuse("head_dim is dynamic", "export it with fixed heads and channels")
     if element not in FLOATS:
         raise Refuse(f"queries of data type {element}", "float16, bfloat16 or float32")
