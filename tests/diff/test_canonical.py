@@ -100,6 +100,26 @@ def test_sizes_have_no_names() -> None:
     ]
 
 
+def test_types_where_both_sides_know_them() -> None:
+    def typed(kind: int, sizes: list):
+        def edit(model) -> None:
+            name = models.find(model.graph.node, "Relu").output[0]
+            model.graph.value_info.append(onnx.helper.make_tensor_value_info(name, kind, sizes))
+
+        return models.edited(edit)
+
+    float32, float16 = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
+    known = typed(float32, ["batch", "seq", 16])
+    assert lamp_compile.compare(known, models.decoder()).same
+    for other, after in (
+        (typed(float16, ["batch", "seq", 16]), "float16[d0,d1,16]"),
+        (typed(float32, ["batch", 1, 16]), "float32[d0,1,16]"),
+    ):
+        (change,) = lamp_compile.compare(known, other).changes
+        assert (change.tier, change.where) == ("types", "layers.0.mlp")
+        assert change.text == f"Relu: float32[d0,d1,16] -> {after}"
+
+
 def test_interface() -> None:
     def edit(model) -> None:
         model.opset_import[0].version = 21
@@ -163,8 +183,8 @@ def test_same_names_in_two_branches() -> None:
 
         return models.edited(edit)
 
-    assert lamp_compile.compare(branches(1, 2), branches(1, 2)).same
-    found = lamp_compile.compare(branches(1, 2), branches(2, 1))
+    assert lamp_compile.compare(branches(1.0, 2.0), branches(1.0, 2.0)).same
+    found = lamp_compile.compare(branches(1.0, 2.0), branches(2.0, 1.0))
     assert sorted(c.where for c in found.changes) == [f"{FUNCTION}/else_branch", f"{FUNCTION}/then_branch"]
 
 
