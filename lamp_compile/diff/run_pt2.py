@@ -59,15 +59,15 @@ def run_archive(path: Path, inputs: Mapping[str, Any]) -> dict[str, Any]:
             if kind == "constant":
                 values[id_] = name
             elif kind != "user_input":
-                values[id_] = _held(archive, name, "constants" if kind == "tensor_constant" else "weights", path)
+                values[id_] = _held(archive, name, path)
     with torch.no_grad():
         for call in calls:
             _step(call, values, path)
         return named([_filled(item, values) for item in results])
 
 
-def _held(archive: Archive, name: str, folder: str, path: Path) -> Tensor:
-    found = archive.values(name, folder)
+def _held(archive: Archive, name: str, path: Path) -> Tensor:
+    found = archive.values(name, archive.folder(name))
     if found is None:
         raise InputError(f"{name} is pickled", where=f"--numerics, {path}", fix="the program in memory, through Python")
     dtype, sizes, data = found
@@ -103,13 +103,8 @@ def _function(call: Call, path: Path) -> Callable[[Call, Mapping[str, Any]], Any
             f"{call.op} is not run from a file", where=f"--numerics, {path}",
             fix="the program in memory: lamp_compile.compare(a, b, numerics=True)",
         )  # fmt: skip
-    keyword = {argument.name for argument in found._schema.arguments if argument.kwarg_only}
-
-    def run(call: Call, values: Mapping[str, Any]) -> Any:
-        args = [_filled(v, values) for name, v in call.arguments if name not in keyword]
-        return found(*args, **{name: _filled(v, values) for name, v in call.arguments if name in keyword})
-
-    return run
+    # By name: an archive leaves arguments out that have their default, also between others.
+    return lambda call, values: found(**{name: _filled(v, values) for name, v in call.arguments})
 
 
 def _filled(x: Any, values: Mapping[str, Any]) -> Any:

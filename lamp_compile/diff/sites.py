@@ -64,7 +64,7 @@ def from_call(
     for name, value in settings.items():
         if short == "guard" and name in ("window", "hold"):
             row[f"guard_{name}"] = value
-        elif (name in SETTINGS and name != "exact") or (name in HOT and isinstance(value, int | float)):
+        elif (name in SETTINGS and name != "exact" and value != "") or (name in HOT and isinstance(value, int | float)):
             row[name] = value
         elif name == "format":
             row["k_format"] = row["v_format"] = value

@@ -26,10 +26,11 @@ class Written(nn.Module):
         super().__init__()
         self.linear = nn.Linear(8, 8)
         self.register_buffer("count", torch.zeros(3))
+        self.register_buffer("shift", torch.ones(8), persistent=False)
         self.scale = torch.arange(4.0)
 
     def forward(self, x: Tensor, *, z: Tensor) -> dict[str, Tensor]:
-        y = self.linear(x)
+        y = self.linear(x) + self.shift
         y = torch.cond(y.sum() > 0, lambda a: a.sin() + x.sum(), lambda a: a.cos() * 2, (y,))
         self.count.add_(1)
         a, b = torch.split(y, 4, dim=-1)

@@ -109,7 +109,7 @@ def _input(made: Program, kind: str, item: Any, archive: Archive, types: Mapping
         return
     if kind in ("parameter", "buffer"):
         id_, path = item["arg"]["name"], item[f"{kind}_name"]
-        made.params[id_] = Param(path, types[id_], archive.digest(path, "weights") if weights else "")
+        made.params[id_] = Param(path, types[id_], archive.digest(path) if weights else "")
     elif kind == "tensor_constant":
         id_ = item["arg"]["name"]
         made.constants[id_] = archive.literal(item["tensor_constant_name"])

@@ -56,17 +56,22 @@ class Archive:
         """The exported program as JSON."""
         return self._json(self._model)
 
-    def digest(self, path: str, folder: str) -> str:
-        """Hash of a tensor's values."""
-        found = self.values(path, folder)
+    def digest(self, path: str) -> str:
+        """Hash of the values of a parameter or buffer."""
+        found = self.values(path, self.folder(path))
         return literals.digest(found[2]) if found is not None else "#pickled"
 
     def small(self, path: str) -> str | None:
         """A small tensor's literal; None where it is large, pickled, or of a type without one."""
-        meta = self._table("weights").get(path, {}).get("tensor_meta")
+        folder = self.folder(path)
+        meta = self._table(folder).get(path, {}).get("tensor_meta")
         if not meta or _count(_sizes(meta)) > literals.MOST_INLINE:
             return None
-        return self._literal(path, "weights")
+        return self._literal(path, folder)
+
+    def folder(self, path: str) -> str:
+        """Where a parameter or buffer lies: buffers that are not persistent are among the constants."""
+        return "weights" if path in self._table("weights") else "constants"
 
     def literal(self, path: str) -> str:
         """A constant's literal or hash."""
