@@ -200,6 +200,14 @@ def test_a_constant_may_be_a_node_or_an_initialiser() -> None:
     assert lamp_compile.compare(models.edited(as_node), models.edited(as_initialiser)).same
 
 
+def test_an_initialiser_that_callers_may_override_is_part_of_the_interface() -> None:
+    def edit(model) -> None:
+        model.graph.input.append(onnx.helper.make_tensor_value_info("layers.0.attn.q.weight", 1, [16, 16]))
+
+    (change,) = lamp_compile.compare(models.decoder(), models.edited(edit)).changes
+    assert (change.tier, change.text) == ("interface", "override.layers.0.attn.q.weight is new: allowed")
+
+
 def test_an_undefined_value_is_an_error() -> None:
     def edit(model) -> None:
         model.graph.node[0].input[0] = "nothing"

@@ -67,6 +67,7 @@ class _Reader:
             {v.name for v in graph.input} & set(made.constants)
         ):  # an initialiser that can be fed: a default, and an input all the same
             made.facts[f"default.{name}"] = made.constants.pop(name)
+        made.facts |= {f"override.{v.name}": "allowed" for v in graph.input if v.name in made.params}
         made.outputs = [(v.name, values[v.name]) for v in graph.output]
         made.graph = self._graph(graph, values, self.opsets, 0)
         for function in model.functions:
