@@ -171,9 +171,7 @@ def _splice(graph: Graph, chosen: Sequence[Claimed], places: dict[int, list[Node
     dead |= graph.bury([node for node in made if graph.is_unused(node)])
     kept: list[NodeProto] = []
     for node in graph.proto.node:
-        kept.extend(places.get(id(node), ()))
-        if id(node) not in dead:
-            kept.append(node)
+        kept.extend([*places.get(id(node), ()), node])
     copies = [type(node).FromString(node.SerializeToString()) for node in kept if id(node) not in dead]
     del graph.proto.node[:]
     graph.proto.node.extend(copies)
