@@ -39,7 +39,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS) $(CORE)
 	    f"python {v.major}.{v.minor} found; lamp_compile needs 3.11 to 3.13: make PYTHON=python3.12 ...")'
 	@echo "Setting up $(VENV), once; the download of torch takes most of the time."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c $(CONSTRAINTS) -e ".[dev,hf]"
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c $(CONSTRAINTS) -e ".[dev,hf,onnx-cpu]"
 	@touch $@
 
 demo: $(STAMP)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def build(fast: Any, example_inputs: Any, target: Target, guard: str) -> Artifac
     finish.rename(model, translation, sites, renamed)
     finish.name_dimensions(model, _dimensions(names))
     trace.optimize(traced)
-    report = lamp.report()
+    report = replace(lamp.report(), backend=f"ONNX, {target.name}", notes=())
     metadata = trace.metadata("decoder", report, target, guard)
     metadata["lamp.sites"] = json.dumps(list(sites), separators=(",", ":"))
     proto = finish.to_proto(model, translation, target.opset, metadata)

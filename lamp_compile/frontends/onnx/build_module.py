@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def build(
     args, kwargs = inputs
     with torch.no_grad():
         names = modules.output_names(model(*args, **kwargs))
-    report = modules.join(program)
+    report = replace(modules.join(program), backend=f"ONNX, {target.name}", notes=())
     if not report.rewritten:
         reasons = "; ".join(f"{item.site}: {item.reason}" for item in (*report.refusals, *report.unclaimed))
         raise ModelError(

@@ -20,6 +20,7 @@ from lamp_compile.frontends.huggingface.compiled import Lamp
 from lamp_compile.frontends.huggingface.sites import ProbedSite
 from lamp_compile.frontends.huggingface.slots import why_masked
 from lamp_compile.frontends.onnx import torch_ops as _torch_ops  # noqa: F401  (registers torch.ops.lamp_onnx)
+from lamp_compile.frontends.onnx.form import check_row
 from lamp_compile.frontends.structure import structural_copy
 from lamp_compile.runtime import guard
 from lamp_compile.runtime.cache_layers import PLANES, LayerSpec
@@ -183,7 +184,7 @@ class DecoderGraph(nn.Module):
             )
         if spec is None:
             return FloatRows(site.name)
-        _check_plan(spec)
+        check_row(spec.plan)
         for name in HOT:
             self.register_buffer(f"lamp_{index}_{name}", getattr(spec.controls, name).clone())
         if spec.balance is not None:
@@ -233,15 +234,6 @@ def _empty_planes(tile: int, site: ProbedSite, batch: int, capacity: int) -> lis
     values = [torch.zeros(*lead, site.value_dim // 2, tile, dtype=torch.uint8) for _ in range(2)]
     scales = [torch.zeros(batch, site.kv_heads, tiles * tile, dtype=torch.float16) for _ in range(2)]
     return [*keys, scales[0], *values, scales[1], guard.new_state(batch, site.kv_heads), guard.new_stats(*lead[:2])]
-
-
-def _check_plan(spec: LayerSpec) -> None:
-    plan = spec.plan
-    for field in ("k_format", "v_format"):
-        if getattr(plan, field) != "nested8":
-            raise ModelError(
-                f"{field} {getattr(plan, field)!r} has no ONNX functions", where=plan.name, fix=f"{field}='nested8'"
-            )
 
 
 def _refuse_mask(site: str, mask: Tensor | None, bias: Tensor | None) -> None:

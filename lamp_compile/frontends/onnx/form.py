@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from lamp_compile.errors import OptionError
+from lamp_compile.errors import ModelError, OptionError
+from lamp_compile.plan import SitePlan
 
 GUARDS = ("if", "select")
 ARITHMETIC = ("integer", "float")
@@ -90,3 +91,16 @@ class Form:
             elif isinstance(value, bool) and value:
                 parts.append(item.name)
         return ".".join(parts)
+
+
+def check_row(row: SitePlan) -> None:
+    """Raise where ONNX functions cannot do what a row of a plan says.
+
+    Raises:
+        ModelError: A storage format or a rule without a body.
+    """
+    for field, allowed in (("k_format", ("nested8",)), ("v_format", ("nested8",)), ("rule", RULES)):
+        value = getattr(row, field)
+        if value not in allowed:
+            fix = f"{field} {' or '.join(repr(item) for item in allowed)}"
+            raise ModelError(f"{field} {value!r} has no ONNX functions", where=row.name, fix=fix)

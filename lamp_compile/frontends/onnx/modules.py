@@ -15,6 +15,7 @@ from torch.fx import Graph, Node
 
 from lamp_compile.errors import InputError, ModelError
 from lamp_compile.frontends.onnx import torch_ops as _torch_ops  # noqa: F401  (registers torch.ops.lamp_onnx)
+from lamp_compile.frontends.onnx.form import check_row
 from lamp_compile.passes._nodes import lamp_nodes, outcome, outputs, sweep
 from lamp_compile.passes.patterns._dialect import bind
 from lamp_compile.passes.patterns._values import Emitter, tensor
@@ -92,11 +93,7 @@ def join(program: ExportedProgram) -> Report:
     graph = program.graph_module.graph
     for name in report.rewritten:
         row = report.plan.site(name)
-        for field in ("k_format", "v_format"):
-            if getattr(row, field) != "nested8":
-                raise ModelError(
-                    f"{field} {getattr(row, field)!r} has no ONNX functions", where=name, fix=f"{field}='nested8'"
-                )
+        check_row(row)
         _join_site(graph, name, row.tile)
     graph.lint()
     program.graph_module.recompile()
