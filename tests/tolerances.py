@@ -77,6 +77,11 @@ MOVED = Tolerance(
     8e-3, "keys at other positions: 8-bit weights are cut by a dither that goes by position, half of KERNELS' output"
 )
 """Logits of a whole model whose kernels see the same keys elsewhere."""
+DEVICES = Tolerance(
+    6e-3,
+    "everything refined: Triton's kernels round weights to 15 bits, to 7 on the residual plane, the CPU's differently",
+)
+"""Logits of a whole model on a GPU against those on a CPU, 3.4e-3 in the interpreter."""
 MODEL = Tolerance(6e-2, "two layers of peaked attention over nested8 planes, each within STORAGE")
 """Logits of a whole tiny model with everything refined, against the original."""
 
@@ -140,10 +145,6 @@ LINEAR = {
 }
 """A linear layer in INT8 against the original in float64, standard-normal weights and activations."""
 
-REWRITTEN = Tolerance(
-    1e-2, "step max/119 over rows of 8 to 16 channels, few keys: 0.5 % measured on node tests, 0.8 % on peaked ones"
-)
-"""An ONNX graph rewritten at tau 0 (both planes everywhere, 8-bit query) against the original."""
 ONNX = {
     "node": Tolerance(1e-5, "float32 in another order; values lose 1e-5 of a step to the zero points (nibbles.py)"),
     "state": Tolerance(1e-4, "a mean of squared errors: twice the relative error, over sums of 10^3 terms"),
@@ -151,3 +152,8 @@ ONNX = {
     "encoder": Tolerance(1e-4, "the same, and encoders quantise keys that differ in the last bit"),
 }
 """Artifacts in ONNX Runtime against the same operators in torch."""
+
+REWRITTEN = Tolerance(
+    1e-2, "step max/119 over rows of 8 to 16 channels, few keys: 0.5 % measured on node tests, 0.8 % on peaked ones"
+)
+"""An ONNX graph rewritten at tau 0 (both planes everywhere, 8-bit query) against the original."""

@@ -18,6 +18,8 @@ from lamp_compile.frontends.onnx.functions import DOMAIN
 from lamp_compile.frontends.onnx.rewrite import rewrite_onnx
 from lamp_compile.plan import Plan
 from tests.onnx import sessions
+from tests.onnx.test_rewrite_spellings import KT, PLAIN, REPEAT, feeds
+from tests.onnx.test_rewrite_spellings import model as spelled
 
 LAYERS = 3
 
@@ -85,6 +87,16 @@ def test_external_data_stays_external(on_disk: Path, tmp_path: Path) -> None:
     assert (other / "weights.bin").read_bytes() == before[on_disk.parent / "weights.bin"]
     assert {path: path.read_bytes() for path in before} == before
     assert sorted(path.name for path in other.iterdir()) == ["lamp.onnx", "weights.bin"]
+
+
+def test_scales_and_shapes_may_be_external_too(tmp_path: Path) -> None:
+    body = REPEAT.format(x="k") + REPEAT.format(x="v") + KT.replace("(k)", "(kr)") + "s = MatMul(q, kt)\n"
+    made = spelled(body + PLAIN.replace("(p, v)", "(p, vr)"), kv=2)
+    wanted = sessions.compared(made, feeds(2)).report
+    onnx.save(made, tmp_path / "m.onnx", save_as_external_data=True, location="all.bin", size_threshold=0)
+    report = rewrite_onnx(tmp_path / "m.onnx", tmp_path / "out.onnx", tau=0.0).report
+    assert report.sites == wanted.sites
+    assert report.sites[0].kv_heads == 2
 
 
 def test_what_is_in_the_way_is_not_overwritten(on_disk: Path, tmp_path: Path) -> None:

@@ -201,6 +201,16 @@ def test_a_number_of_heads_that_is_not_known_is_refused() -> None:
         rewrite_onnx(made)
 
 
+def test_numbers_given_as_names_are_numbers() -> None:
+    """transformers' exporter writes the sizes of a cache so."""
+    made = model(KT + "s = MatMul(q, kt)\n" + PLAIN)
+    for value in (*made.graph.input[1:3], *made.graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_value:
+                dim.dim_param = str(dim.dim_value)
+    assert rewrite_onnx(made).report.sites[0].kv_heads == 4
+
+
 def test_too_old_an_opset_is_refused() -> None:
     made = model(KT + "s = MatMul(q, kt)\n" + PLAIN, opset=13)
     with pytest.raises(OptionError, match="opset 13, not 18 to 26"):

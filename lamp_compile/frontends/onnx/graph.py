@@ -71,12 +71,13 @@ class Graph(Values):
             for name in set(read_by(node)):
                 self.readers.get(name, {}).pop(id(node), None)
                 maker = self.makers.get(name)
-                if maker is not None and all(self._unused(out) for out in maker.output if out):
+                if maker is not None and self.is_unused(maker):
                     waiting.append(maker)
         return dead
 
-    def _unused(self, name: str) -> bool:
-        return not self.readers.get(name) and name not in self.outputs
+    def is_unused(self, node: NodeProto) -> bool:
+        """Whether nobody reads what a node makes."""
+        return not any(self.readers.get(name) or name in self.outputs for name in node.output)
 
 
 def nodes_within(nodes: Any) -> Iterator[tuple[NodeProto, bool]]:

@@ -21,7 +21,7 @@ from lamp_compile.frontends.onnx.wire import scan
 if TYPE_CHECKING:
     from onnx import ModelProto, TensorProto
 
-__all__ = ["Folder", "Limits", "all_tensors", "check", "load", "parse", "read_external", "read_file"]
+__all__ = ["Folder", "Limits", "all_tensors", "check", "internalise", "load", "parse", "read_external", "read_file"]
 _INSTALL = "pip install 'lamp_compile[onnx-cpu]'"
 
 
@@ -54,10 +54,19 @@ def load(
     if external_data:
         for tensor in all_tensors(model):
             if tensor.data_location == 1:
-                tensor.raw_data = read_external(tensor, folder, str(file))
-                tensor.ClearField("data_location")
-                tensor.ClearField("external_data")
+                internalise(tensor, folder, str(file))
     return model
+
+
+def internalise(tensor: TensorProto, folder: Folder, where: str) -> None:
+    """Read external data into its tensor.
+
+    Raises:
+        InputError: As ``load``.
+    """
+    tensor.raw_data = read_external(tensor, folder, where)
+    tensor.ClearField("data_location")
+    tensor.ClearField("external_data")
 
 
 def parse(

@@ -165,19 +165,18 @@ class _Parts:
 
 def _splice(graph: Graph, chosen: Sequence[Claimed], places: dict[int, list[NodeProto]]) -> None:
     """The nodes of the graph anew: new ones in the place of the roots, without what they made superfluous."""
-    for nodes in places.values():
-        graph.add(nodes)
+    made = [node for nodes in places.values() for node in nodes]
+    graph.add(made)
     dead = graph.bury([node for claimed in chosen for node in claimed.site.replaced])
+    dead |= graph.bury([node for node in made if graph.is_unused(node)])
     kept: list[NodeProto] = []
     for node in graph.proto.node:
-        kept.extend(places.get(id(node), ()))
-        if id(node) not in dead:
-            kept.append(node)
+        kept.extend([*places.get(id(node), ()), node])
     copies = [type(node).FromString(node.SerializeToString()) for node in kept if id(node) not in dead]
     del graph.proto.node[:]
     graph.proto.node.extend(copies)
-    made = {name for node in copies for name in node.output}
-    infos = [info for info in graph.proto.value_info if info.name in made]
+    alive = {name for node in copies for name in node.output}
+    infos = [info for info in graph.proto.value_info if info.name in alive]
     if len(infos) < len(graph.proto.value_info):
         copied = [type(info).FromString(info.SerializeToString()) for info in infos]
         del graph.proto.value_info[:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Collection
 from pathlib import Path
@@ -14,6 +15,7 @@ from lamp_compile.frontends.onnx.find import Claimed, FoundOnnx, find_sites
 from lamp_compile.frontends.onnx.form import GUARDS
 from lamp_compile.frontends.onnx.graph import Graph
 from lamp_compile.frontends.onnx.replace import replace_sites
+from lamp_compile.frontends.onnx.values import SMALL
 from lamp_compile.frontends.onnx.writing import write
 from lamp_compile.ir import Found
 from lamp_compile.passes.make_plan import choose_sites, make_plan
@@ -74,7 +76,7 @@ def rewrite_onnx(
     if fuel is not None and (isinstance(fuel, bool) or not isinstance(fuel, int) or fuel < 0):
         raise OptionError(f"fuel is {fuel!r}", where="fuel", fix="how many sites to rewrite: 0, 1, 2, ...")
     copy, folder, where = _read(model, domains)
-    graph = Graph(copy, typed(copy))
+    graph = Graph(copy, typed(copy, folder))
     found = find_sites(graph)
     _refuse_pointless(found, where)
     made = make_plan(cast(Found, found), preset=preset, plan=chosen_plan, overrides=options)
@@ -90,14 +92,23 @@ def rewrite_onnx(
     return RewrittenOnnx(copy, report)
 
 
-def typed(model: ModelProto) -> ModelProto:
-    """The model with all types and shapes that onnx can infer.
+def typed(model: ModelProto, folder: reading.Folder | None = None) -> ModelProto:
+    """The model with all types and shapes that onnx can infer. Small external tensors are read into it: exporters keep
+    shapes and scales outside, too.
 
     Raises:
         InputError: Its shapes contradict each other.
     """
     from onnx import shape_inference
 
+    small = [t for t in model.graph.initializer if t.data_location == 1 and math.prod(t.dims) <= SMALL]
+    if small:
+        copy = type(model)()
+        copy.CopyFrom(model)
+        model, names = copy, {tensor.name for tensor in small}
+        for tensor in model.graph.initializer:
+            if tensor.name in names and folder is not None:
+                reading.internalise(tensor, folder, tensor.name)
     try:
         return shape_inference.infer_shapes(model, data_prop=True)
     except (shape_inference.InferenceError, RuntimeError, ValueError) as error:
@@ -155,7 +166,7 @@ def _verify(model: ModelProto, chosen: list[Claimed]) -> None:
         for node in model.graph.node
         if node.domain == functions.DOMAIN
     ]
-    if sites != [claimed.site.name for claimed in chosen]:
+    if sorted(sites) != sorted(claimed.site.name for claimed in chosen):
         raise PassError(f"sites {sites} came out", where="rewrite_onnx", fix="please report it with this model")
     try:
         reading.check(model, domains=("*",), folder=None if not _external(model) else _Anywhere())

@@ -7,7 +7,6 @@ shape inference leaves open (a Reshape to a shape that is computed) is worked ou
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,9 +19,8 @@ if TYPE_CHECKING:
 Size = int | str
 Dims = list[Size]
 _T = TypeVar("_T")
-_INVENTED = re.compile(r"^(?=unk__)")
 _DEPTH = 60
-_MOST = 4096
+SMALL = 4096
 """Elements of a constant worth looking at: scalars and shapes, not weights."""
 
 
@@ -51,14 +49,14 @@ class Values:
 
     Args:
         model: A checked model (``reading.load``).
-        typed: The same model after shape inference.
+        typed: The same model after shape inference, small external tensors read.
     """
 
     def __init__(self, model: ModelProto, typed: ModelProto) -> None:
         graph = model.graph
         self.opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
         self.inputs = {given.name for given in graph.input}
-        self.initializers = {t.name: t for t in graph.initializer if t.name not in self.inputs}
+        self.initializers = {t.name: t for t in typed.graph.initializer if t.name not in self.inputs}
         self.types = {
             given.name: given.type
             for given in (*typed.graph.value_info, *typed.graph.input, *typed.graph.output)
@@ -110,7 +108,7 @@ class Values:
                     return np.asarray(value, np.float32 if "float" in given.name else np.int64)
                 if given.name == "value":
                     tensor = given.t
-        if tensor is None or tensor.data_location == 1 or math.prod(tensor.dims) > _MOST or tensor.data_type == 8:
+        if tensor is None or tensor.data_location == 1 or math.prod(tensor.dims) > SMALL or tensor.data_type == 8:
             return None
         return np.asarray(numpy_helper.to_array(tensor))
 
@@ -173,11 +171,7 @@ class Values:
         kind = self.types.get(name)
         if kind is None or not kind.HasField("tensor_type") or not kind.tensor_type.HasField("shape"):
             return None
-        # Names that shape inference makes up stand for sizes that it could not work out.
-        return [
-            d.dim_value if d.HasField("dim_value") else _INVENTED.sub("?", d.dim_param) or f"?{name}:{axis}"
-            for axis, d in enumerate(kind.tensor_type.shape.dim)
-        ]
+        return [_size(d, f"?{name}:{axis}") for axis, d in enumerate(kind.tensor_type.shape.dim)]
 
     def _computed(self, name: str, depth: int) -> Dims | None:
         node = self.maker(name)
@@ -303,6 +297,17 @@ class Values:
             return None
         start, end = numbers[0][0], numbers[1][0]
         return inner[start : end : numbers[3][0] if len(numbers) > 3 else 1]
+
+
+def _size(dim: Any, unknown: str) -> Size:
+    """One declared size. Some exporters give numbers as names; names that shape inference makes up stand for sizes that
+    it could not work out."""
+    if dim.HasField("dim_value"):
+        return int(dim.dim_value)
+    name = str(dim.dim_param)
+    if name.isascii() and name.isdigit() and len(name) < 12:
+        return int(name)
+    return "?" + name if name.startswith("unk__") else name or unknown
 
 
 def broadcast(shapes: Sequence[Dims]) -> Dims | None:
