@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lamp_compile.diff import rules as rules_
-from lamp_compile.diff.compare import Comparison, compare_snapshots
+from lamp_compile.diff.compare import TIERS, Comparison, compare_snapshots
 from lamp_compile.diff.inputs import snapshot
 from lamp_compile.diff.snapshot import Snapshot
 from lamp_compile.errors import InputError, OptionError
@@ -66,7 +66,9 @@ def compare(
 
         changes, notes = numbers.compare((a, first), (b, second), seed, tolerance, sizes or {})
         found = replace(found, changes=(*found.changes, *changes), notes=(*found.notes, *notes))
-    return rules_.apply(found, parsed)
+    looked = {"weights": weights and not found.only, "numerics": numerics, "precision": True}
+    compared = tuple(tier for tier in TIERS if looked.get(tier, not found.only))
+    return rules_.apply(replace(found, compared=compared), parsed)
 
 
 def _check_comparable(a: Snapshot, b: Snapshot, names: tuple[str, str], numerics: bool) -> None:

@@ -49,6 +49,8 @@ class Comparison:
     """Operations of both."""
     only: str = ""
     """"precision plan" where nothing else of the two can be compared."""
+    compared: tuple[str, ...] = TIERS
+    """Tiers that were looked at."""
 
     @property
     def same(self) -> bool:
@@ -71,6 +73,7 @@ class Comparison:
             "b": {"name": self.names[1], "operations": self.counts[1]},
             "changes": [asdict(change) for change in self.changes],
             "allowed": [{**asdict(change), "rule": rule} for change, rule in self.allowed],
+            "compared": list(self.compared),
             "notes": list(self.notes),
         }
 

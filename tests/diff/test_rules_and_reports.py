@@ -98,6 +98,8 @@ def test_junit(found: Comparison) -> None:
     assert failure.attrib["message"] == "18 differences"
     assert "and 15 more" in failure.text
     assert root.attrib["failures"] == "1"
+    skipped = [case.attrib["name"] for case in cases if case.find("skipped") is not None]
+    assert skipped == ["weights", "numbers"], "what was not compared has not passed"
 
 
 def test_junit_is_xml_whatever_is_in_it() -> None:
