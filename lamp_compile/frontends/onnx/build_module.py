@@ -34,6 +34,7 @@ def build(
     args, kwargs = inputs
     with torch.no_grad():
         names = modules.output_names(model(*args, **kwargs))
+    runnable = program.module()  # the five nodes of each site: the comparison shares no code with what is written
     report = replace(modules.join(program), backend=f"ONNX, {target.name}", notes=())
     if not report.rewritten:
         reasons = "; ".join(f"{item.site}: {item.reason}" for item in (*report.refusals, *report.unclaimed))
@@ -43,7 +44,6 @@ def build(
             fix="torch.onnx.export, if it is meant to stay as it is",
         )
     translation = Translation(guard, target.arithmetic)
-    runnable = program.module()
     traced = trace.to_onnx(program, translation, target.opset, type(model).__name__)
     made = traced.model
     renamed = {str(value.name): name for value, name in zip(made.graph.outputs, names, strict=True)}

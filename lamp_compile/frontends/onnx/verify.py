@@ -156,44 +156,57 @@ def steps_of(length: int, prefill: int, single: int) -> Iterator[slice]:
             yield slice(first, last)
 
 
-def decoder(run: Any, graph: Any, original: Any, ids: Tensor, reduced: bool, what: str) -> Verification:
+def decoder(run: Any, fast: Any, empty: dict[str, Any], ids: Tensor, reduced: bool, what: str) -> Verification:
     """Both sides over windows of tokens, in a prompt of two chunks and then token by token.
+
+    The torch side is the compiled model over its own cache, which shares no code with the graph that was exported; its
+    attention is the reference, because kernels decide online and may refine more.
 
     Args:
         run: ``onnxruntime.InferenceSession`` of the artifact.
-        graph: ``DecoderGraph``.
-        original: The model without LAMP.
+        fast: The compiled decoder.
+        empty: An empty cache for these windows, by the names of inputs.
         ids: Tokens ``[W, L]``.
         reduced: Whether precision was to be reduced.
         what: The text in words.
     """
     names = [value.name for value in run.get_outputs()]
-    against_float, against_torch = Comparison(), Comparison()
-    logits, cache = Differences("logits"), Differences("state")
+    feeds, here, there = dict(empty), [], []
+    held = fast.lamp.cache(ids.shape[1])
+    for layer in held.layers:
+        layer.reference_only = True
     with torch.no_grad():
-        wanted = original(input_ids=ids, use_cache=False).logits
-        held = graph.empty_cache(ids.shape[0], ids.shape[1] + 1)
-        feeds = {f"past.{name}": tensor.numpy() for name, tensor in zip(graph.cache_names(), held, strict=True)}
-        here, there = [], []
+        wanted = fast.lamp.original(input_ids=ids, use_cache=False).logits
         for step in steps_of(ids.shape[1], ids.shape[1] // 2, min(8, ids.shape[1] // 4)):
+            there.append(fast(input_ids=ids[:, step], past_key_values=held, use_cache=True).logits)
             positions = torch.full((ids.shape[0],), step.start)
-            mine, *held = graph(ids[:, step], positions, *held)
             given = {"input_ids": ids[:, step].contiguous().numpy(), "positions": positions.numpy(), **feeds}
             found = dict(zip(names, run.run(None, given), strict=True))
-            feeds = {f"past.{name}": found[f"present.{name}"] for name in graph.cache_names()}
+            feeds = {name: found[f"present{name.removeprefix('past')}"] for name in feeds}
             here.append(torch.from_numpy(found["logits"]))
-            there.append(mine)
-        artifact, lamp = torch.cat(here, 1), torch.cat(there, 1)
+    artifact, lamp = torch.cat(here, 1), torch.cat(there, 1)
+    logits, errors = Differences("logits"), Differences("guard's mean error")
     logits.add(artifact, lamp, wanted)
-    for name, tensor in zip(graph.cache_names(), held, strict=True):
-        if name.endswith(".state"):
-            cache.add(torch.from_numpy(feeds[f"past.{name}"])[..., 0], tensor[..., 0], None)
+    for index, layer in enumerate(held.layers):
+        if (state := feeds.get(f"past.{index}.state")) is not None:
+            errors.add(torch.from_numpy(state)[..., 0], layer.state[..., 0], None)
+    against_float, against_torch = Comparison(), Comparison()
     against_float.add(wanted.float(), artifact, ids)
     against_torch.add(lamp.float(), artifact, ids)
     return Verification(
-        (logits.result(), cache.result()), against_float.result(), against_torch.result(), what,
+        (logits.result(), errors.result()), against_float.result(), against_torch.result(), what,
         tuple(failures_of([logits], reduced)),
     )  # fmt: skip
+
+
+def _feeds(inputs: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Tensors by the graph's names of inputs: named ones by theirs, others in order."""
+    from torch.utils import _pytree as pytree
+
+    if kwargs and all(name in inputs for name, x in kwargs.items() if isinstance(x, Tensor)) and not args:
+        return {name: x.contiguous().numpy() for name, x in kwargs.items() if isinstance(x, Tensor)}
+    tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    return {name: x.contiguous().numpy() for name, x in zip(inputs, tensors, strict=False)}
 
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
@@ -218,16 +231,18 @@ def module(
 
     inputs = [value.name for value in run.get_inputs()]
     differences = [Differences(name) for name in names]
+    state: dict[str, Any] = {}
+    kept = [value.name for value in run.get_outputs() if value.name.endswith("_new")]
     for args, kwargs in batches:
         with torch.no_grad():
             wanted = pytree.tree_leaves(original(*args, **kwargs))
             mine = pytree.tree_leaves(program(*args, **kwargs))
-        tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        given = {name: x.contiguous().numpy() for name, x in zip(inputs, tensors, strict=False)}
-        found = run.run(list(names), given)
+        given = _feeds(inputs, args, kwargs)
+        found = run.run([*names, *kept], {**given, **state})
+        state = {name.removesuffix("_new"): x for name, x in zip(kept, found[len(names) :], strict=True)}
         flat = [x for x in wanted if isinstance(x, Tensor)]
         for item, there, here, float_ in zip(
-            differences, found, [x for x in mine if isinstance(x, Tensor)], flat, strict=True
+            differences, found[: len(names)], [x for x in mine if isinstance(x, Tensor)], flat, strict=True
         ):
             item.add(torch.from_numpy(there), here, float_)
     return Verification(
