@@ -157,3 +157,8 @@ ONNX = {
     "encoder": Tolerance(1e-4, "the same, and encoders quantise keys that differ in the last bit"),
 }
 """Artifacts in ONNX Runtime against the same operators in torch."""
+
+REWRITTEN = Tolerance(
+    1e-2, "step max/119 over rows of 8 to 16 channels, few keys: 0.5 % measured on node tests, 0.8 % on peaked ones"
+)
+"""An ONNX graph rewritten at tau 0 (both planes everywhere, 8-bit query) against the original."""

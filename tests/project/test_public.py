@@ -12,6 +12,7 @@ import pytest
 import lamp_compile
 
 PUBLIC = {
+    "ControlPlan",
     "DecodeStep",
     "GuardPlan",
     "LampError",
@@ -22,11 +23,14 @@ PUBLIC = {
     "SitePlan",
     "__version__",
     "backend",
+    "compare",
     "compile",
     "disable",
     "explain",
     "export_onnx",
     "rewrite",
+    "rewrite_onnx",
+    "snapshot",
 }
 
 
