@@ -168,7 +168,8 @@ def _splice(graph: Graph, chosen: Sequence[Claimed], places: dict[int, list[Node
     made = [node for nodes in places.values() for node in nodes]
     graph.add(made)
     dead = graph.bury([node for claimed in chosen for node in claimed.site.replaced])
-    dead |= graph.bury([node for node in made if graph.is_unused(node)])
+    # Sizes that no mask asked for go again; an attention that nobody reads stays one.
+    dead |= graph.bury([node for node in made if graph.is_unused(node) and node.domain != functions.DOMAIN])
     kept: list[NodeProto] = []
     for node in graph.proto.node:
         kept.extend([*places.get(id(node), ()), node])
