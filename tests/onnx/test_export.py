@@ -32,10 +32,9 @@ def _one_thread(one_thread):
     return one_thread
 
 
-def llama(layers: int = 1):
+def llama():
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**{**SMALL, "num_hidden_layers": layers}, **HEADS)
-    return transformers.LlamaForCausalLM(config).eval()
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, **HEADS)).eval()
 
 
 def session(path: Path) -> ort.InferenceSession:
@@ -178,14 +177,18 @@ def test_reference_evaluator_runs_the_whole_model(exported) -> None:
     assert relative(found["logits"], wanted) < ONNX["decoder"].relative
 
 
-def test_a_layer_without_planes_stays_in_float(tmp_path) -> None:
-    model = llama(2)
+def test_a_layer_without_planes_stays_in_float_and_windows_hold(tmp_path) -> None:
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(**{**SMALL, "num_hidden_layers": 2}, **HEADS, sliding_window=20)
+    model = transformers.MistralForCausalLM(config).eval()
     fast = lamp_compile.compile(model, mode="eager", fuel=1)
     made = lamp_compile.export_onnx(fast, TEXT, tmp_path / "m.onnx")
     names = [value.name for value in onnx.load(made.path).graph.input]
     assert {"past.0.k_high", "past.1.keys", "past.1.values"} <= set(names)
     assert made.report.rewritten == ("model.layers.0.self_attn",)
     assert "kept: beyond fuel" in made.report_path.read_text()
+    nodes = [node for node in onnx.load(made.path).graph.node if node.op_type == "FusedAttention"]
+    assert [a.i for node in nodes for a in node.attribute if a.name == "window"] == [20]
 
 
 def test_qwen3_without_control_flow_for_migraphx(tmp_path) -> None:

@@ -14,6 +14,8 @@ from tests import tolerances
 from tests.onnx import sessions
 from tests.onnx.cases import attention_cases
 
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the reference evaluator
+
 REFUSED = {
     "its scores are an output": 18,
     "scores or weights are used elsewhere": 18,

@@ -211,6 +211,12 @@ def test_numbers_given_as_names_are_numbers() -> None:
     assert rewrite_onnx(made).report.sites[0].kv_heads == 4
 
 
+def test_an_attention_that_nobody_reads_stays_one() -> None:
+    made = model(KT + "s = MatMul(q, kt)\n" + PLAIN.replace("out =", "lost =") + "\nout = Neg(q)")
+    nodes = [node.op_type for node in rewrite_onnx(made).model.graph.node]
+    assert nodes == ["UncachedAttention", "Neg"]
+
+
 def test_too_old_an_opset_is_refused() -> None:
     made = model(KT + "s = MatMul(q, kt)\n" + PLAIN, opset=13)
     with pytest.raises(OptionError, match="opset 13, not 18 to 26"):

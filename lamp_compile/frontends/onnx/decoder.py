@@ -159,6 +159,9 @@ class DecoderGraph(nn.Module):
         assert isinstance(lamp, Lamp)
         self.model = structural_copy(lamp.original)
         self.model.set_attn_implementation(attention.NAME)  # type: ignore[operator]
+        if getattr(self.model, "_can_set_experts_implementation", lambda: False)():
+            # The grouped product of the default has no ONNX operator; this one gathers weights and multiplies.
+            self.model.set_experts_implementation("batched_mm")  # type: ignore[operator]
         if "position_ids" not in inspect.signature(self.model.forward).parameters:
             raise ModelError(
                 "its forward takes no position_ids",

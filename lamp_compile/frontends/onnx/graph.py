@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lamp_compile.frontends.onnx.validate import read_by
@@ -59,13 +59,14 @@ class Graph(Values):
         for node in nodes:
             self._index(node)
 
-    def bury(self, roots: Sequence[NodeProto]) -> set[int]:
-        """Take nodes out of the index, and with them whatever only they used; gives back the ids of all these."""
+    def bury(self, roots: Sequence[NodeProto], keep: Collection[int] = ()) -> set[int]:
+        """Take nodes out of the index, and with them whatever only they used; gives back the ids of all these. Nodes
+        whose ids are in ``keep`` stay."""
         dead: set[int] = set()
         waiting = list(roots)
         while waiting:
             node = waiting.pop()
-            if id(node) in dead:
+            if id(node) in dead or id(node) in keep:
                 continue
             dead.add(id(node))
             for name in set(read_by(node)):

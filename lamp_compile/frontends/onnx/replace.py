@@ -167,8 +167,10 @@ def _splice(graph: Graph, chosen: Sequence[Claimed], places: dict[int, list[Node
     """The nodes of the graph anew: new ones in the place of the roots, without what they made superfluous."""
     made = [node for nodes in places.values() for node in nodes]
     graph.add(made)
-    dead = graph.bury([node for claimed in chosen for node in claimed.site.replaced])
-    dead |= graph.bury([node for node in made if graph.is_unused(node)])
+    # Sizes that no mask asked for go again; an attention that nobody reads stays one.
+    keep = {id(node) for node in made if node.domain == functions.DOMAIN}
+    dead = graph.bury([node for claimed in chosen for node in claimed.site.replaced], keep)
+    dead |= graph.bury([node for node in made if graph.is_unused(node)], keep)
     kept: list[NodeProto] = []
     for node in graph.proto.node:
         kept.extend([*places.get(id(node), ()), node])
