@@ -8,11 +8,22 @@ import sys
 from collections.abc import Sequence
 
 from lamp_compile import __version__
-from lamp_compile.commands import _output, bisect, compile, doctor, evaluate, explain, run, tune
+from lamp_compile.commands import (
+    _output,
+    bisect,
+    calibrate,
+    compile,
+    doctor,
+    evaluate,
+    explain,
+    frontier,
+    run,
+    tune,
+)
 from lamp_compile.errors import LampError
 
-COMMANDS = (run, explain, evaluate, compile, tune, bisect, doctor)
-EPILOG = "exit codes: 0 done, 1 error, 2 usage, 3 a limit (--max-kl, --min-agreement) was exceeded"
+COMMANDS = (run, explain, evaluate, frontier, compile, calibrate, tune, bisect, doctor)
+EPILOG = "exit codes: 0 done, 1 error, 2 usage, 3 a limit (--max-kl, --min-agreement, --min-coverage) was exceeded"
 
 
 def parser() -> argparse.ArgumentParser:

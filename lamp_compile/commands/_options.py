@@ -16,17 +16,21 @@ def model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
 
 
-def plan(parser: argparse.ArgumentParser) -> None:
-    """What decides the plan: ``--preset``, ``--balance`` and ``--set``, or ``--plan``."""
+def plan(parser: argparse.ArgumentParser, *, given: bool = True) -> None:
+    """What decides the plan: ``--preset``, ``--balance`` and ``--set``; or ``--plan``, and ``--linears``, where
+    ``given``."""
     parser.add_argument("--preset", choices=sorted(PRESETS), help="starting point of the plan (default: balanced)")
     parser.add_argument("--balance", choices=("auto", "always", "never"), help="balance key channels (default: auto)")
     parser.add_argument(
-        "--linears", choices=("never", "auto", "int8", "int8_dynamic"),
-        help="linear layers in INT8 on a CPU: auto where measured faster (default: never)",
-    )  # fmt: skip
-    parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", type=_setting, dest="settings",
         help="field of every site of the plan, such as tau=0.02 or k_format=fp8; may be repeated",
+    )  # fmt: skip
+    if not given:
+        parser.set_defaults(linears=None, plan=None)
+        return
+    parser.add_argument(
+        "--linears", choices=("never", "auto", "int8", "int8_dynamic"),
+        help="linear layers in INT8 on a CPU: auto where measured faster (default: never)",
     )  # fmt: skip
     parser.add_argument("--plan", metavar="FILE", help="use this plan instead (see `lamp-compile compile`)")
 
