@@ -82,7 +82,8 @@ def between(options: Sequence[Option], points: int = 4) -> list[Option]:
     measured = sorted((option for option in options if option.tau > 0), key=lambda o: o.tau)
     made += measured[-1:]
     for first, second in pairwise(measured):
-        for index in range(points + 1):
+        made.append(first)
+        for index in range(1, points + 1):
             share = index / (points + 1)
             logs = [math.log(max(o.kl, 1e-12)) for o in (first, second)]
             made.append(

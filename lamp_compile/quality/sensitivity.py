@@ -43,7 +43,7 @@ class Outcome:
     @property
     def mean(self) -> float:
         """Mean KL."""
-        return float(self.kl.mean().item())
+        return float(sum(self.kl.tolist())) / self.kl.numel()
 
     def summary(self) -> dict[str, float]:
         """KL, agreement and bits with their intervals, JSON-ready."""
@@ -58,7 +58,7 @@ def half_interval(observations: Tensor) -> float:
     """Half the 95 % interval of the mean of independent observations; infinite for fewer than two."""
     if observations.numel() < 2:
         return math.inf
-    return NORMAL_95 * float(observations.double().std()) / observations.numel() ** 0.5
+    return NORMAL_95 * float(observations.double().std()) / math.sqrt(observations.numel())
 
 
 class Bench:
