@@ -2,8 +2,8 @@
 
     python benchmarks/calibration.py MODEL TEXT --context 1024 --max-tokens 32768 --device cuda --out results.json
 
-Runs `lamp-compile calibrate` for every preset; they share what was measured of single sites. With ``--plans FOLDER`` the
-plans are kept there.
+Runs `lamp-compile calibrate` for every preset; they share what was measured of single sites. With ``--plans FOLDER``
+the plans are kept there.
 """
 
 from __future__ import annotations

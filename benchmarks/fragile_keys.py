@@ -84,9 +84,9 @@ def main(argv: list[str] | None = None) -> int:
         rows += made
         found[name] = report["fragile"]
     for row in rows:
-        interval = f"({row['agreement_low']:.2%} to {row['agreement_high']:.2%})"
-        print(f"{row['name']:30s} {row['bits_per_value']:6.2f} bits  KL {row['kl']:.2e} +- {row['kl_half_interval']:.1e} "
-              f" agreement {row['agreement']:.2%} {interval}  balanced: {len(row['balanced'])}, kept: {len(row['kept'])}")  # fmt: skip
+        interval = f"{row['agreement']:.2%} ({row['agreement_low']:.2%} to {row['agreement_high']:.2%})"
+        handled = f"{len(row['balanced'])} balanced, {len(row['kept'])} kept"
+        print(f"{row['name']:30s} {row['bits_per_value']:6.2f} bits  KL {row['kl']:.2e}  {interval}  {handled}")
     print(f"fragile keys found: {len(found['plain'])} in the model, {len(found['planted'])} in the planted twin")
     if args.out:
         about = {"model": Path(args.model).name, "text": Path(args.text).name, "preset": args.preset}

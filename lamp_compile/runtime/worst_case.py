@@ -16,8 +16,8 @@ between
     p^_i e^-d_i / (p^_i e^-d_i + sum_(j!=i) p^_j e^d_j)   and   p^_i e^d_i / (p^_i e^d_i + sum_(j!=i) p^_j e^-d_j);
 
 let c_i be the larger distance of these ends from p^_i and u_i the upper end. Since weights sum to 1 (the sink counted
-as a key of value 0), sum p_i v_i - o^ = sum p_i (v_i - v^_i) + sum (p_i - p^_i)(v^_i - o^), so with |v_i - v^_i| <= g_i =
-sqrt(Dv) times the same h for values,
+as a key of value 0), sum p_i v_i - o^ = sum p_i (v_i - v^_i) + sum (p_i - p^_i)(v^_i - o^), so with |v_i - v^_i| <=
+g_i = sqrt(Dv) times the same h for values,
 
     |delta out| <= min(sum u_i g_i, max g_i) + sum c_i |v^_i - o^|,   and   <= max (|v^_i - o^| + g_i)
 
