@@ -9,9 +9,10 @@ from typing import Any
 PRESETS = """
 ## Presets
 
-From `benchmarks/results/{file}`, on {device}, torch {torch}: {windows} windows of {context} tokens, {positions} positions.
-To repeat it: `python benchmarks/presets.py MODEL TEXT --windows {windows} --context {context} --device {kind}`. Intervals are 95 %.
-`conservative` keeps the last layer in 16 bits; the row below the presets is the same tau without that.
+From `benchmarks/results/{file}`, on {device}, torch {torch}: {windows} windows of {context} tokens, {positions}
+positions. To repeat it: `python benchmarks/presets.py MODEL TEXT --windows {windows} --context {context} --device
+{kind}`. Intervals are 95 %. `conservative` keeps the last layer in 16 bits; the row below the presets is the same tau
+without that.
 
 | setting | bits | KL | next-token agreement |
 |---|---|---|---|
@@ -19,9 +20,10 @@ To repeat it: `python benchmarks/presets.py MODEL TEXT --windows {windows} --con
 CALIBRATION = """
 ## Calibration
 
-From `benchmarks/results/{file}`, on {device}, torch {torch}: `lamp-compile calibrate` on {tokens} tokens in windows of {context},
-half of them held out, which the numbers are of. *Uniform* is one tau for all layers, with the text's balance. The last column is
-calibrated minus uniform on the same positions: only where its interval leaves out 0 is the calibrated tau taken.
+From `benchmarks/results/{file}`, on {device}, torch {torch}: `lamp-compile calibrate` on {tokens} tokens in windows
+of {context}, half of them held out, which the numbers are of. *Uniform* is one tau for all layers, with the text's
+balance. The last column is calibrated minus uniform on the same positions: only where its interval leaves out 0 is
+the calibrated tau taken.
 
 | preset | bits | KL preset | KL uniform | bits | KL calibrated | difference (95 %) | taken |
 |---|---|---|---|---|---|---|---|
@@ -29,10 +31,11 @@ calibrated minus uniform on the same positions: only where its interval leaves o
 FRAGILE = """
 ## Fragile keys
 
-From `benchmarks/results/{file}`, on {device}, torch {torch} (`python benchmarks/fragile_keys.py MODEL TEXT --layers 1,4`): key biases
-of {bias:g} times the median channel in the slowest RoPE pair of every kv head of {sites} layers, keys there times {scale:g} and
-queries divided by it. Scaling is exact; the bias is approximate, and changed the function by a KL of {change:.1e}. Calibration names
-{found} of the {planted} planted channels. Each row is held against its own uncompiled model.
+From `benchmarks/results/{file}`, on {device}, torch {torch} (`python benchmarks/fragile_keys.py MODEL TEXT --layers
+1,4`): key biases of {bias:g} times the median channel in the slowest RoPE pair of every kv head of {sites} layers,
+keys there times {scale:g} and queries divided by it. Scaling is exact; the bias is approximate, and changed the
+function by a KL of {change:.1e}. Calibration names {found} of the {planted} planted channels. Each row is held
+against its own uncompiled model.
 
 | model and plan | bits | KL | next-token agreement | layers balanced |
 |---|---|---|---|---|
@@ -40,10 +43,11 @@ queries divided by it. Scaling is exact; the bias is approximate, and changed th
 CERTIFICATE = """
 ## Certificate
 
-From `benchmarks/results/{file}`, on {device}, torch {torch}: output rows of {windows} windows of {context} tokens, spread over all
-lengths. *Within {factor:g}x* is the share of rows whose true error is at most {factor:g} times the estimate (lower end of its 95 %
-interval in brackets); *estimate / error* is the median, *least* the smallest. The worst-case bound was held against {bounded} rows:
-{violated} violate it, and it is {bound:.0f} times the error in the median under the plan.
+From `benchmarks/results/{file}`, on {device}, torch {torch}: output rows of {windows} windows of {context} tokens,
+spread over all lengths. *Within {factor:g}x* is the share of rows whose true error is at most {factor:g} times the
+estimate (lower end of its 95 % interval in brackets); *estimate / error* is the median, *least* the smallest. The
+worst-case bound was held against {bounded} rows: {violated} violate it, and it is {bound:.0f} times the error in the
+median under the plan.
 
 | setting | model | layer | keys seen | rows | within {factor:g}x | estimate / error | least |
 |---|---|---|---|---|---|---|---|

@@ -52,7 +52,7 @@ def test_an_estimate_that_is_too_small_is_noticed(arguments, capsys, monkeypatch
 
 
 def test_limits_belong_to_their_table(arguments, capsys):
-    for wrong in (["--max-kl", "1"], ["--min-agreement", "0.5"]):
+    for wrong in (["--max-kl", "1"], ["--min-agreement", "0.5"], ["--tasks", "all"]):
         assert cli.main([*arguments, *wrong]) == 1
     assert cli.main([*(a for a in arguments if a != "--certificate"), "--min-coverage", "0.9"]) == 1
     assert "--certificate" in capsys.readouterr().err
