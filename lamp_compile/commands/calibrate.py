@@ -95,16 +95,23 @@ class Memory(MutableMapping[str, list[float]]):
     Args:
         path: The file; one of another model, text or setting is started anew.
         identity: Of model, text and settings.
+
+    Raises:
+        InputError: There is a file of that name that holds no measurements.
     """
 
     def __init__(self, path: Path, identity: str) -> None:
         self._path, self._identity = path, identity
         self._values: dict[str, list[float]] = {}
+        if not path.exists():
+            return
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError):
-            return
-        if isinstance(data, dict) and data.get("identity") == identity and isinstance(data.get("values"), dict):
+            data = None
+        if not isinstance(data, dict) or set(data) != {"identity", "values"} or not isinstance(data["values"], dict):
+            raise InputError("this file holds no measurements", where=str(path), fix="another name, or remove it")
+        if data["identity"] == identity:
             self._values = {
                 name: pair for name, pair in data["values"].items()
                 if isinstance(pair, list) and len(pair) == 2 and all(isinstance(x, float) for x in pair)
@@ -116,8 +123,10 @@ class Memory(MutableMapping[str, list[float]]):
     def __setitem__(self, name: str, value: list[float]) -> None:
         self._values[name] = value
         text = json.dumps({"identity": self._identity, "values": self._values})
+        whole = self._path.with_name(f"{self._path.name}.new")
         try:
-            self._path.write_text(text + "\n", encoding="utf-8")
+            whole.write_text(text + "\n", encoding="utf-8")
+            whole.replace(self._path)  # an interruption leaves the last whole file
         except OSError as error:
             raise InputError(f"cannot write: {error.strerror}", where=str(self._path), fix="another --output") from None
 

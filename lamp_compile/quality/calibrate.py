@@ -78,7 +78,7 @@ def steps(task: Task) -> int:
     """How often ``on_step`` will be called at most."""
     names = _names(task)
     units = sum(task.sites[name].kv_heads if task.heads else 1 for name in names)
-    return task.bench.windows.shape[0] + 2 * len(names) + units * len(TAUS) + TRIES + 2
+    return task.bench.windows.shape[0] + 3 * len(names) + units * len(TAUS) + TRIES + 1
 
 
 def calibrate(task: Task) -> Calibrated:

@@ -106,7 +106,9 @@ def _calibration(file: str, data: dict[str, Any]) -> str:
             f"{held['kl_difference']:+.1e} ± {held['kl_difference_half_interval']:.1e} | "
             f"{'yes' if held['better'] else 'no'} |\n"
         )
-    text += "\nWhat each layer costs alone, the text's balance in place, in KL; and how the sum of what was chosen held:\n\n"
+    text += (
+        "\nWhat each layer costs alone, in KL, balanced as the text asks; and how the sum of what was chosen held:\n\n"
+    )
     sensitivity = data["rows"][0]["sensitivity"]
     taus = [option["tau"] for option in next(iter(sensitivity.values())) if option["tau"] >= 0]
     text += f"| layer | {' | '.join(f'tau {tau:g}' for tau in sorted(taus))} |\n|---{'|---' * len(taus)}|\n"

@@ -177,6 +177,10 @@ def test_the_command_writes_a_plan_and_goes_on_where_it_was(nano, root, tmp_path
     assert cli.main([*arguments[:-1], str(tmp_path / "no" / "folder.json")]) == 1
     assert command.Memory(kept, partial["identity"])
     assert not command.Memory(kept, "another")
+    before = out.read_text()
+    with pytest.raises(InputError, match="no measurements"):
+        command.Memory(out, "a plan given for measurements by mistake")
+    assert out.read_text() == before
 
 
 def test_reports_say_what_a_plan_rests_on(model):
