@@ -169,8 +169,7 @@ def _balanced(task: Task, found: Mapping[str, key_channels.KeyStatistics]) -> tu
             rows.append(row)
             continue
         factors = tuple(tuple(float(f"{x:.6g}") for x in head) for head in balance.factors(*rms).tolist())
-        without, _ = _measured(task, plan, row, "not balanced", balance=None, tau=0.0, floor=1)
-        with_it, _ = _measured(task, plan, row, "balanced", balance=factors, tau=0.0, floor=1)
+        without, with_it = (_both_planes(task, plan, replace(row, balance=choice)) for choice in (None, factors))
         taken = with_it <= WORTH * without
         notes[row.name] = {"gain": gain, "kl_without": without, "kl_with": with_it, "taken": taken}
         reason = f"balanced: KL {with_it:.1e} instead of {without:.1e} alone at both planes" if taken else ""
@@ -178,10 +177,15 @@ def _balanced(task: Task, found: Mapping[str, key_channels.KeyStatistics]) -> tu
     return replace(plan, sites=tuple(rows)), notes
 
 
+def _both_planes(task: Task, plan: Plan, row: SitePlan) -> float:
+    """KL of a site alone with both planes of everything."""
+    return _measured(task, plan, row, f"{_kind(row)} tau 0", balance=row.balance, tau=0.0, floor=1)[0]
+
+
 def _units(task: Task, base: Plan, fragile: set[str]) -> dict[str, list[Option]]:
     """The options of every site, or of every kv head, from measurement."""
     rows = [row for row in base.sites if row.apply]
-    both = {row.name: _measured(task, base, row, f"{_kind(row)} tau 0", tau=0.0, floor=1)[0] for row in rows}
+    both = {row.name: _both_planes(task, base, row) for row in rows}
     median = sorted(both.values())[len(both) // 2]
     total = sum(_values(task.sites[row.name]) for row in rows)
     units: dict[str, list[Option]] = {}
