@@ -20,10 +20,10 @@ without that.
 CALIBRATION = """
 ## Calibration
 
-From `benchmarks/results/{file}`, on {device}, torch {torch}: `lamp-compile calibrate` on {tokens} tokens in windows
-of {context}, half of them held out, which the numbers are of. *Uniform* is one tau for all layers, with the text's
-balance. The last column is calibrated minus uniform on the same positions: only where its interval leaves out 0 is
-the calibrated tau taken.
+From `benchmarks/results/{file}`, on {device}, torch {torch}: `lamp-compile calibrate` of the model `{model}` on
+{tokens} tokens in windows of {context}, half of them held out, which the numbers are of. *Uniform* is one tau for all
+layers, with the text's balance. *difference* is calibrated minus uniform on the same positions: only where its
+interval leaves out 0 is the calibrated tau taken.
 
 | preset | bits | KL preset | KL uniform | bits | KL calibrated | difference (95 %) | taken |
 |---|---|---|---|---|---|---|---|
@@ -43,11 +43,11 @@ against its own uncompiled model.
 CERTIFICATE = """
 ## Certificate
 
-From `benchmarks/results/{file}`, on {device}, torch {torch}: output rows of {windows} windows of {context} tokens,
-spread over all lengths. *Within {factor:g}x* is the share of rows whose true error is at most {factor:g} times the
-estimate (lower end of its 95 % interval in brackets); *estimate / error* is the median, *least* the smallest. The
-worst-case bound was held against {bounded} rows: {violated} violate it, and it is {bound:.0f} times the error in the
-median under the plan.
+From `benchmarks/results/{file}`, on {device}, torch {torch}: output rows of windows of {context} tokens ({windows}
+for each model), spread over all lengths. *Within {factor:g}x* is the share of rows whose true error is at most
+{factor:g} times the estimate (lower end of its 95 % interval in brackets); *estimate / error* is the median,
+*least* the smallest. The worst-case bound was held against {bounded} rows: {violated} violate it, and it is
+{bound:.0f} times the error in the median under the plan.
 
 | setting | model | layer | keys seen | rows | within {factor:g}x | estimate / error | least |
 |---|---|---|---|---|---|---|---|
@@ -96,7 +96,9 @@ def _presets(file: str, data: dict[str, Any]) -> str:
 
 
 def _calibration(file: str, data: dict[str, Any]) -> str:
-    text = CALIBRATION.format(**_head(file, data), tokens=f"{data['tokens']:,}", context=data["context"])
+    text = CALIBRATION.format(
+        **_head(file, data), model=data["model"], tokens=f"{data['tokens']:,}", context=data["context"]
+    )
     for row in data["rows"]:
         held = row["held_out"]
         preset, uniform, calibrated = (held[name] for name in ("preset", "uniform", "calibrated"))
