@@ -78,7 +78,8 @@ def _bound(
     out, _, _ = reference.attend(
         q, planes, levels, None, balance, visible, scores, row.k_format, row.v_format, row.subtile
     )
-    bound = worst_case.bound(q, planes, levels, balance, visible, scores, row.k_format, row.v_format, row.subtile, out)
+    stored = worst_case.Stored(planes, levels, balance, row.k_format, row.v_format, row.subtile)
+    bound = worst_case.bound(q, stored, visible, scores, out)
     return (out.double() - truth).norm(dim=-1), bound
 
 

@@ -29,6 +29,8 @@ whatever arithmetic made ``out``, rounded weights included. What float32 did bef
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -47,42 +49,48 @@ UNDERFLOW = 1e-55
 """More than all true weights together can be of keys whose weight underflows (e^-745), with errors to ``LARGEST``."""
 
 
-def bound(
-    q: Tensor,
-    planes: Planes,
-    levels: Tensor,
-    balance: Tensor | None,
-    visible: Visibility,
-    scores: Scores,
-    k_format: str,
-    v_format: str,
-    subtile: int,
-    out: Tensor | None = None,
-) -> Tensor:
+@dataclass(frozen=True)
+class Stored:
+    """What attention read.
+
+    Attributes:
+        planes: Keys and values as ``reference.quantize`` stored them, from float32 or finer.
+        levels: Precisions ``[B, G, S, T]`` that attention used: ``HIGH`` or ``BOTH`` wherever a key is live.
+        balance: As given to attention.
+        k_format: Of the planes; ``nested8`` or ``int8``.
+        v_format: The same.
+        subtile: Keys per decision.
+    """
+
+    planes: Planes
+    levels: Tensor
+    balance: Tensor | None = None
+    k_format: str = "nested8"
+    v_format: str = "nested8"
+    subtile: int = layout.SUBTILE
+
+
+def bound(q: Tensor, stored: Stored, visible: Visibility, scores: Scores, out: Tensor | None = None) -> Tensor:
     """A bound on the error of attention over stored planes, ``[B, H, S]`` float64; 0 for rows that see no key, infinity
     where a stored row is no number.
 
     Args:
         q: ``[B, H, S, D]``, as given to attention.
-        planes: Keys and values as ``reference.quantize`` stored them, from float32 or finer.
-        levels: Precisions ``[B, G, S, T]`` that attention used: ``HIGH`` or ``BOTH`` wherever a key is live.
-        balance: As given to attention.
+        stored: What attention read.
         visible: As given to attention.
         scores: As given to attention, with 8 query bits or 0.
-        k_format: Of the planes; ``nested8`` or ``int8``.
-        v_format: The same.
-        subtile: Keys per decision.
         out: What attention gave, ``[B, H, S, Dv]``; None bounds the error of exact arithmetic on the stored bytes.
 
     Raises:
         OptionError: A format or a query precision without a worst case, or levels that skip or that use originals.
     """
-    _check(levels, scores, k_format, v_format)
+    _check(stored, scores)
+    planes, levels = stored.planes, stored.levels
     groups = q.shape[1] // levels.shape[1]
-    level = levels.repeat_interleave(subtile, dim=-1).repeat_interleave(groups, dim=1)
+    level = levels.repeat_interleave(stored.subtile, dim=-1).repeat_interleave(groups, dim=1)
     live = visible.live(slice(0, q.shape[2]), q.shape[2], level.shape[-1], q.device) & (level > Precision.SKIP)
-    weights, sink, score_error = _weights(q, planes, level, live, balance, visible, scores, k_format)
-    center, distance, value_error = _values(planes, level, weights, v_format, groups)
+    weights, sink, score_error = _weights(q, stored, level, live, visible, scores)
+    center, distance, value_error = _values(planes, level, weights, stored.v_format, groups)
 
     total = _average(weights, sink, score_error, distance, value_error, center.norm(dim=-1))
     seen = live.expand(weights.shape)
@@ -98,21 +106,21 @@ def bound(
     return found + torch.where(seen.any(-1), rounded, 0.0)
 
 
-def _check(levels: Tensor, scores: Scores, k_format: str, v_format: str) -> None:
-    for name in (k_format, v_format):
+def _check(stored: Stored, scores: Scores) -> None:
+    for name in (stored.k_format, stored.v_format):
         if formats.get(name).worst is None:
             raise OptionError(f"format {name!r} has no worst case", where="worst_case.bound", fix="nested8 or int8")
     if scores.query_bits == 16:
         raise OptionError("a query of 16 bits has no worst case", where="worst_case.bound", fix="query_bits 8 or 0")
-    if bool((levels == Precision.EXACT).any()):
+    if bool((stored.levels == Precision.EXACT).any()):
         raise OptionError("levels use the original keys", where="worst_case.bound", fix="HIGH or BOTH")
 
 
 def _weights(
-    q: Tensor, planes: Planes, level: Tensor, live: Tensor, balance: Tensor | None, visible: Visibility,
-    scores: Scores, k_format: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    q: Tensor, stored: Stored, level: Tensor, live: Tensor, visible: Visibility, scores: Scores
+) -> tuple[Tensor, Tensor, Tensor]:
     """p^ ``[B, H, S, N]``, the sink's weight ``[B, H, S, 1]`` and d ``[B, H, S, N]``."""
+    planes, balance, k_format = stored.planes, stored.balance, stored.k_format
     groups = q.shape[1] // planes.k_high.shape[1]
     made = formats.get(k_format)
     used = reference.prepare_query(q, balance, scores).double()

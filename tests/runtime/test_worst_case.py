@@ -12,6 +12,7 @@ from lamp_compile.ir import Precision
 from lamp_compile.runtime import certificate, reference, worst_case
 from lamp_compile.runtime.arguments import Scores, Visibility
 from lamp_compile.runtime.formats import get
+from lamp_compile.runtime.worst_case import Stored
 
 SUBTILE = 32
 CLIMBS = 120
@@ -24,7 +25,7 @@ def _case(q, k, v, levels, *, scores, visible, name="nested8", balance=None):
     out, _, sums = reference.attend(q, planes, levels, None, balance, visible, scores, name, name, SUBTILE)
     exact, _ = reference.exact_attention(q, k, v, visible, scores.scale, scores.softcap)
     error = (out.double() - exact).norm(dim=-1)
-    found = worst_case.bound(q, planes, levels, balance, visible, scores, name, name, SUBTILE, out)
+    found = worst_case.bound(q, Stored(planes, levels, balance, name, name, SUBTILE), visible, scores, out)
     return error, found, certificate.estimate(out, sums)
 
 
@@ -136,10 +137,8 @@ def test_rows_without_a_key_and_arguments_without_a_worst_case():
     assert (error == 0).all()
     planes = reference.quantize(k, v, None, "bf16", "bf16", "none", 32)
     with pytest.raises(OptionError, match="no worst case"):
-        worst_case.bound(q, planes, levels, None, visible, scores, "bf16", "bf16", SUBTILE)
+        worst_case.bound(q, Stored(planes, levels, None, "bf16", "bf16"), visible, scores)
     planes = reference.quantize(k, v, None, "nested8", "nested8", "none", 32)
     for wrong, bits in ((torch.full_like(levels, int(Precision.EXACT)), 8), (levels, 16)):
         with pytest.raises(OptionError, match=r"worst case|original"):
-            worst_case.bound(
-                q, planes, wrong, None, visible, Scores(0.25, query_bits=bits), "nested8", "nested8", SUBTILE
-            )
+            worst_case.bound(q, Stored(planes, wrong), visible, Scores(0.25, query_bits=bits))
