@@ -1,4 +1,4 @@
-"""``lamp-compile``: exit codes 0 done, 1 error, 2 usage, 3 a limit was exceeded."""
+"""``lamp-compile``: exit codes 0 done, 1 error, 2 usage, 3 a limit was exceeded or something differs."""
 
 from __future__ import annotations
 
@@ -13,17 +13,23 @@ from lamp_compile.commands import (
     bisect,
     calibrate,
     compile,
+    diff,
     doctor,
     evaluate,
     explain,
+    export,
     frontier,
+    rewrite,
     run,
+    snapshot,
     tune,
 )
 from lamp_compile.errors import LampError
 
-COMMANDS = (run, explain, evaluate, frontier, compile, calibrate, tune, bisect, doctor)
-EPILOG = "exit codes: 0 done, 1 error, 2 usage, 3 a limit (--max-kl, --min-agreement, --min-coverage) was exceeded"
+COMMANDS = (run, explain, evaluate, frontier, compile, calibrate, export, rewrite, tune, bisect, diff, snapshot, doctor)
+LIGHT = ("doctor", "diff", "snapshot")
+"""Commands that load no model of transformers."""
+EPILOG = "exit codes: 0 done, 1 error, 2 usage, 3 a limit was exceeded, or something differs"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = parser().parse_args(argv)
     _output.print_anything()
-    if args.command != "doctor":
+    if args.command not in LIGHT:
         _output.quiet_loading()
     try:
         code: int = args.run(args)

@@ -21,10 +21,7 @@ def plan(parser: argparse.ArgumentParser, *, given: bool = True) -> None:
     ``given``."""
     parser.add_argument("--preset", choices=sorted(PRESETS), help="starting point of the plan (default: balanced)")
     parser.add_argument("--balance", choices=("auto", "always", "never"), help="balance key channels (default: auto)")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", type=_setting, dest="settings",
-        help="field of every site of the plan, such as tau=0.02 or k_format=fp8; may be repeated",
-    )  # fmt: skip
+    settings(parser)
     if not given:
         parser.set_defaults(linears=None, plan=None)
         return
@@ -33,6 +30,14 @@ def plan(parser: argparse.ArgumentParser, *, given: bool = True) -> None:
         help="linear layers in INT8 on a CPU: auto where measured faster (default: never)",
     )  # fmt: skip
     parser.add_argument("--plan", metavar="FILE", help="use this plan instead (see `lamp-compile compile`)")
+
+
+def settings(parser: argparse.ArgumentParser) -> None:
+    """``--set``."""
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", type=_setting, dest="settings",
+        help="field of every site of the plan, such as tau=0.02 or k_format=fp8; may be repeated",
+    )  # fmt: skip
 
 
 def text(parser: argparse.ArgumentParser) -> None:
