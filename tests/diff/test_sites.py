@@ -76,7 +76,7 @@ def test_every_field_of_a_site_is_compared() -> None:
     row = sites.from_plan(BASE)[NAMES[0]]
     known = set(row) | {"name", "reason", "guard"} | {"launch", "exact"}
     assert set(SitePlan.__dataclass_fields__) <= known
-    assert {f"guard_{f}" if f in ("window", "hold") else f for f in GuardPlan.__dataclass_fields__} <= known
+    assert {f"guard_{f}" if f in ("window", "hold", "retry") else f for f in GuardPlan.__dataclass_fields__} <= known
 
 
 def test_what_is_said_of_planes_is_so() -> None:
