@@ -34,6 +34,7 @@ def compile(
     fuel: int | None = None,
     balance: str = "auto",
     linears: Any = "never",
+    lookahead: str | Path | None = None,
     **options: Any,
 ) -> Any:
     """Give back the model with look-ahead mixed precision attention. The argument stays as it is; the weights are
@@ -54,6 +55,8 @@ def compile(
         linears: Linear layers of a transformers decoder: "never" leaves them; "auto" reads weights in INT8 where it is
         measured faster on this CPU, except the output head; "int8" or "int8_dynamic" takes all; or rows
         (``LinearPlan``), as ``quality.linears.calibrate`` chooses them on a text.
+        lookahead: The file of a look-ahead network (``lamp-compile train-lookahead``), for a transformers decoder; the
+        sites that it serves use it when one token is decoded. None looks ahead exactly, or as the plan says.
         **options: Fields of every site of the plan (``tau``, ``rule``, ``k_format``, ``guard_budget``, ...).
 
     Raises:
@@ -71,12 +74,17 @@ def compile(
         if not isinstance(asked, str):
             linear_layers.check(model, asked)
         fast = route.compile_model(
-            model, plan=plan, template=template, preset=preset, mode=mode, inplace=inplace, fuel=fuel, balance=balance
-        )
+            model, plan=plan, template=template, preset=preset, mode=mode, inplace=inplace, fuel=fuel, balance=balance,
+            lookahead=lookahead,
+        )  # fmt: skip
         route.set_linears(fast, asked)
         if mode != "eager":
             route.compile_decoding(fast, backend(plan=route.decode_plan(fast), controls=fast.lamp.controls))
         return fast
+    if lookahead is not None:
+        raise OptionError(
+            "look-ahead networks are for transformers decoders", where=type(model).__name__, fix="leave lookahead out"
+        )
     if asked != "never":
         raise OptionError(
             "linears are chosen for transformers decoders", where=type(model).__name__, fix="leave linears out"

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 
 from lamp_compile import __version__
-from lamp_compile.commands import _output, bisect, compile, doctor, evaluate, explain, run, tune
+from lamp_compile.commands import _output, bisect, compile, doctor, evaluate, explain, run, train_lookahead, tune
 from lamp_compile.errors import LampError
 
-COMMANDS = (run, explain, evaluate, compile, tune, bisect, doctor)
+COMMANDS = (run, explain, evaluate, compile, tune, train_lookahead, bisect, doctor)
 EPILOG = "exit codes: 0 done, 1 error, 2 usage, 3 a limit (--max-kl, --min-agreement) was exceeded"
 
 

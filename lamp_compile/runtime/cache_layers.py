@@ -32,6 +32,8 @@ class LayerSpec:
     balance: Tensor | None = None
     launch: str = ""
     """How kernels cut the work (``plan.LaunchPlan.text``)."""
+    network: Any = None
+    """The gate that predicts this site's importance (``network.layer.SiteNetwork``); None looks ahead exactly."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerSpec:
         """A copied cache still obeys its model's settings."""

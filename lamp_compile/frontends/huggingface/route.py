@@ -12,7 +12,7 @@ from transformers import CompileConfig, PreTrainedModel
 
 from lamp_compile.errors import ModelError
 from lamp_compile.frontends import linears
-from lamp_compile.frontends.huggingface import attention, planning
+from lamp_compile.frontends.huggingface import attention, networks, planning
 from lamp_compile.frontends.huggingface.compiled import Lamp, attach, summary
 from lamp_compile.frontends.huggingface.sites import probe, probe_ids
 from lamp_compile.frontends.structure import structural_copy
@@ -52,9 +52,10 @@ def why_not(model: nn.Module) -> str:
 
 def compile_model(
     model: nn.Module, *, plan: Plan | str | Path | None, template: SitePlan, preset: str, mode: str,
-    inplace: bool, fuel: int | None, balance: str,
+    inplace: bool, fuel: int | None, balance: str, lookahead: str | Path | None = None,
 ) -> Any:  # fmt: skip
-    """A model whose ``generate`` and forward keep their keys and values in planes.
+    """A model whose ``generate`` and forward keep their keys and values in planes. ``lookahead`` is the file of a
+    look-ahead network, where the plan names none.
 
     Raises:
         ModelError: No attention of this model can.
@@ -78,9 +79,13 @@ def compile_model(
             made = planning.make_plan(fast, sites, template, preset, balance)
         else:
             made = planning.check_plan(plan if isinstance(plan, Plan) else Plan.load(plan), fast, sites)
+        if lookahead is not None:
+            made = networks.with_network(made, sites, lookahead)
         controls = Controls()
         chosen = planning.applied(made, sites, fuel)
-        spec = planning.make_spec(fast, made, sites, chosen, controls)
+        folder = Path(plan).parent if isinstance(plan, str | Path) else Path()
+        gates = networks.gates(made, sites, folder if lookahead is None else Path())
+        spec = planning.make_spec(fast, made, sites, chosen, controls, gates)
     except BaseException:
         fast.set_attn_implementation(before)  # type: ignore[operator]
         raise
