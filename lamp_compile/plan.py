@@ -101,7 +101,9 @@ class SitePlan:
         number(self.skip, "skip", where, least=0.0, most=0.5)
         if self.lookahead == "network" and self.rule != "energy":
             raise PlanError(
-                f"a network predicts the energy rule's importance, this is {self.rule!r}", where=where, fix="rule energy"
+                f"a network predicts the energy rule's importance, this is {self.rule!r}",
+                where=where,
+                fix="rule energy",
             )
         if self.skip and self.lookahead != "network":
             raise PlanError(f"skip is {self.skip!r} without a network", where=where, fix="lookahead network, or skip 0")

@@ -84,12 +84,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace, done: Trained, sha256: str) -> None:
+    from lamp_compile.quality.network import score
+
     about = done.network.about
     if args.json:
-        rows = [{"site": name, **vars(row), "better": row.better} for name, rows in done.rows.items() for row in rows]
+        found_rows = [{"site": n, **row} for n, rows in done.rows.items() for row in score.describe(rows)]
         found: dict[str, Any] = {"out": args.out, "sha256": sha256, "rank": about.rank, "trained": about.trained}
         served = [layer.name for layer in about.layers if layer.serves]
-        _output.print_json({**found, "serves": served, "costs": done.costs, "rows": rows})
+        _output.print_json({**found, "serves": served, "costs": done.costs, "rows": found_rows})
         return
     print(f"held-out part of {about.text}; KL in nats and recall of hot sub-tiles: network / copy / sink + newest")
     for name, rows in done.rows.items():

@@ -21,8 +21,8 @@ SEEN = ("mask", "bias", "sinks", "start", "lengths", "block_table")
 
 
 def insert_lookahead(program: Program, sites: Iterable[AttentionSite], plan: Plan, wires: Wires) -> None:
-    """Add ``lamp::quantize`` (unless a cache holds planes) and ``lamp::look_ahead`` before each site's attention; where a
-    network has predicted the importance, ``lamp::arbitrate`` between the two."""
+    """Add ``lamp::quantize`` (unless a cache holds planes) and ``lamp::look_ahead`` before each site's attention;
+    where a network has predicted the importance, ``lamp::arbitrate`` between the two."""
     for site in sites:
         row = plan.site(site.name)
         attention = meeting_point(program.graph, site, "insert_lookahead")

@@ -65,7 +65,7 @@ class FloatLayer(GrowableLayer):
 class NestedLayer(GrowableLayer):
     """One layer's planes, scales, guard state and statistics. ``keys`` and ``values`` stay None."""
 
-    per_sequence = (*PLANES, "state", "stats")
+    per_sequence: tuple[str, ...] = (*PLANES, "state", "stats")
     reference_only = False
     """Attend by the reference everywhere: there every query decides for itself, in kernels those of a forward may share
     decisions."""

@@ -126,7 +126,7 @@ def sample_of(
     """The sample of one layer from its queries ``[1, H, N, D]`` and keys ``[1, G, N, D]``; ``how`` is scale and sliding
     window. Targets are the model's own attention, features what the cache would store."""
     scale, window = how
-    device, context = key.device, key.shape[2]
+    device = key.device
     balance = None if row.balance is None else torch.tensor(row.balance, device=device)
     positions = (starts[:, None] + torch.arange(sampling.length)).to(device)
     flat = positions.flatten()
@@ -160,7 +160,8 @@ def _targets(
     if window:
         live = live & (j > rows[:, None] - window)
     y = (y - torch.logsumexp(y.masked_fill(~live, -torch.inf), -1, keepdim=True)).masked_fill(~live, -torch.inf)
-    y = torch.nn.functional.pad(y, (0, tiles * subtile - y.shape[-1]), value=-torch.inf).unflatten(-1, (tiles, subtile))
+    y = torch.nn.functional.pad(y, (0, tiles * subtile - y.shape[-1]), value=-torch.inf)
+    y = y.reshape(*y.shape[:-1], tiles, subtile)
     return y.logsumexp(-1).clamp_min(FAINTEST), ((2 * y).logsumexp(-1) / 2).clamp_min(FAINTEST)
 
 
@@ -169,6 +170,7 @@ def _pooled(row: SitePlan, key: Tensor, balance: Tensor | None, group: int) -> T
     planes = reference.quantize(key.float(), key.float(), balance, row.k_format, row.k_format, row.rotation, tile=0)
     stored = formats.get(row.k_format).dequantize(planes.k_high, planes.k_residual, planes.k_scale).float()
     pad = -stored.shape[2] % row.subtile
-    stored = torch.nn.functional.pad(stored, (0, 0, 0, pad))[0].unflatten(1, (-1, group))
-    present = torch.arange(stored.shape[1] * group).unflatten(0, (-1, group)) < key.shape[2]
+    stored = torch.nn.functional.pad(stored, (0, 0, 0, pad))[0]
+    stored = stored.reshape(stored.shape[0], -1, group, stored.shape[2])
+    present = torch.arange(stored.shape[1] * group).reshape(-1, group) < key.shape[2]
     return gate.pool(stored, present.to(key.device).expand(stored.shape[0], -1, -1))

@@ -73,7 +73,9 @@ def calibrated(made: Gate, samples: list[Sample], sampling: Sampling) -> Gate:
     extra = made.extra.clone()
     extra[:, :, gate.OFFSET] += torch.tensor(shift).repeat_interleave(per)
     # Half precision in the file: a margin or limit beyond it would be infinite.
-    return replace(made, extra=extra, limit=torch.tensor(limit).clamp_max(6e4), margin=torch.tensor(margin).clamp_max(6e4))
+    return replace(
+        made, extra=extra, limit=torch.tensor(limit).clamp_max(6e4), margin=torch.tensor(margin).clamp_max(6e4)
+    )
 
 
 def audit_excess(guess: Tensor, sample: Sample, rows: slice, g: int) -> Tensor:
@@ -168,7 +170,7 @@ def _all(sample: Sample) -> Tensor:
 
 def _shared(log: Tensor, sample: Sample, rows: slice, kv_heads: int) -> Tensor:
     """Log importance ``[b, H, n, T]`` -> importance by the most interested head of the group ``[b, G, n, T]``."""
-    return log.exp().unflatten(1, (kv_heads, -1)).amax(2)
+    return log.exp().reshape(log.shape[0], kv_heads, -1, *log.shape[2:]).amax(2)
 
 
 def _flat(guess: Tensor, sample: Sample, rows: slice, g: int) -> tuple[Tensor, Tensor]:
@@ -179,5 +181,3 @@ def _flat(guess: Tensor, sample: Sample, rows: slice, g: int) -> tuple[Tensor, T
 def describe(rows: list[Row]) -> list[dict[str, Any]]:
     """JSON-ready."""
     return [{**vars(row), "better": row.better} for row in rows]
-
-

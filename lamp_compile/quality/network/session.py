@@ -133,9 +133,7 @@ def train(
         gates = {name: score.calibrated(made, samples[name][:half], settings.sampling) for name, made in gates.items()}
         rows = {name: score.measure(made, samples[name][half:], settings.sampling) for name, made in gates.items()}
     subtile = next(iter(samples.values()))[0].subtile
-    costs = costs_of(
-        fast, text.train.shape[1], rank=settings.rank, group=settings.sampling.group, subtile=subtile
-    )
+    costs = costs_of(fast, text.train.shape[1], rank=settings.rank, group=settings.sampling.group, subtile=subtile)
     about = _about(fast, text, settings, rows, (costs, subtile))
     return Trained(Network(about, gates), rows, costs)
 
@@ -162,10 +160,14 @@ def _about(
             row, plan = rows[site.name], fast.lamp.plan.site(site.name)
             layers.append(
                 Layer(
-                    site.name, site.heads, site.kv_heads, site.head_dim,
+                    site.name,
+                    site.heads,
+                    site.kv_heads,
+                    site.head_dim,
                     serves=row[0].better and row[0].missed <= SERVES,
-                    basis=basis_of(plan.rotation, plan.balance), metrics={"held_out": score.describe(row)},
-                )  # fmt: skip
+                    basis=basis_of(plan.rotation, plan.balance),
+                    metrics={"held_out": score.describe(row)},
+                )
             )
     modules = [site.module for site in fast.lamp.sites if not site.reason]
     return About(
@@ -175,5 +177,3 @@ def _about(
         provenance={"windows": text.train.shape[0], "held_out": text.held_out.shape[0], "steps": settings.steps,
                     "costs": costs},
     )  # fmt: skip
-
-

@@ -110,9 +110,7 @@ def fresh(heads: int, kv_heads: int, dim: int, settings: Settings) -> dict[str, 
     return made
 
 
-def forward(
-    made: Gate, sample: Sample, blocks: Tensor, rows: slice, ahead: int
-) -> list[tuple[Tensor, Tensor]]:
+def forward(made: Gate, sample: Sample, blocks: Tensor, rows: slice, ahead: int) -> list[tuple[Tensor, Tensor]]:
     """Log importance and log mass ``[b, H, rows, T]`` that the gate expects 0 ... ``ahead`` steps after each row."""
     projected = gate.project(sample.query[blocks][:, :, rows], made.query, made.query_bias)
     summary = gate.summarise(sample.pooled[None], made.key, made.key_bias).expand(len(blocks), -1, -1, -1)
@@ -219,9 +217,7 @@ class Trainer:
             state = {}
             for index, part in enumerate(LEARNT):
                 try:
-                    found, one, two = (
-                        tensors[f"{name}.{part}{suffix}"] for suffix in ("", ".exp_avg", ".exp_avg_sq")
-                    )
+                    found, one, two = (tensors[f"{name}.{part}{suffix}"] for suffix in ("", ".exp_avg", ".exp_avg_sq"))
                 except KeyError as error:
                     raise InputError(f"the checkpoint lacks {error}", where=str(path), fix="delete it") from None
                 if found.shape != layer.weights[part].shape:

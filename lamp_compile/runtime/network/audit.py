@@ -31,11 +31,11 @@ WORDS = {
 }
 WINDOW, HOLD = 16, 64
 """Steps of the running means, and of an exact look-ahead before the gate is tried again."""
-LAVISH_LIMIT = 3.0
+LAVISH_LIMIT = 2.5
 """Expense beyond which the gate is dropped: it then saves little."""
 SLACK = 4.0
-"""Sub-tiles at the threshold that are added to what the exact look-ahead leaves, and to what it calls hot: of nothing, no
-ratio says anything."""
+"""Sub-tiles at the threshold that are added to what the exact look-ahead leaves, and to what it calls hot: a ratio to
+nothing says nothing."""
 CEILING = 1e4
 """An excess counts up to this much, so that one row does not hold the running mean up for ever."""
 
@@ -110,7 +110,7 @@ def flag_names(flags: int) -> list[str]:
 def _evidence(
     exact: Tensor, predicted: Tensor, tau: Tensor, skip_below: Tensor | None, lost: float, subtile: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean excess and expense over live rows, whether any row was live, whether a prediction is no number; ``[B, G]``."""
+    """Mean excess and expense over live rows, whether any was live, whether a prediction is no number; ``[B, G]``."""
     bar = tau.reshape(-1, tau.shape[-1])[..., None, None]
     live = exact >= 0
     bad = live & ~predicted.isfinite()

@@ -72,7 +72,9 @@ def network(shapes: Iterable[Shape], keys: int, *, rank: int, group: int, subtil
     groups, tiles = -(-keys // group), -(-keys // subtile)
     for shape in shapes:
         heads, kv_heads, dim = shape.heads, shape.kv_heads, shape.dim
-        operations = 2 * heads * dim * rank + heads * groups * (2 * rank + 7) + heads * tiles * 20 + kv_heads * tiles * 4
+        operations = (
+            2 * heads * dim * rank + heads * groups * (2 * rank + 7) + heads * tiles * 20 + kv_heads * tiles * 4
+        )
         operations += kv_heads * group * dim * 3 + 2 * kv_heads * dim * rank
         moved = kv_heads * groups * rank * SUMMARY_BYTES + kv_heads * tiles * 2 * 4 * 2 + kv_heads * group * (dim + 2)
         moved += WEIGHT_BYTES * (heads * (dim * rank + rank + AGES + 4) + kv_heads * (dim * rank + rank))

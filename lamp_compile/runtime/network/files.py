@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -23,6 +22,8 @@ VERSION = 1
 HEADER = "lamp_lookahead"
 RETRAIN = "lamp-compile train-lookahead MODEL --text FILE --out FILE.safetensors"
 MOST_BYTES = 1 << 30
+HALF = ("query", "key", "ahead")
+"""Weights that stay in 16 bits as they are read: they are most of a gate."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,8 @@ def load(path: str | Path, sha256: str = "") -> Network:
     """Read a network and check all of it.
 
     Raises:
-        PlanError: Not there, not such a file, truncated, of another version, with weights of the wrong shape or that are
-            no numbers, or not the file that a plan named (``sha256``).
+        PlanError: Not there, not such a file, truncated, of another version, with weights of the wrong shape or that
+            are no numbers, or not the file that a plan named (``sha256``).
     """
     where = str(path)
     try:
@@ -188,7 +189,7 @@ def _gates(about: About, tensors: Mapping[str, Tensor], where: str) -> dict[str,
                 )
             if not bool(found.isfinite().all()):
                 raise PlanError(f"{key} holds numbers that are none (NaN or infinite)", where=where, fix=RETRAIN)
-            parts[name] = found.float()
+            parts[name] = found if name in HALF else found.float()
             used.add(key)
         if not bool((parts["limit"] > 0).all() and (parts["margin"] > 0).all()):
             raise PlanError(f"limit or margin of {layer.name} is not above 0", where=where, fix=RETRAIN)
@@ -196,8 +197,3 @@ def _gates(about: About, tensors: Mapping[str, Tensor], where: str) -> dict[str,
     if extra := sorted(set(tensors) - used):
         raise PlanError(f"the network holds {extra[0]}, which belongs to no layer", where=where, fix=RETRAIN)
     return gates
-
-
-def finite_or_none(value: float) -> float | None:
-    """JSON has no NaN."""
-    return value if math.isfinite(value) else None

@@ -1,10 +1,10 @@
 """The arithmetic of one layer's gate. Pure functions of tensors: training, the reference and graphs run the same.
 
-Keys are summarised as they are appended: a row of ``rank`` numbers for every ``group`` keys, a projection of their mean
-and of their channel envelope (largest and smallest less the mean) in the stored basis (rotated, balanced). A query is
-projected to ``rank`` numbers too, and a product of the two stands for the score of a group, as a low-rank score would.
-A sub-tile's log mass is the log-sum-exp over its groups, plus what its age, being the first, and its importance at the
-steps before say. The query is the one attention itself uses (``reference.prepare_query``).
+Keys are summarised as they are appended: ``rank`` numbers for every ``group`` keys, a projection of their mean in the
+stored basis (rotated, balanced). A query, the one that attention itself uses (``reference.prepare_query``), is
+projected to ``rank`` numbers too, and the product of the two stands for the score of a group. A sub-tile's log mass is
+the log-sum-exp over its groups, plus what its age, being the first, and its importance at the steps before say. The
+channel envelope of a group beside its mean found no more on a trained model.
 
 Letters as in ``runtime/ops.py``; R rank, M groups of a sub-tile, T sub-tiles.
 """
@@ -19,8 +19,8 @@ from torch import Tensor
 AGES = 16
 """Points of the bias by age, in sub-tiles: log2(1 + age) between them is interpolated."""
 SINK, OFFSET, LAST, MEAN = range(4)
-"""Fields of ``extra``: bias of the first live sub-tile; weights of log importance at the step before, and of its running
-mean; log of importance over mass beyond what the groups say."""
+"""Fields of ``extra``: bias of the first live sub-tile; log of importance over mass beyond what the groups say; weights
+of log importance at the step before, and of its running mean."""
 DECAY = 0.9
 """Of the running mean of importance."""
 LOWEST = -1e30
@@ -76,26 +76,26 @@ def shapes(heads: int, kv_heads: int, dim: int, rank: int, ahead: int) -> dict[s
 
 
 def pool(keys: Tensor, present: Tensor) -> Tensor:
-    """Keys ``[..., group, D]``, of which ``present`` ``[..., group]`` count -> their mean ``[..., D]``; zeros where none
-    is present."""
+    """Keys ``[..., group, D]``, of which ``present`` ``[..., group]`` count -> their mean ``[..., D]``; zeros where
+    none is present."""
     return keys.masked_fill(~present[..., None], 0.0).sum(-2) / present.sum(-1, keepdim=True).clamp_min(1)
 
 
 def summarise(pooled: Tensor, key: Tensor, key_bias: Tensor) -> Tensor:
     """Pooled keys ``[B, G, n, D]`` -> summaries ``[B, G, n, R]``."""
-    return pooled @ key + key_bias[:, None]
+    return pooled @ key.to(pooled.dtype) + key_bias[:, None]
 
 
 def project(query: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Prepared queries ``[B, H, S, D]`` -> ``[B, H, S, R]``."""
-    return query @ weight + bias[:, None]
+    return query @ weight.to(query.dtype) + bias[:, None]
 
 
 def look_forward(projected: Tensor, gate: Gate, steps: int) -> Tensor:
     """What stands for the queries ``steps`` (1 ... W) later, ``[B, H, S, R]``; itself for 0."""
     if steps == 0:
         return projected
-    return projected + projected @ gate.ahead[steps - 1] + gate.ahead_bias[steps - 1][:, None]
+    return projected + projected @ gate.ahead[steps - 1].to(projected.dtype) + gate.ahead_bias[steps - 1][:, None]
 
 
 def content(projected: Tensor, summary: Tensor, live: Tensor, tiles: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -111,7 +111,9 @@ def content(projected: Tensor, summary: Tensor, live: Tensor, tiles: int, scale:
     batch, heads, queries, rank = projected.shape
     grouped = projected.reshape(batch, summary.shape[1], -1, rank)
     score = (grouped @ summary.to(projected.dtype).transpose(-1, -2)) * scale
-    score = score.reshape(batch, heads, queries, -1).masked_fill(~live, LOWEST).unflatten(-1, (tiles, -1))
+    score = (
+        score.reshape(batch, heads, queries, -1).masked_fill(~live, LOWEST).reshape(batch, heads, queries, tiles, -1)
+    )
     peak = score.amax(-1, keepdim=True)
     weight = (score - peak).exp()
     return weight.sum(-1).log() + peak[..., 0], weight.square().sum(-1).log() / 2 + peak[..., 0]
@@ -162,7 +164,7 @@ def histories(importance: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     seen = importance.clamp_min(0.0)
     last = torch.cat((state[:, :, None, :, 0], seen[:, :, :-1]), dim=2)
     means, carry = [], state[..., 1]
-    for block in seen.split(64, dim=2):
+    for block in torch.split(seen, 64, dim=2):
         rows = block.shape[2]
         back = torch.arange(rows, device=seen.device)
         power = back[:, None] - 1 - back
@@ -180,10 +182,10 @@ def _bias(history: Tensor, live: Tensor, age: Tensor, extra: Tensor, heads: int)
     newest = torch.where(live, tile, -1).amax(-1, keepdim=True)
     oldest = torch.where(live, tile, tile.shape[0]).amin(-1, keepdim=True)
     back = (newest - tile).clamp_min(0)
-    by_age = torch.nn.functional.embedding(back[:, 0], (_points(tile.shape[0], age) @ age.T)).permute(0, 3, 1, 2)
-    evidence = (history + LEAST).log()
-    past = evidence.unflatten(1, (-1, 1)) * extra.unflatten(0, (history.shape[1], -1))[:, :, None, None, LAST : MEAN + 1]
-    return by_age + extra[:, SINK, None, None] * (tile == oldest) + past.sum(-1).flatten(1, 2)
+    by_age: Tensor = torch.nn.functional.embedding(back[:, 0], _points(tile.shape[0], age) @ age.T)
+    weights = extra[:, LAST : MEAN + 1].reshape(history.shape[1], -1, 1, 1, 2)
+    past = ((history + LEAST).log()[:, :, None] * weights).sum(-1).flatten(1, 2)
+    return by_age.permute(0, 3, 1, 2) + extra[:, SINK, None, None] * (tile == oldest) + past
 
 
 def _points(tiles: int, like: Tensor) -> Tensor:

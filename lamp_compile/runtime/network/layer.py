@@ -44,7 +44,7 @@ class NetworkLayer(NestedLayer):
     exactly; only measurements (``reference_only``) predict for each of them, as decoding would.
     """
 
-    per_sequence = (*NestedLayer.per_sequence, "summary", "history", "trust")
+    per_sequence: tuple[str, ...] = (*NestedLayer.per_sequence, "summary", "history", "trust")
     summary: Tensor
     history: Tensor
     trust: Tensor
@@ -68,8 +68,8 @@ class NetworkLayer(NestedLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[PlaneHandle, PlaneHandle]:
-        """Quantise new rows ``[B, G, n, D]`` into the planes and summarise the groups they fall into; gives back handles
-        of all keys and values.
+        """Quantise new rows ``[B, G, n, D]`` into the planes and summarise the groups they fall into; gives back
+        handles of all keys and values.
 
         Raises:
             CacheError: See ``admit``.
@@ -128,8 +128,8 @@ class NetworkLayer(NestedLayer):
         scores = Scores(q.shape[-1] ** -0.5 if scale is None else scale, 0.0, plan.rotation, plan.query_bits)
         projected = gates.project(reference.prepare_query(q, self.balance, scores), gate.query, gate.query_bias)
         key = torch.arange(self.max_cache_len, device=q.device)
-        groups = (key < self.cumulative_length).unflatten(-1, (-1, self.network.group)).any(-1).expand(1, 1, 1, -1)
-        tiles = (key < self.cumulative_length + steps).unflatten(-1, (-1, plan.subtile)).any(-1).expand(1, 1, 1, -1)
+        groups = (key < self.cumulative_length).reshape(1, 1, 1, -1, self.network.group).any(-1)
+        tiles = (key < self.cumulative_length + steps).reshape(1, 1, 1, -1, plan.subtile).any(-1)
         query = gates.look_forward(projected, gate, steps)
         said = gates.content(query, self.summary, groups, tiles.shape[-1], scores.scale)
         return gates.predict(said, self.history[:, :, None], tiles, gate.age[steps], gate.extra[steps])[0]
@@ -137,7 +137,9 @@ class NetworkLayer(NestedLayer):
     def network_report(self) -> dict[str, Any]:
         """Steps predicted and not, and what went wrong, in words. Reads the device."""
         steps, exact, dropped = (float(self.trust[..., f].sum()) for f in (audit.STEPS, audit.EXACT, audit.DROPPED))
-        bits = {bit for flags in self.trust[..., audit.FLAGS].flatten().tolist() for bit in audit.WORDS if int(flags) & bit}
+        bits = {
+            bit for flags in self.trust[..., audit.FLAGS].flatten().tolist() for bit in audit.WORDS if int(flags) & bit
+        }
         return {
             "predicted_share": 1.0 - exact / steps if steps else 0.0,
             "dropped": int(dropped),

@@ -1,7 +1,8 @@
 """``lamp::summarize``, ``lamp::predict`` and ``lamp::arbitrate``, and the meeting point of sites that use a network.
 
 Shape letters, planes and liveness as in ``runtime/ops.py``. ``summary`` is ``[B, G, N / group, R]`` float16; with
-a block table, of the pool, ``[1, G, P_pool * tile / group, R]``. ``history`` is ``[B, G, T, 2]``, ``trust`` ``[B, G, 7]``.
+a block table, of the pool, ``[1, G, P_pool * tile / group, R]``. ``history`` is ``[B, G, T, 2]``, ``trust``
+``[B, G, 7]``.
 """
 
 from __future__ import annotations
@@ -41,9 +42,10 @@ SCHEMAS = {
     # The meeting point: attention.cached of a site whose importance was predicted. The passes expand it.
     "attention.predicted": (
         f"(Tensor q, {ops._PLANES}, Tensor tau, Tensor floor, Tensor budget, Tensor state, Tensor stats, "
-        f"Tensor? balance, {ops._LIVE}, Tensor predicted, Tensor history, Tensor trust, Tensor limit, Tensor margin, *, {ops._SHAPE}, "
-        f"{ops._STORE}, str rule, int query_bits, int subtile, int guard_window, int guard_hold, float hysteresis, "
-        "str site, int trained, float skip, str launch='') -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+        f"Tensor? balance, {ops._LIVE}, Tensor predicted, Tensor history, Tensor trust, Tensor limit, Tensor margin, "
+        f"*, {ops._SHAPE}, {ops._STORE}, str rule, int query_bits, int subtile, int guard_window, int guard_hold, "
+        "float hysteresis, str site, int trained, float skip, str launch='') "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 }
 
@@ -73,7 +75,7 @@ def _summarize(
     at = index[..., None] * group + torch.arange(group, device=first.device)
     present = (at < end) & (first >= 0)[..., None]
     wanted = (index * group < end[..., 0]) & (first >= 0)
-    tile, dtype = k_high.shape[3], torch.float32
+    tile = k_high.shape[3]
     page = torch.where(wanted, index * group // tile, 0)
     sequence = torch.arange(batch, device=first.device)[:, None].expand_as(index)
     if block_table is not None:
@@ -81,18 +83,19 @@ def _summarize(
         page = block_table.long().gather(1, page.clamp(max=block_table.shape[1] - 1))
         wanted, sequence, page = wanted & (page >= 0), torch.zeros_like(sequence), page.clamp(min=0)
     place = page * (tile // group) + index.clamp(min=0) % (tile // group)
-    s, p, here = sequence[wanted], place[wanted], present[wanted]
-    cells = (p[:, None] * group + torch.arange(group, device=first.device)) if p.numel() else p[:, None]
-    if not p.numel():
-        return
+    if rows == 1 and block_table is None:  # one group of each sequence, without asking the device which
+        s, p, here, kept = sequence[:, 0], place[:, 0], present[:, 0], wanted
+    else:
+        s, p, here, kept = sequence[wanted], place[wanted], present[wanted], wanted[wanted][:, None]
+    cells = p[:, None] * group + torch.arange(group, device=first.device)
     keys = formats.get(k_format).dequantize(
         layout.key_rows(k_high)[s[:, None], :, cells],
         layout.key_rows(k_residual)[s[:, None], :, cells],
         k_scale[s[:, None], :, cells],
     )  # [n, group, G, D]
-    pooled = gate.pool(keys.to(dtype).transpose(1, 2), here[:, None].expand(-1, k_high.shape[1], -1))
-    made = gate.summarise(pooled.transpose(0, 1)[None], key.float(), key_bias.float())[0]
-    summary[s, :, p] = made.transpose(0, 1).to(summary.dtype)
+    pooled = gate.pool(keys.float().transpose(1, 2), here[:, None].expand(-1, k_high.shape[1], -1))
+    made = gate.summarise(pooled.transpose(0, 1)[None], key, key_bias)[0].transpose(0, 1).to(summary.dtype)
+    summary[s, :, p] = torch.where(kept[..., None], made, summary[s, :, p])
 
 
 def _predict(
@@ -128,19 +131,19 @@ def _predict(
     kv_heads = history.shape[1]
     if block_table is not None:
         per_page = summary.shape[2] // pages
-        summary = layout.gather_pages(summary.unflatten(2, (pages, per_page)), block_table).flatten(2, 3)
+        paged = summary.reshape(*summary.shape[:2], pages, per_page, summary.shape[3])
+        summary = layout.gather_pages(paged, block_table).flatten(2, 3)
     _check(site, q, summary, history, query, (seen, room // subtile))
     checks.visibility(site, q, mask, bias, (int(keys), room), causal, window)
     visible = ops._visible(keys, mask, bias, sinks, start, lengths, causal, window)
     scores = ops._scores(q, scale, softcap, rotation, query_bits)
-    projected = gate.project(reference.prepare_query(q, balance, scores).float(), query.float(), query_bias.float())
-    age, extra = age.float(), extra.float()
+    projected = gate.project(reference.prepare_query(q, balance, scores).float(), query, query_bias)
     known = history[:, :, None] if seen is None else gate.histories(seen, history)[0]
     parts = []
     per_row = batch * heads * summary.shape[2]
     for rows in reference._query_blocks(queries, per_row):
         live = _live_groups(visible, rows, queries, room // summary.shape[2], q, room)
-        tiles = live.unflatten(-1, (room // subtile, -1)).any(-1)
+        tiles = _spans(live, subtile * summary.shape[2] // room)
         said = gate.content(projected[:, :, rows], summary, live, room // subtile, scores.scale)
         log, _ = gate.predict(said, known[:, :, rows], tiles, age, extra, sinks)
         shared = log.exp().reshape(batch, kv_heads, -1, *log.shape[2:]).amax(2)
@@ -154,7 +157,12 @@ def _live_groups(visible: Visibility, rows: slice, queries: int, group: int, q: 
     """Whether a group has a live key for a query, boolean, broadcastable to ``[B, H, rows, room / group]``."""
     live = visible.live(rows, queries, room, q.device)
     live = live.reshape((1,) * (4 - live.dim()) + tuple(live.shape))
-    return live.unflatten(-1, (-1, group)).any(-1).expand(-1, -1, q[:, :, rows].shape[2], -1)
+    return _spans(live, group).expand(-1, -1, q[:, :, rows].shape[2], -1)
+
+
+def _spans(live: Tensor, size: int) -> Tensor:
+    """Whether any of ``size`` successive entries of the last dimension holds."""
+    return live.reshape(*live.shape[:-1], -1, size).any(-1)
 
 
 def _check(
