@@ -141,7 +141,9 @@ LINEAR = {
 """A linear layer in INT8 against the original in float64, standard-normal weights and activations."""
 
 NETWORK = {
-    "summaries": Tolerance(2e-2, "means of 8 stored keys (0.7 % rms each), rounded to 11 bits, against the keys themselves"),
+    "summaries": Tolerance(
+        2e-2, "means of 8 stored keys (0.7 % rms each), rounded to 11 bits, against the keys themselves"
+    ),
     "share": Tolerance(2e-2, "tau is searched to 0.5 % of the refined share on two windows, and measured on others"),
 }
 """Look-ahead networks."""

@@ -106,7 +106,9 @@ def test_summaries_come_out_the_same_however_keys_come() -> None:
     assert off(at_once.float(), wanted) < tolerances.NETWORK["summaries"].relative
     partial = summarised(keys, g, [(0, 43)])
     three = reference.rotation.rotate(keys[:, :, 40:43], "hadamard").mean(2, keepdim=True)
-    assert off(partial[:, :, 5:6].float(), three @ g.key + g.key_bias[:, None]) < tolerances.NETWORK["summaries"].relative
+    assert (
+        off(partial[:, :, 5:6].float(), three @ g.key + g.key_bias[:, None]) < tolerances.NETWORK["summaries"].relative
+    )
     assert (partial[:, :, 6:] == 0).all(), "groups that no key has come to"
 
 

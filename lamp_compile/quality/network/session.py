@@ -16,7 +16,7 @@ from lamp_compile.quality.network import score
 from lamp_compile.quality.network.samples import Sample, Sampling, observe
 from lamp_compile.quality.network.score import Row
 from lamp_compile.quality.network.train import Settings, Trainer
-from lamp_compile.runtime.network import cost
+from lamp_compile.runtime.network import audit, cost
 from lamp_compile.runtime.network.cost import Shape
 from lamp_compile.runtime.network.files import About, Layer, Network, basis_of, weights_mark
 
@@ -25,7 +25,8 @@ COST_LIMIT = 0.02
 RANKS = (8, 16, 24, 32, 40, 48)
 SERVES = 3.0
 """A site is served where the network leaves at most this many times the energy unrefined that the exact look-ahead
-leaves, on held-out text at an equal refined share; the others keep the exact look-ahead."""
+leaves, on held-out text at an equal refined share, where its audit stays within ``audit.MOST_EXCESS`` there, and where
+it beats both baselines; the others keep the exact look-ahead."""
 HELD_OUT = 0.15
 LEAST_HELD_OUT = 4
 
@@ -134,7 +135,8 @@ def train(
         rows = {name: score.measure(made, samples[name][half:], settings.sampling) for name, made in gates.items()}
     subtile = next(iter(samples.values()))[0].subtile
     costs = costs_of(fast, text.train.shape[1], rank=settings.rank, group=settings.sampling.group, subtile=subtile)
-    about = _about(fast, text, settings, rows, (costs, subtile))
+    steady = {name: bool((made.limit < audit.MOST_EXCESS).all()) for name, made in gates.items()}
+    about = _about(fast, text, settings, rows, (costs, subtile, steady))
     return Trained(Network(about, gates), rows, costs)
 
 
@@ -151,9 +153,13 @@ def _held_out(
 
 
 def _about(
-    fast: Any, text: Text, settings: Settings, rows: dict[str, list[Row]], measured: tuple[dict[str, Any], int]
+    fast: Any,
+    text: Text,
+    settings: Settings,
+    rows: dict[str, list[Row]],
+    measured: tuple[dict[str, Any], int, dict[str, bool]],
 ) -> About:
-    costs, subtile = measured
+    costs, subtile, steady = measured
     layers = []
     for site in fast.lamp.sites:
         if site.name in rows:
@@ -164,7 +170,7 @@ def _about(
                     site.heads,
                     site.kv_heads,
                     site.head_dim,
-                    serves=row[0].better and row[0].missed <= SERVES,
+                    serves=row[0].better and row[0].missed <= SERVES and steady[site.name],
                     basis=basis_of(plan.rotation, plan.balance),
                     metrics={"held_out": score.describe(row)},
                 )

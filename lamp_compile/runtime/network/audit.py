@@ -36,6 +36,8 @@ LAVISH_LIMIT = 2.5
 SLACK = 4.0
 """Sub-tiles at the threshold that are added to what the exact look-ahead leaves, and to what it calls hot: a ratio to
 nothing says nothing."""
+MOST_EXCESS = 50.0
+"""A limit that a file names counts up to this: a file cannot ask for blind trust."""
 CEILING = 1e4
 """An excess counts up to this much, so that one row does not hold the running mean up for ever."""
 
@@ -74,7 +76,7 @@ def arbitrate(
     blend = 1.0 if exact.shape[2] > 1 else 1.0 / WINDOW
     believed = (held == 0) & ~too_long & ~raised
     means = [trust[..., f] + (x - trust[..., f]) * blend for f, x in ((EXCESS, excess), (EXPENSE, expense))]
-    missed, lavish = (means[0] > limit) & believed, (means[1] > LAVISH_LIMIT) & believed
+    missed, lavish = (means[0] > limit.clamp_max(MOST_EXCESS)) & believed, (means[1] > LAVISH_LIMIT) & believed
     dropped = (missed | lavish | (broken & believed)) & stepped
     use = believed & ~broken & ~(dropped if exact.shape[2] > 1 else torch.zeros_like(dropped))
     importance = torch.where(use[..., None, None], predicted, exact)
