@@ -4,8 +4,8 @@ skipping saves and what skipping does to retrieval over long distances.
     python benchmarks/lookahead_network.py MODEL TEXT --network FILE --windows 4 --context 4096 --out results.json
 
 TEXT should be the text that it was trained on: the end of it, which training holds out, is measured. Without --network
-one is trained first (--train-windows). Bytes are those that a kernel would read which takes the levels from outside; the
-reference, which runs here, computes everything.
+one is trained first (--train-windows). Bytes are those that a kernel would read which takes the levels from outside;
+the reference, which runs here, computes everything.
 """
 
 from __future__ import annotations

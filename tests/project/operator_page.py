@@ -15,9 +15,10 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "operators.md"
 HEAD = """\
 # Operators
 
-Generated from `lamp_compile/runtime/ops.py`, `fused_ops.py`, `network/ops.py` and `linear.py` (`make golden`). What each
-operator of attention computes is defined by `lamp_compile/runtime/reference.py` and explained in [concepts](concepts.md). Importing
-`lamp_compile.runtime.fused_ops` registers those of attention, `runtime.network.ops` those of look-ahead networks, `lamp_compile.runtime.linear` the last two; a saved
+Generated from `lamp_compile/runtime/ops.py`, `fused_ops.py`, `network/ops.py` and `linear.py` (`make golden`). What
+each operator of attention computes is defined by `lamp_compile/runtime/reference.py` and explained in
+[concepts](concepts.md). Importing `lamp_compile.runtime.fused_ops` registers those of attention,
+`lamp_compile.runtime.network.ops` those of look-ahead networks, `lamp_compile.runtime.linear` the last two; a saved
 program that contains them needs these imports before it is loaded.
 
 Shapes: B batch, H query heads, G kv heads, S queries, N keys, D head size, Dv value size; storage tiles of
