@@ -19,7 +19,7 @@ from lamp_compile.frontends.huggingface.many import ManyPrompts
 from lamp_compile.runtime import guard
 
 WARM_NEW = 8
-WARM_PROMPTS = 24
+WARM_PROMPTS = 96
 """How kernels are cut depends on the length of a prompt, and each cut is compiled once: outside the clock."""
 CHECKED_NEW = 48
 KEPT_LOGITS = 4
@@ -54,32 +54,35 @@ class Observed(ManyPrompts):
         super().__init__(*args)
         self.log = log
 
-    def _start(self, sequence: Any) -> Iterator[tuple[int, Tensor]]:
+    def _start(self, sequence: Any) -> None:
         self.log.admitted[sequence.index] = time.perf_counter()
-        return super()._start(sequence)
+        super()._start(sequence)
 
-    def _take(self, slots: list[int], logits: Tensor) -> list[tuple[int, Tensor]]:
+    def _choose(self, slots: list[int], logits: Tensor) -> None:
         log, streams = self.log, [self._running[slot] for slot in slots]
         for slot, stream in zip(slots, streams, strict=True):
-            if stream.index in log.watched and len(stream.made) < KEPT_LOGITS:
+            if stream.index in log.watched and stream.chosen < KEPT_LOGITS:
                 log.logits[stream.index].append(logits[slot if logits.shape[0] > 1 else 0].float().cpu())
-        begins = not streams[0].made
-        if begins:
-            counts = self._counts(slots[0])
-            log.read, log.decoded = log.read + counts, log.decoded - counts
-        done = super()._take(slots, logits)
-        if begins:
-            log.first[streams[0].index] = time.perf_counter()
-            log.refills += slots[0] in log.used
-            log.used.add(slots[0])
-        else:
+        if streams[0].chosen:
             log.steps += 1
             log.busy += len(slots)
+        else:
+            counts = self._counts(slots[0])
+            log.read, log.decoded = log.read + counts, log.decoded - counts
+            log.refills += slots[0] in log.used
+            log.used.add(slots[0])
+        super()._choose(slots, logits)
+
+    def _read(self, left: int) -> list[tuple[int, Tensor]]:
+        unread = list(self._unread)[: max(0, len(self._unread) - left)]
+        begun = [stream.index for chosen in unread for _, _, stream in chosen.owners if not stream.made]
+        done = super()._read(left)
+        self.log.first.update(dict.fromkeys(begun, time.perf_counter()))
         return done
 
-    def _finish(self, slot: int) -> Any:
+    def _finish(self, slot: int) -> None:
         self.log.decoded = self.log.decoded + self._counts(slot)
-        return super()._finish(slot)
+        super()._finish(slot)
 
     def _counts(self, slot: int) -> Tensor:
         """Statistics of a slot since it was admitted, a row for each layer."""

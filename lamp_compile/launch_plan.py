@@ -29,16 +29,20 @@ class LaunchPlan:
     """Sub-tiles a program of the look-ahead should have at least."""
     most_splits: int = 128
     """Splits of one kv head's keys at most."""
+    mixed_steps: int = 16
+    """Steps of the look-ahead's loop that one program has at least, over pages, where sequences differ in length."""
+    mixed_tiles: int = 64
+    """Sub-tiles that one program of the refinement looks at, likewise."""
     merge_chunk: int = 32
     """Partial results joined at a time."""
     merge_warps: int = 4
-    most_rows: int = 32
+    most_rows: int = 16
     """Rows (tokens x group) of one program when there are several new tokens."""
     dependent: int = 1
     """1: a launch may begin while the one ahead of it ends, where the GPU can do that."""
 
     SMALL = ("warps", "refine_warps", "merge_warps", "stages", "refine_stages")
-    POWERS = ("warps", "refine_warps", "merge_chunk", "merge_warps", "most_rows")
+    POWERS = ("warps", "refine_warps", "mixed_tiles", "merge_chunk", "merge_warps", "most_rows")
 
     def validate(self, where: str) -> None:
         """Check every field.

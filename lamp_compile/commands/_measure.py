@@ -26,6 +26,8 @@ class Measured:
 
     model: Any
     windows: Tensor
+    ids: Tensor
+    """The whole text."""
 
     def evaluation(self, args: argparse.Namespace, on_window: Callable[[str], None]) -> Evaluation:
         """Every row compiled as the command line says."""
@@ -40,6 +42,10 @@ class Measured:
         """The model with the look-ahead network of ``--lookahead``."""
         options = {**_options.compile_options(args), "lookahead": args.lookahead}
         return CompiledEngine(api.compile(self.model, mode="eager", **options))
+
+    def engine(self, args: argparse.Namespace) -> CompiledEngine:
+        """The model compiled as the command line says."""
+        return CompiledEngine(api.compile(self.model, mode="eager", **_options.compile_options(args)))
 
     def describe(self, args: argparse.Namespace) -> dict[str, Any]:
         """What was measured on what, for reports."""
@@ -70,7 +76,7 @@ def prepare(args: argparse.Namespace) -> Measured:
             f"a context of {context} tokens, the model has {longest}", where="--context", fix=f"--context {longest}"
         )
     count = max(1, min(args.max_tokens, ids.numel()) // context)
-    return Measured(model, windows.spread(ids, context, count, where=args.text))
+    return Measured(model, windows.spread(ids, context, count, where=args.text), ids)
 
 
 def longest_context(model: Any) -> int:

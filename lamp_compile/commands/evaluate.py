@@ -5,15 +5,19 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from lamp_compile import _plugins
 from lamp_compile.commands import _options, _output
 from lamp_compile.errors import ModelError
 
 if TYPE_CHECKING:
+    from lamp_compile.commands._measure import Measured
     from lamp_compile.quality.evaluate import Row
+    from lamp_compile.quality.hard import LayerRow, TaskRow
 
 NAME, HELP = "eval", "measure what the plan costs on a text, against controls"
 BUDGET_EXCEEDED = 3
 DEFAULT_TWIN = 30.0
+LAYER_WINDOWS = 2
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +40,19 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--lookahead", metavar="FILE", help="measure this look-ahead network too, at the refined share of `lamp`"
     )
     parser.add_argument(
+        "--tasks",
+        action="append",
+        choices=("all", *_plugins.names("quality/tasks")),
+        help="also measure a task that is hard for a small cache, and how errors build up over layers; may be repeated",
+    )
+    parser.add_argument(
+        "--samples",
+        type=_options.positive,
+        default=4,
+        metavar="N",
+        help="sequences of a task (default: %(default)s)",
+    )
+    parser.add_argument(
         "--max-kl", type=_options.limit, metavar="X", help="exit 3 when the mean KL of a `lamp` row is above X"
     )
     parser.add_argument(
@@ -49,7 +66,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, print, and compare with the limits."""
     from lamp_compile.commands import _measure
-    from lamp_compile.quality import evaluate, rows
+    from lamp_compile.quality import evaluate, hard, rows
     from lamp_compile.quality.environment import environment
     from lamp_compile.quality.network.row import lamp_network
 
@@ -69,20 +86,41 @@ def run(args: argparse.Namespace) -> int:
         if args.twin:
             raise
         notes.append(f"no rows of an outlier twin: {error.what}")
+    task_rows, layer_rows = _tasks(args, measured) if args.tasks else ([], [])
     exceeded = over_limits(done, args.max_kl, args.min_agreement)
     if args.json:
         head = {**environment(args.device), **measured.describe(args)}
-        _output.print_json({**head, "rows": [row.to_dict() for row in done], "notes": notes, "exceeded": exceeded})
+        lists = {"rows": [row.to_dict() for row in done]}
+        if args.tasks:
+            lists |= {"tasks": [r.to_dict() for r in task_rows], "layers": [r.to_dict() for r in layer_rows]}
+        _output.print_json({**head, **lists, "notes": notes, "exceeded": exceeded})
     else:
         about = measured.describe(args)
         count = f"{about['windows']} window{'s' if about['windows'] > 1 else ''}"
         print(f"{about['model']} on {about['text']}: {count} of {about['context']} tokens")
         print(evaluate.table(done))
+        if args.tasks:
+            print(hard.table(task_rows))
+            print(hard.layers_table(layer_rows))
         for note in notes:
             print(f"note: {note}")
         for line in exceeded:
             print(f"over the limit: {line}")
     return BUDGET_EXCEEDED if exceeded else 0
+
+
+def _tasks(args: argparse.Namespace, measured: Measured) -> tuple[list[TaskRow], list[LayerRow]]:
+    """The tasks that were asked for, and the build-up over layers on the first windows."""
+    from lamp_compile.quality import hard, load, tasks
+    from lamp_compile.quality.tasks._base import Material
+
+    chosen = [task for name, task in tasks.all_tasks().items() if "all" in args.tasks or name in args.tasks]
+    encode = load.encoder(args.model) if any(task.needs_tokenizer for task in chosen) else None
+    context, engine = measured.windows.shape[1], measured.engine(args)
+    material = Material(measured.model, measured.ids, encode, context, args.samples)
+    step = _output.progress(len(chosen) * args.samples * len(hard.ROWS), "tasks")
+    rows = [row for task in chosen for row in hard.measure(task, material, engine, on_run=step)]
+    return rows, hard.layers(measured.windows[:LAYER_WINDOWS], measured.model, engine)
 
 
 def over_limits(done: list[Row], max_kl: float | None, min_agreement: float | None) -> list[str]:

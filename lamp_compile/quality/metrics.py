@@ -74,19 +74,22 @@ class Comparison:
                 where="Comparison.add",
                 fix="two logits [B, S, V] and ids [B, S] of the same windows",
             )
+        targets = torch.full_like(ids, -1)
+        targets[:, :-1] = ids[:, 1:]
+        self.add_rows(reference.flatten(0, 1), test.flatten(0, 1), targets.reshape(-1))
+
+    def add_rows(self, reference: Tensor, test: Tensor, targets: Tensor) -> None:
+        """Take in chosen positions: logits ``[N, V]`` of both, and the tokens ``[N]`` that follow (-1: none does)."""
         device = reference.device
         if self._sums is None:
             self._sums = torch.zeros(4, dtype=torch.float64, device=device)
             self._largest = torch.zeros((), device=device)
-        targets = torch.full_like(ids, -1)
-        targets[:, :-1] = ids[:, 1:]
-        flat = targets.reshape(-1).to(device)
-        ref_rows, test_rows = reference.flatten(0, 1), test.flatten(0, 1)
+        flat = targets.to(device)
         for first in range(0, flat.numel(), POSITIONS_AT_ONCE):
             rows = slice(first, first + POSITIONS_AT_ONCE)
-            self._add_rows(ref_rows[rows].float(), test_rows[rows].float(), flat[rows])
+            self._add_rows(reference[rows].float(), test[rows].float(), flat[rows])
         self._positions += flat.numel()
-        self._targets += ids.shape[0] * (ids.shape[1] - 1)
+        self._targets += int((targets >= 0).sum())
 
     def _add_rows(self, reference: Tensor, test: Tensor, targets: Tensor) -> None:
         assert self._sums is not None

@@ -261,13 +261,30 @@ class SlotCache(SlotView):
         self._table.check_taken(slot)
         self._table.running[slot] = True
 
-    def view(self, slot: int) -> SlotView:
+    def view(self, slot: int, upto: int | None = None) -> SlotView:
         """One slot as a batch of one: ``fast(ids, past_key_values=cache.view(slot))`` adds tokens to it alone.
 
+        Args:
+            slot: One that was admitted.
+            upto: The slot holds so many tokens at most while this view is used, and has pages for them (``admit``,
+                ``ensure``). Then no forward waits for the device to say how many it holds; tokens behind are lost, as
+                in a compiled step. None reads the device and hands out pages.
+
         Raises:
-            CacheError: The slot holds no sequence.
+            CacheError: The slot holds no sequence, or lacks pages for ``upto`` tokens.
+            OptionError: ``upto`` is no whole number above 0.
         """
-        rows = SlotRows(self._table, slot)
+        if upto is not None:
+            if not isinstance(upto, int) or isinstance(upto, bool) or upto < 1:
+                raise OptionError(f"upto is {upto!r}", where="SlotCache.view", fix="a whole number above 0")
+            self._table.check_taken(slot)
+            if self._table.room(slot) < upto:
+                raise CacheError(
+                    f"slot {slot} has pages for {self._table.room(slot)} tokens, not for {upto}",
+                    where="SlotCache.view",
+                    fix="cache.ensure(slot, tokens) first",
+                )
+        rows = SlotRows(self._table, slot, upto)
         return SlotView(self.spec, rows, [layer.of(rows) for layer in self.layers])
 
     def length(self, slot: int) -> int:

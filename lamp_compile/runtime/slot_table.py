@@ -18,6 +18,11 @@ from lamp_compile.runtime.growable_layer import ordinary_tensors
 SHARED = ("block_table", "lengths", "running", "positions", "live")
 
 
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device, without waiting for what the device is at."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 class SlotTable:
     """Pages and lengths of all slots.
 
@@ -64,6 +69,11 @@ class SlotTable:
         """Tokens that the slot's pages hold; 0 for a free slot."""
         return len(self._owned[slot] or ()) * self.tile
 
+    def columns_for(self, tokens: int) -> int:
+        """Columns of the block table that so many tokens need, rounded up to a power of two: kernels are compiled for
+        few numbers."""
+        return min(self.width, 1 << (layout.tiles_for(tokens, self.tile) - 1).bit_length())
+
     def admit(self, tokens: int) -> int:
         """A free slot with pages for ``tokens`` tokens and a length of 0.
 
@@ -78,8 +88,8 @@ class SlotTable:
         self._check({free: tokens})
         self._owned[free] = []
         self.admissions[free] += 1
-        self.lengths[free] = 0
-        self.running[free] = True
+        self.lengths[free].zero_()  # to assign a number would wait for the device
+        self.running[free].fill_(True)
         self._give({free: tokens})
         return free
 
@@ -103,9 +113,9 @@ class SlotTable:
         self.check_taken(slot)
         self._free.extend(reversed(self._owned[slot] or ()))
         self._owned[slot] = None
-        self.block_table[slot] = -1
-        self.lengths[slot] = 0
-        self.running[slot] = False
+        self.block_table[slot].fill_(-1)
+        self.lengths[slot].zero_()
+        self.running[slot].fill_(False)
 
     def check_taken(self, slot: int) -> None:
         """Raise CacheError unless the slot holds a sequence."""
@@ -141,7 +151,8 @@ class SlotTable:
             assert owned is not None
             new = [self._free.pop() for _ in range(self._lacking(slot, count))]
             if new:
-                self.block_table[slot, len(owned) : len(owned) + len(new)] = torch.tensor(new, dtype=torch.int32)
+                listed = upload(torch.tensor(new, dtype=torch.int32), self.block_table.device)
+                self.block_table[slot, len(owned) : len(owned) + len(new)] = listed
                 owned.extend(new)
 
 
@@ -150,6 +161,11 @@ class SlotRows:
 
     A step is ``open(rows)``, which says where rows go and what is live, and ``commit(rows)`` after the last layer. A
     forward that fails in between leaves the lengths as they were.
+
+    Args:
+        table: Of all slots.
+        slot: The one; None for all.
+        upto: The one slot holds so many tokens at most, and has pages for them; None: pages are handed out as needed.
     """
 
     block_table: Tensor
@@ -158,8 +174,8 @@ class SlotRows:
     positions: Tensor
     live: Tensor
 
-    def __init__(self, table: SlotTable, slot: int | None = None) -> None:
-        self.table, self.slot = table, slot
+    def __init__(self, table: SlotTable, slot: int | None = None, upto: int | None = None) -> None:
+        self.table, self.slot, self.upto = table, slot, upto
         self.count = table.slots if slot is None else 1
         self.tile = table.tile
         if slot is not None:
@@ -169,6 +185,8 @@ class SlotRows:
             for name in SHARED:
                 tensor = getattr(table, name)
                 setattr(self, name, tensor if slot is None else tensor[slot : slot + 1])
+            if upto is not None:  # attention is cut for as many tokens as the table lists
+                self.block_table = self.block_table[:, : table.columns_for(upto)]
 
     def open(self, rows: int) -> None:
         """Begin a step of ``rows`` new tokens per sequence. Outside a compiled graph, slots get the pages they lack;
@@ -208,6 +226,8 @@ class SlotRows:
 
     def _make_room(self, rows: int, taking: Tensor) -> None:
         self.check_current()
+        if self.upto is not None:
+            return
         first = 0 if self.slot is None else self.slot
         wanted = {
             first + index: int(held) + rows

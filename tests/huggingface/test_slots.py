@@ -122,6 +122,21 @@ def test_eos_ends_a_sequence_and_is_part_of_it() -> None:
     assert len(dict(fast.lamp.generate_many(asked[:2], max_new_tokens=12, eos_token_id=None))[1]) == len(asked[1]) + 12
 
 
+def test_the_step_after_the_end_of_a_sequence_gives_nothing() -> None:
+    """It was launched before the end was read: the last one that its length allows."""
+    fast = lamp_compile.compile(reference.build("Llama"), mode="eager")
+    asked = prompts((5, 40, 17))
+    endless = dict(fast.lamp.generate_many(asked, max_new_tokens=12))
+    new = endless[1][40:].tolist()
+    at = max(index for index, token in enumerate(new[:11]) if token not in new[:index])
+    assert at > 0
+    cache = fast.lamp.slots(streams=2, tokens=512, max_length=256)
+    found = list(fast.lamp.generate_many(asked, max_new_tokens=at + 2, cache=cache, eos_token_id=new[at]))
+    assert sorted(index for index, _ in found) == [0, 1, 2]
+    assert torch.equal(dict(found)[1], endless[1][: 40 + at + 1])
+    assert cache.taken() == []
+
+
 @pytest.mark.parametrize("name", ["Llama", "Gemma 3", "gpt-oss"])
 def test_one_graph_while_sequences_come_and_go(name: str) -> None:
     model = reference.build(name)

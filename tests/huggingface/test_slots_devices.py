@@ -84,3 +84,24 @@ def test_slots_equal_a_cache_of_their_own(on_device: Any) -> None:
         reference.logits(fast, row(prompt).cuda(), past_key_values=alone)
         wanted = reference.logits(fast, fed[slot : slot + 1].cuda(), past_key_values=alone)
         assert reference.relative(found[slot : slot + 1], wanted) < 10 * TIPPED[torch.float32].relative
+
+
+@on_cuda
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_host_waits_for_nothing_but_tokens_of_the_launch_before(on_device: Any, temperature: float) -> None:
+    fast = lamp_compile.compile(on_device)
+    cache = fast.lamp.slots(streams=3, tokens=1024, max_length=256)
+    how: dict[str, Any] = {
+        "max_new_tokens": 8,
+        "cache": cache,
+        "temperature": temperature,
+        "eos_token_id": 7,
+        "seed": 1,
+    }
+    wanted = dict(fast.lamp.generate_many(prompts(), **how))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = dict(fast.lamp.generate_many(prompts(), **how))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert found.keys() == wanted.keys()

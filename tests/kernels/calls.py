@@ -215,7 +215,8 @@ def decided_together(call: Call, device: Where) -> int:
     pages = call.planes[0].shape[2] if call.seen[5] is None else call.seen[5].shape[1]
     room = min(call.keys, pages * call.planes[0].shape[3])
     launch = LaunchPlan.parse("")
-    return targets.cut(targets.target_of(device), launch, call.q, call.planes, room, call.options["subtile"]).tokens
+    target = targets.target_of(device)
+    return targets.cut(target, launch, call.q, call.planes, room, call.options["subtile"], mixed=False).tokens
 
 
 def use_launch(patch: Any, **choices: Any) -> None:

@@ -89,10 +89,10 @@ def decoded(
     decode.decode(q, stored, (setting, setting, setting, *state), None, seen, options)
 
 
-def appended() -> None:
-    k = empty(4, 8, 1, 128, dtype=torch.bfloat16)
-    positions = empty(4, dtype=torch.int64)
-    append_rows.append(k, k, planes(4, 8, 4096, 128), None, positions, None, "hadamard")
+def appended(value_dim: int = 128) -> None:
+    k, v = (empty(4, 8, 1, dim, dtype=torch.bfloat16) for dim in (128, value_dim))
+    stored = (*planes(4, 8, 4096, 128)[:3], *planes(4, 8, 4096, value_dim)[3:])
+    append_rows.append(k, v, stored, None, empty(4, dtype=torch.int64), None, "hadamard")
 
 
 def compiled(name: str, case: str, recorders: dict[str, offline.Recorder]) -> None:
@@ -116,7 +116,8 @@ def main(names: list[str]) -> None:
     for name in names:
         for case in ON_SM_90 if name == "sm_90" else EVERYWHERE:
             compiled(name, case, record(decode, KERNELS, name, lambda case=case: decoded(**CALLS[case])))
-        compiled(name, "append", record(append_rows, ("append_rows",), name, appended))
+        for case, value_dim in {"append": 128, "append smaller values": 64}.items():
+            compiled(name, case, record(append_rows, ("append_rows",), name, lambda dim=value_dim: appended(dim)))
 
 
 if __name__ == "__main__":

@@ -259,6 +259,24 @@ def in_pool(call: calls.Call) -> calls.Call:
     return replace(call, planes=tuple(pools), seen=(*call.seen[:5], table))
 
 
+@pytest.fixture
+def scratch_is_nan():
+    """What no program has written is NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.parametrize("floor", [0.0, 1.0])
+def test_short_sequences_beside_a_long_one(floor, triton_device, monkeypatch, scratch_is_nan):
+    """The long one has several programs in each launch, of which the short ones fill one, and the empty one none."""
+    calls.use_launch(monkeypatch, mixed_steps=1, mixed_tiles=16)
+    sizes = {"batch": 3, "heads": 2, "kv_heads": 1, "keys": 700, "lengths": torch.tensor([690, 40, 0])}
+    check(in_pool(calls.make(**sizes, sharpness=2.0, share=0.2, floor=floor)), triton_device)
+
+
 STATES = torch.tensor([
     [[0.0, 0, 0, 0], [0.5, 0, 0, 0], [0.0, 1, 0, 0]],
     [[0.5, 1, 4, 3], [0.0, 2, 0, 1], [0.0, 1, 3, 2]],

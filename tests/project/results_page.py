@@ -1,4 +1,4 @@
-"""docs/quality.md and the tables of docs/kernels.md, docs/cpu.md and the README, from benchmarks/results.
+"""docs/quality.md and the tables of other pages and of the README, from benchmarks/results.
 
 ``python -m tests.project.results_page --write`` writes them.
 """
@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.project import cpu_page, decode_page
+from tests.project import cpu_page, decode_page, selection_page
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE, KERNELS, README = ROOT / "docs" / "quality.md", ROOT / "docs" / "kernels.md", ROOT / "README.md"
-CPU = ROOT / "docs" / "cpu.md"
+CPU, SELECTION = ROOT / "docs" / "cpu.md", ROOT / "docs" / "selection.md"
 BEGIN, END = "<!-- quality table: make golden -->", "<!-- end -->"
 
 SHORT = [
@@ -128,6 +128,14 @@ def cpu() -> str:
     return decode_page.filled(CPU.read_text(encoding="utf-8"), cpu_page.page(RESULTS), cpu_page.BEGIN)
 
 
+def selection() -> str:
+    """docs/selection.md with its tables renewed."""
+    text = decode_page.filled(
+        SELECTION.read_text(encoding="utf-8"), selection_page.curves(RESULTS), selection_page.CURVES
+    )
+    return decode_page.filled(text, selection_page.tasks(RESULTS), selection_page.TASKS)
+
+
 def _words(row: dict[str, Any]) -> str:
     name = row["name"]
     rule = re.fullmatch(r"(energy|lamp_strict|lamp_relaxed|mass)_([\d.]+)(_balanced)?", name)
@@ -144,5 +152,6 @@ if __name__ == "__main__":
         README.write_text(readme(), encoding="utf-8")
         KERNELS.write_text(kernels(), encoding="utf-8")
         CPU.write_text(cpu(), encoding="utf-8")
+        SELECTION.write_text(selection(), encoding="utf-8")
     else:
         sys.stdout.write(page())

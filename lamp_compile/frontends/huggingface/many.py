@@ -1,4 +1,8 @@
-"""Generating for many prompts at once: one decode step for all slots, and slots that finish are refilled."""
+"""Generating for many prompts at once: one decode step for all slots, and slots that finish are refilled.
+
+The host runs ahead of the device: chosen tokens are fed from where they are, and read one launch later, while the
+device is at the next. So nothing waits for the host but an end-of-sequence token, which costs its slot one step.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +19,12 @@ from torch import Tensor
 
 from lamp_compile.errors import CacheError, InputError, OptionError
 from lamp_compile.frontends.huggingface.sampling import Sampling
-from lamp_compile.runtime.growable_layer import rounded_capacity
+from lamp_compile.runtime.growable_layer import ordinary_tensors, rounded_capacity
 from lamp_compile.runtime.slot_cache import SlotCache
+from lamp_compile.runtime.slot_table import upload
 
-UNUSED_TOKEN = 0
-"""What a slot outside the step is fed; nothing of it is stored."""
+UNREAD = 1
+"""Launches whose tokens the host has not read when it prepares the next."""
 
 
 @dataclass
@@ -32,7 +37,11 @@ class Stream:
     most: int
     """New tokens at most."""
     draws: random.Random
+    chosen: int = 0
+    """New tokens, read by the host or not."""
     made: list[int] = field(default_factory=list)
+    """Those that were read."""
+    ended: bool = False
 
     @property
     def tokens(self) -> int:
@@ -109,6 +118,25 @@ def stop_tokens(model: Any, asked: int | Sequence[int] | str | None) -> frozense
     return frozenset(() if ids is None else (ids,) if isinstance(ids, int) else ids)
 
 
+class Chosen:
+    """Tokens ``[rows]`` on their way to the host, and whose they are: (row, slot, stream)."""
+
+    def __init__(self, tokens: Tensor, owners: list[tuple[int, int, Stream]]) -> None:
+        self.owners, self._tokens = owners, tokens
+        self._arrived: Any = None
+        if tokens.is_cuda:
+            self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            self._tokens.copy_(tokens, non_blocking=True)
+            self._arrived = torch.cuda.current_stream(tokens.device).record_event()
+
+    def read(self) -> list[int]:
+        """The tokens, once they are here."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        found: list[int] = self._tokens.tolist()
+        return found
+
+
 class ManyPrompts:
     """The loop: fill free slots from the queue, step all slots, give out what is finished.
 
@@ -131,7 +159,11 @@ class ManyPrompts:
         self._prefill, self._step = functools.partial(model, **last), step
         self.cache, self.sampling, self.eos = cache, sampling, eos
         self._running: dict[int, Stream] = {}
+        self._unread: deque[Chosen] = deque()
         self._device = cache.lengths.device
+        with ordinary_tensors():
+            # What slots are fed. Of a slot outside the step it is of no meaning, and nothing of it is stored.
+            self._fed = torch.zeros(cache.streams, 1, dtype=torch.int64, device=self._device)
         self._check_alone()
 
     def run(self, waiting: Sequence[Stream]) -> Iterator[tuple[int, Tensor]]:
@@ -152,13 +184,16 @@ class ManyPrompts:
 
     def _finished(self, waiting: deque[Stream]) -> Iterator[tuple[int, Tensor]]:
         try:
-            while waiting or self._running:
+            while waiting or self._running or self._unread:
                 self._check_alone()
                 while waiting and self.cache.fits(waiting[0].tokens):
-                    yield from self._start(waiting.popleft())
+                    self._start(waiting.popleft())
+                    yield from self._read(UNREAD)
                 if self._running:
-                    yield from self._advance()
+                    self._advance()
+                yield from self._read(UNREAD if self._running else 0)
         finally:  # also when the caller stops early
+            self._unread.clear()
             for slot in list(self._running):
                 self._finish(slot)
 
@@ -172,38 +207,42 @@ class ManyPrompts:
                 fix="a cache for each loop; cache.free(slot) or cache.reset() when a sequence is done",
             )
 
-    def _start(self, sequence: Stream) -> Iterator[tuple[int, Tensor]]:
+    def _start(self, sequence: Stream) -> None:
+        """Read a prompt into a free slot, with pages for all that it may become, and choose its first token."""
         slot = self.cache.admit(sequence.tokens)
         self._running[slot] = sequence
-        logits = self._forward(self._prefill, sequence.prompt[None], self.cache.view(slot))
-        yield from self._take([slot], logits)
+        view = self.cache.view(slot, upto=len(sequence.prompt))
+        logits = self._forward(self._prefill, upload(sequence.prompt[None], self._device), view)
+        self._choose([slot], logits)
 
-    def _advance(self) -> Iterator[tuple[int, Tensor]]:
-        fed = [UNUSED_TOKEN] * self.cache.streams
-        for slot, sequence in self._running.items():
-            fed[slot] = sequence.made[-1]
-        logits = self._forward(self._step, torch.tensor(fed)[:, None], self.cache)
-        yield from self._take(sorted(self._running), logits)
+    def _advance(self) -> None:
+        """One step of all slots."""
+        logits = self._forward(self._step, self._fed, self.cache)
+        self._choose(sorted(self._running), logits)
 
     @torch.no_grad()
     def _forward(self, call: Callable[..., Any], ids: Tensor, cache: Any) -> Tensor:
         """Logits ``[B, V]`` of the last position."""
-        out = call(input_ids=ids.to(self._device), past_key_values=cache, use_cache=True)
-        last: Tensor = out.logits[:, -1]
+        last: Tensor = call(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1]
         return last
 
     @torch.no_grad()
-    def _take(self, slots: list[int], logits: Tensor) -> list[tuple[int, Tensor]]:
-        """Choose the next token of these slots (all rows of the logits, or the one); gives back what is finished."""
+    def _choose(self, slots: list[int], logits: Tensor) -> None:
+        """Choose the next token of these slots (all rows of the logits, or the one) and feed it. A slot whose sequence
+        is as long as it may be is free from here on: what was launched is done with its pages before anything later
+        gets them."""
         rows = slots if logits.shape[0] > 1 else [0]
-        chosen = self.sampling.choose(logits, self._draws(rows, slots, logits.shape[0])).tolist()
-        done = []
-        for row, slot in zip(rows, slots, strict=True):
-            sequence = self._running[slot]
-            sequence.made.append(chosen[row])
-            if chosen[row] in self.eos or len(sequence.made) == sequence.most:
-                done.append(self._finish(slot).result())
-        return done
+        tokens = self.sampling.choose(logits, self._draws(rows, slots, logits.shape[0]))
+        if logits.shape[0] == self.cache.streams:
+            self._fed.copy_(tokens[:, None])
+        else:
+            self._fed[slots[0]] = tokens
+        streams = [self._running[slot] for slot in slots]
+        self._unread.append(Chosen(tokens, list(zip(rows, slots, streams, strict=True))))
+        for slot, stream in zip(slots, streams, strict=True):
+            stream.chosen += 1
+            if stream.chosen == stream.most:
+                self._finish(slot)
 
     def _draws(self, rows: list[int], slots: list[int], batch: int) -> Tensor | None:
         """A random number for each row that a slot of ours has."""
@@ -212,8 +251,25 @@ class ManyPrompts:
         uniform = [0.0] * batch
         for row, slot in zip(rows, slots, strict=True):
             uniform[row] = self._running[slot].draws.random()
-        return torch.tensor(uniform, dtype=torch.float64, device=self._device)
+        return upload(torch.tensor(uniform, dtype=torch.float64), self._device)
 
-    def _finish(self, slot: int) -> Stream:
+    def _read(self, left: int) -> list[tuple[int, Tensor]]:
+        """Read the tokens of all launches but the newest ``left``; gives back what is finished."""
+        done = []
+        while len(self._unread) > left:
+            chosen = self._unread.popleft()
+            tokens = chosen.read()
+            for row, slot, stream in chosen.owners:
+                if stream.ended:  # by the token before, which had not been read when this one was chosen
+                    continue
+                stream.made.append(tokens[row])
+                if tokens[row] in self.eos or len(stream.made) == stream.most:
+                    stream.ended = True
+                    done.append(stream.result())
+                    if self._running.get(slot) is stream:
+                        self._finish(slot)
+        return done
+
+    def _finish(self, slot: int) -> None:
         self.cache.free(slot)
-        return self._running.pop(slot)
+        del self._running[slot]

@@ -55,7 +55,7 @@ def nested_rows(source, channels_step, valid, DIVISOR, SIGNS, root, HALF: tl.con
     return high.to(tl.uint8), residual.to(tl.uint8), scale
 
 
-@triton.jit(do_not_specialize=["batch", "count"], do_not_specialize_on_alignment=["POSITIONS", "TABLE"])
+@triton.jit(do_not_specialize=["batch", "count", "pages"], do_not_specialize_on_alignment=["POSITIONS", "TABLE"])
 def append_rows(
     K, V, KH, KL, KS, VH, VL, VS, BALANCE, POSITIONS, TABLE, SIGNS_K, SIGNS_V,
     k_b, k_g, k_n, k_d, v_b, v_g, v_n, v_d, position_step, balance_b, table_stride, pages, kv_heads, batch, count,
@@ -102,17 +102,17 @@ def append_rows(
         tl.store(KH + target, high, mask=mask)
         tl.store(KL + target, residual, mask=mask)
         tl.store(KS + plane + at, scale, mask=stored)
-    else:
-        source = V + b.to(tl.int64) * v_b + g.to(tl.int64) * v_g + token.to(tl.int64) * v_n
-        high, residual, scale = nested_rows(
-            source, v_d, valid, BALANCE, SIGNS_V, root_v, HALF_V, HP_V, ROWS, ROTATE, False, PARTS
+    else:  # names of their own: Triton joins those of both branches, and the sizes differ
+        value_source = V + b.to(tl.int64) * v_b + g.to(tl.int64) * v_g + token.to(tl.int64) * v_n
+        v_high, v_residual, v_scale = nested_rows(
+            value_source, v_d, valid, BALANCE, SIGNS_V, root_v, HALF_V, HP_V, ROWS, ROTATE, False, PARTS
         )
-        half = tl.arange(0, HP_V)
-        target = (plane * HALF_V + at // TILE * (TILE * HALF_V) + at % TILE)[:, None] + half[None, :] * TILE
-        mask = stored[:, None] & (half < HALF_V)[None, :]
-        tl.store(VH + target, high, mask=mask)
-        tl.store(VL + target, residual, mask=mask)
-        tl.store(VS + plane + at, scale, mask=stored)
+        half_v = tl.arange(0, HP_V)
+        value_target = (plane * HALF_V + at // TILE * (TILE * HALF_V) + at % TILE)[:, None] + half_v[None, :] * TILE
+        value_mask = stored[:, None] & (half_v < HALF_V)[None, :]
+        tl.store(VH + value_target, v_high, mask=value_mask)
+        tl.store(VL + value_target, v_residual, mask=value_mask)
+        tl.store(VS + plane + at, v_scale, mask=stored)
 
 
 def append(

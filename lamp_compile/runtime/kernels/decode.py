@@ -124,7 +124,7 @@ def decode(
     pages = planes[0].shape[2] if seen[5] is None else seen[5].shape[1]
     room = min(int(options["keys"]), pages * planes[0].shape[3])
     launch = LaunchPlan.parse(options.get("launch", ""))
-    sizes = cut(target, launch, q, planes, room, options["subtile"])
+    sizes = cut(target, launch, q, planes, room, options["subtile"], mixed=seen[5] is not None)
     call = _Call(q, planes, hot, balance, seen, options, target, sizes)
     value_dim = 2 * planes[3].shape[3]
     made: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
@@ -173,13 +173,14 @@ def _attend_block(call: _Call, first_block: int, blocks: int, results: tuple[Ten
     )  # fmt: skip
     look_ahead[(cut.splits, *grid)](
         q8, rowinfo, planes[0], planes[2], planes[3], planes[5], tau, floor, state, mask, bias, start, lengths, table,
-        partial, meta, energy, other, peak, **keys, **rows, **sums, **call.dependent(),
-        num_warps=warps, num_stages=launch.stages,
+        partial, meta, energy, other, peak, **keys, **rows, **sums,
+        least_steps=cut.least_steps, **call.dependent(), num_warps=warps, num_stages=launch.stages,
     )  # fmt: skip
     splits_p2 = triton.next_power_of_2(cut.splits)
     refine[(cut.segments, *grid)](
         q8, rowinfo, *planes, tau, floor, state, sinks, mask, bias, start, lengths, table, partial, meta, energy,
-        other, peak, **keys, **rows, **sums, segments=cut.segments, SPLITS_P2=splits_p2, SEGMENT=cut.segment,
+        other, peak, **keys, **rows, **sums, segments=cut.segments, least_tiles=cut.least_tiles,
+        SPLITS_P2=splits_p2, SEGMENT=cut.segment,
         HAS_SINKS=sinks is not None, **call.dependent(), num_warps=refine_warps, num_stages=launch.refine_stages,
     )  # fmt: skip
     value_width = triton.next_power_of_2(value_dim)

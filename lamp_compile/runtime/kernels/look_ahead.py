@@ -49,24 +49,31 @@ def round_row(p, v_scale, v_peak, thresholds, MASKED: tl.constexpr):
 
 
 @triton.jit
-def key_places(j, hi, TABLE, TILE: tl.constexpr, PAGED: tl.constexpr):
-    """Where keys j of a sequence stand in its kv head's plane."""
+def stored_tiles(TABLE, tiles, hi, BN: tl.constexpr, TILE: tl.constexpr, PAGED: tl.constexpr):
+    """Where sub-tiles ``[PACK]`` of a sequence stand in its kv head's plane, in sub-tiles. What is read at these places
+    waits for them, so they are read a step ahead. Not two: Triton makes asynchronous copies of loads whose address
+    comes from the step before, and plain loads of others (look at the PTX for cp.async)."""
+    places = tiles
     if PAGED:
-        page = tl.load(TABLE + j // TILE, mask=j < hi, other=0).to(tl.int64)
-        places = tl.maximum(page, 0) * TILE + j % TILE
-    else:
-        places = j
+        IN_PAGE: tl.constexpr = TILE // BN
+        page = tl.load(TABLE + tiles // IN_PAGE, mask=tiles * BN < hi, other=0)
+        places = tl.maximum(page, 0).to(tl.int64) * IN_PAGE + tiles % IN_PAGE
     return places
 
 
 @triton.jit
-def narrow_scales(
-    KS, VS, TABLE, MASK, mask_key, j, hi, TILE: tl.constexpr, PAGED: tl.constexpr, KEY_MASK: tl.constexpr
-):
-    """Of keys j ``[BN, PACK]``: both scales as stored, and what a mask of one number per key says. These are too small
-    for asynchronous copies: they are read one step ahead."""
-    at = key_places(j, hi, TABLE, TILE, PAGED)
-    return tl.load(KS + at), tl.load(VS + at), key_mask(MASK, j, mask_key, hi, KEY_MASK)
+def first_key(places, parts, u: tl.constexpr, BN: tl.constexpr):
+    """Where sub-tile u of ``[PACK]`` begins in its plane, in keys."""
+    return tl.sum(tl.where(parts == u, places, 0), 0) * BN
+
+
+@triton.jit
+def narrow_scales(KS, VS, MASK, mask_key, places, tiles, hi, BN: tl.constexpr, KEY_MASK: tl.constexpr):
+    """Of the keys of sub-tiles, stored at ``places`` ``[PACK]``: both scales as stored, and what a mask of one number
+    per key says. These are too small for asynchronous copies: they are read one step ahead."""
+    key = tl.arange(0, BN)[:, None]
+    at = key + places[None, :] * BN
+    return tl.load(KS + at), tl.load(VS + at), key_mask(MASK, key + tiles[None, :] * BN, mask_key, hi, KEY_MASK)
 
 
 @triton.jit
@@ -122,14 +129,15 @@ def seen_scores(x, j, lo, hi, row_position, MASK, mask_key, BIAS, bias_key, mask
 
 
 @triton.jit(
-    do_not_specialize=["queries", "first_token", "keys", "subtiles", "slots", "splits"],
+    do_not_specialize=["queries", "first_token", "keys", "subtiles", "slots", "splits", "least_steps"],
     do_not_specialize_on_alignment=["START", "LENGTHS", "TABLE"],
 )
 def look_ahead(
     Q8, ROWINFO, KH, KS, VH, VS, TAU, FLOOR, STATE, MASK, BIAS, START, LENGTHS, TABLE, PARTIAL, META, ENERGY, OTHER,
     PEAK,
     tau_b, floor_b, mask_b, mask_h, mask_s, mask_key, bias_b, bias_h, bias_s, bias_key, start_stride, length_stride,
-    table_stride, kv_heads, queries, first_token, keys, plane_keys, subtiles, slots, splits, scale, softcap,
+    table_stride, kv_heads, queries, first_token, keys, plane_keys, subtiles, slots, splits, least_steps, scale,
+    softcap,
     GROUP: tl.constexpr, GP: tl.constexpr, PACK: tl.constexpr, TOKENS: tl.constexpr, HALF_K: tl.constexpr,
     HP_K: tl.constexpr, HALF_V: tl.constexpr, HP_V: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr,
     RULE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, HAS_MASK: tl.constexpr,
@@ -139,9 +147,11 @@ def look_ahead(
 ):  # fmt: skip
     """One split of the keys for one block of rows.
 
-    PARTIAL ``[.., slots, GP, Dv]`` takes the unnormalised output; META ``[.., slots, FIELDS, GP]`` maximum, sum,
-    sum of p times squared value scale, largest key scale, largest importance; ENERGY ``[.., subtiles, GP]`` log2 of
-    each sub-tile's sqrt(sum p^2), PEAK ``[.., subtiles]`` its largest value scale.
+    A split has ``least_steps`` steps of the loop at least, so that of a short sequence the last splits are empty.
+    PARTIAL ``[.., slots, GP, Dv]`` takes the unnormalised output, of rows that see a key of this split; META
+    ``[.., slots, FIELDS, GP]`` maximum, sum, sum of p times squared value scale, largest key scale and importance;
+    ENERGY ``[.., subtiles, GP]`` log2 of each sub-tile's sqrt(sum p^2), PEAK ``[.., subtiles]`` its largest value
+    scale.
     """
     wait_for_launch(PDL)
     split, bg, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -158,7 +168,7 @@ def look_ahead(
         b, first_token + block * TOKENS, tl.minimum(first_token + block * TOKENS + TOKENS, queries) - 1, START, LENGTHS,
         start_stride, length_stride, keys, queries, HAS_START, HAS_LENGTHS, CAUSAL, WINDOW,
     )  # fmt: skip
-    share = tl.cdiv(tl.cdiv(hi, STEP) - lo // STEP, splits)
+    share = tl.maximum(tl.cdiv(tl.cdiv(hi, STEP) - lo // STEP, splits), least_steps)
     first = (lo // STEP + split * share) * STEP
     last = tl.minimum(first + share * STEP, hi)
     final = tl.maximum(hi - 1, 0) // BN  # the last sub-tile there is
@@ -168,6 +178,15 @@ def look_ahead(
         last = first  # everything is refined: nothing is read here
 
     place = bg.to(tl.int64) * tl.num_programs(2) + block
+    slot = place * slots + split
+    meta = META + slot * FIELDS * GP + rows
+    if split > 0 and first >= hi:  # of a short sequence
+        nothing = tl.zeros((GP,), tl.float32)
+        tl.store(meta, nothing + EMPTY)
+        for field in tl.static_range(1, 4):
+            tl.store(meta + field * GP, nothing)
+        tl.store(meta + 4 * GP, nothing + DEAD)
+        return
     q_upper, q_lower, factor, query_sum, origin = query_of(Q8, ROWINFO, place, row, scale, GP, HP_K)
     offset = query_sum * 0.5  # lo averages -1/2
     row_position = position + token
@@ -197,17 +216,25 @@ def look_ahead(
     largest = tl.full((COLUMNS,), DEAD, tl.float32)
     if KEY_MASK:
         MASK += b.to(tl.int64) * mask_b
-    ahead = key[:, None] + tl.minimum(first // BN + parts, final)[None, :] * BN
-    next_k, next_v, next_allowed = narrow_scales(KS, VS, TABLE, MASK, mask_key, ahead, hi, TILE, PAGED, KEY_MASK)
+    tiles = tl.minimum(first // BN + parts, final)
+    next_places = stored_tiles(TABLE, tiles, hi, BN, TILE, PAGED)
+    next_k, next_v, next_allowed = narrow_scales(KS, VS, MASK, mask_key, next_places, tiles, hi, BN, KEY_MASK)
+    # Scales are plain loads, a step ahead themselves: their places are read for the step after that.
+    scale_places = stored_tiles(TABLE, tl.minimum((first + STEP) // BN + parts, final), hi, BN, TILE, PAGED)
     for n0 in range(first, last, STEP):
         k_narrow, v_narrow, allowed = finite_scale(next_k), finite_scale(next_v), next_allowed
-        ahead = key[:, None] + tl.minimum((n0 + STEP) // BN + parts, final)[None, :] * BN
-        next_k, next_v, next_allowed = narrow_scales(KS, VS, TABLE, MASK, mask_key, ahead, hi, TILE, PAGED, KEY_MASK)
+        places = next_places
+        tiles = tl.minimum((n0 + STEP) // BN + parts, final)
+        next_places = stored_tiles(TABLE, tiles, hi, BN, TILE, PAGED)
+        next_k, next_v, next_allowed = narrow_scales(KS, VS, MASK, mask_key, scale_places, tiles, hi, BN, KEY_MASK)
+        scale_places = stored_tiles(TABLE, tl.minimum((n0 + 2 * STEP) // BN + parts, final), hi, BN, TILE, PAGED)
         product = tl.broadcast_to(origin[None, :], (BN, COLUMNS))
         low_product = tl.zeros((BN, COLUMNS), tl.int32)
         for u in tl.static_range(PACK):
             j = tl.minimum(n0 // BN + u, final) * BN + key
-            packed = load_keys(KH, key_places(j, hi, TABLE, TILE, PAGED), HALF_K, HP_K)
+            if PAGED:
+                j = first_key(places, parts, u, BN) + key
+            packed = load_keys(KH, j, HALF_K, HP_K)
             mine = (part == u)[None, :]
             product = tl.dot(upper_nibbles(packed, ASM), tl.where(mine, q_upper, 0), product, out_dtype=tl.int32)
             low_product = tl.dot(
@@ -258,7 +285,9 @@ def look_ahead(
         c = tl.full((HP_V, COLUMNS), MAGIC_BITS, tl.int32)
         for u in tl.static_range(PACK):
             j = tl.minimum(n0 // BN + u, final) * BN + key
-            values = load_values(VH, key_places(j, hi, TABLE, TILE, PAGED), TILE, HALF_V, HP_V)
+            if PAGED:
+                j = first_key(places, parts, u, BN) + key
+            values = load_values(VH, j, TILE, HALF_V, HP_V)
             mine = tl.where((part == u)[None, :], p8, 0)
             a = tl.dot(upper_nibbles(values, ASM), mine, a, out_dtype=tl.int32)
             c = tl.dot(lower_nibbles(values, ASM), mine, c, out_dtype=tl.int32)
@@ -275,8 +304,6 @@ def look_ahead(
     less = tl.sum(rounded, 0)[None, :]
     upper = tl.sum(tl.reshape((upper - 0.5 * less) * to_row[None, :], (HP_V, PACK, GP)), 1)
     lower = tl.sum(tl.reshape((lower - 128.5 * less) * to_row[None, :], (HP_V, PACK, GP)), 1)
-    slot = place * slots + split
-    meta = META + slot * FIELDS * GP + rows
     tl.store(meta, together)
     tl.store(meta + GP, tl.sum(over_parts(tl.sum(mass, 0) * to_row, PACK, GP), 0))
     tl.store(meta + 2 * GP, tl.sum(over_parts(tl.sum(value_mass, 0) * to_row, PACK, GP), 0))
@@ -284,6 +311,6 @@ def look_ahead(
     tl.store(meta + 4 * GP, tl.max(over_parts(largest, PACK, GP), 0))
     half_v = tl.arange(0, HP_V)
     target = PARTIAL + (slot * GP + rows)[None, :] * (2 * HALF_V) + half_v[:, None]
-    stored = (rows < GROUP * TOKENS)[None, :] & (half_v < HALF_V)[:, None]
+    stored = ((rows < GROUP * TOKENS) & (together > EMPTY))[None, :] & (half_v < HALF_V)[:, None]
     tl.store(target, upper, mask=stored)
     tl.store(target + HALF_V, lower, mask=stored)

@@ -54,7 +54,8 @@ def merge(
         for first in range(0, segments, CHUNK):
             part = first + tl.arange(0, CHUNK)
             there = part < segments
-            weight = tl.exp2(tl.load(META + (first_slot + part) * FIELDS * GP + row, mask=there, other=EMPTY) - most)
+            part_top = tl.load(META + (first_slot + part) * FIELDS * GP + row, mask=there, other=EMPTY)
+            weight, there = tl.exp2(part_top - most), there & (part_top > EMPTY)  # the others were not written
             at = PARTIAL + ((first_slot + part) * GP + row)[:, None] * VALUE_DIM + columns[None, :]
             got = tl.load(at, mask=there[:, None] & (columns < VALUE_DIM)[None, :], other=0.0)
             x += tl.sum(got * weight[:, None], 0)

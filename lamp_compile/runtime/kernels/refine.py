@@ -32,13 +32,14 @@ from lamp_compile.runtime.kernels._device import (
 )
 from lamp_compile.runtime.kernels.look_ahead import (
     dither,
-    key_places,
+    first_key,
     load_keys,
     load_values,
     narrow_scales,
     round_row,
     scores_of,
     seen_scores,
+    stored_tiles,
 )
 
 
@@ -129,14 +130,15 @@ def picked(first, order, hot, tile, PACK: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["queries", "first_token", "keys", "subtiles", "slots", "splits", "segments"],
+    do_not_specialize=["queries", "first_token", "keys", "subtiles", "slots", "splits", "segments", "least_tiles"],
     do_not_specialize_on_alignment=["START", "LENGTHS", "TABLE"],
 )
 def refine(
     Q8, ROWINFO, KH, KL, KS, VH, VL, VS, TAU, FLOOR, STATE, SINKS, MASK, BIAS, START, LENGTHS, TABLE, PARTIAL, META,
     ENERGY, OTHER, PEAK,
     tau_b, floor_b, mask_b, mask_h, mask_s, mask_key, bias_b, bias_h, bias_s, bias_key, start_stride, length_stride,
-    table_stride, kv_heads, queries, first_token, keys, plane_keys, subtiles, slots, splits, segments, scale, softcap,
+    table_stride, kv_heads, queries, first_token, keys, plane_keys, subtiles, slots, splits, segments, least_tiles,
+    scale, softcap,
     GROUP: tl.constexpr, GP: tl.constexpr, PACK: tl.constexpr, TOKENS: tl.constexpr, HALF_K: tl.constexpr,
     HP_K: tl.constexpr, HALF_V: tl.constexpr, HP_V: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr,
     RULE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, HAS_MASK: tl.constexpr,
@@ -160,15 +162,24 @@ def refine(
         b, first_token + block * TOKENS, tl.minimum(first_token + block * TOKENS + TOKENS, queries) - 1, START, LENGTHS,
         start_stride, length_stride, keys, queries, HAS_START, HAS_LENGTHS, CAUSAL, WINDOW,
     )  # fmt: skip
+    place = bg.to(tl.int64) * tl.num_programs(2) + block
+    slot = place * slots + splits + segment
+    # A short sequence has fewer segments than the longest.
+    taking = tl.minimum(segments, tl.maximum(1, tl.cdiv(tl.cdiv(hi, BN) - lo // BN, least_tiles)))
+    if segment >= taking:
+        nothing = tl.zeros((GP,), tl.float32)
+        tl.store(META + slot * FIELDS * GP + rows, nothing + EMPTY)
+        for field in tl.static_range(1, FIELDS):
+            tl.store(META + (slot * FIELDS + field) * GP + rows, nothing)
+        return
     tau = tl.load(TAU + b * tau_b + g)
     all_refined = (tl.load(FLOOR + b * floor_b + g) >= 1.0) | (tl.load(STATE + bg * 4 + 1) >= 1.0) | (tau <= 0.0)
     delta = tl.where(all_refined, 0.0, 1.0)
-    place = bg.to(tl.int64) * tl.num_programs(2) + block
     lse, largest = looked_ahead(
         META, SINKS, place, slots, splits, g * GROUP + rows % GROUP, row_valid, GP, FIELDS, SPLITS_P2, HAS_SINKS
     )
 
-    tile = lo // BN + segment + tl.arange(0, SEGMENT) * segments
+    tile = lo // BN + segment + tl.arange(0, SEGMENT) * taking
     hot, tokens_live, cold_square, cold_value = decide(
         ENERGY, OTHER, PEAK, place, subtiles, tile, tl.where(all_refined, 0, hi), row_valid, tau, lse, largest,
         GROUP, GP, TOKENS, BN, RULE,
@@ -197,7 +208,7 @@ def refine(
 
     # This segment's share of the look-ahead's own partial results is joined at the end, relative to the same maximum.
     base = tl.full((GP,), EMPTY, tl.float32)
-    for split in range(segment, splits, segments):
+    for split in range(segment, splits, taking):
         base = tl.maximum(base, tl.load(META + (place * slots + split) * FIELDS * GP + rows))
     top = tl.reshape(tl.broadcast_to(base[None, :], (PACK, GP)), (COLUMNS,))
     upper = tl.zeros((HP_V, COLUMNS), tl.float32)
@@ -213,20 +224,19 @@ def refine(
     if KEY_MASK:
         MASK += b.to(tl.int64) * mask_b
     next_tiles = picked(0, order, hot, tile, PACK)
-    ahead = key[:, None] + next_tiles[None, :] * BN
-    next_k, next_v, next_allowed = narrow_scales(KS, VS, TABLE, MASK, mask_key, ahead, hi, TILE, PAGED, KEY_MASK)
+    next_places = stored_tiles(TABLE, next_tiles, hi, BN, TILE, PAGED)
+    next_k, next_v, next_allowed = narrow_scales(KS, VS, MASK, mask_key, next_places, next_tiles, hi, BN, KEY_MASK)
     for i in range(0, count, PACK):
-        tiles = next_tiles
+        tiles, places = next_tiles, next_places
         k_narrow, v_narrow, allowed = finite_scale(next_k), finite_scale(next_v), next_allowed
         next_tiles = picked(i + PACK, order, hot, tile, PACK)
-        ahead = key[:, None] + next_tiles[None, :] * BN
-        next_k, next_v, next_allowed = narrow_scales(KS, VS, TABLE, MASK, mask_key, ahead, hi, TILE, PAGED, KEY_MASK)
+        next_places = stored_tiles(TABLE, next_tiles, hi, BN, TILE, PAGED)
+        next_k, next_v, next_allowed = narrow_scales(KS, VS, MASK, mask_key, next_places, next_tiles, hi, BN, KEY_MASK)
         product = tl.broadcast_to(origin[None, :], (BN, COLUMNS))
         low_product = tl.zeros((BN, COLUMNS), tl.int32)
         residual = tl.zeros((BN, COLUMNS), tl.int32)
         for u in tl.static_range(PACK):
-            n0 = tl.sum(tl.where(parts == u, tiles, 0), 0) * BN
-            at_key = key_places(n0 + key, hi, TABLE, TILE, PAGED)
+            at_key = first_key(places, parts, u, BN) + key
             k_high = load_keys(KH, at_key, HALF_K, HP_K)
             k_low = load_keys(KL, at_key, HALF_K, HP_K)
             mine = (part == u)[None, :]
@@ -281,8 +291,7 @@ def refine(
         a_fine = tl.zeros((HP_V, COLUMNS), tl.int32)
         c_fine = tl.zeros((HP_V, COLUMNS), tl.int32)
         for u in tl.static_range(PACK):
-            n0 = tl.sum(tl.where(parts == u, tiles, 0), 0) * BN
-            at_value = key_places(n0 + key, hi, TABLE, TILE, PAGED)
+            at_value = first_key(places, parts, u, BN) + key
             v_high = load_values(VH, at_value, TILE, HALF_V, HP_V)
             v_low = load_values(VL, at_value, TILE, HALF_V, HP_V)
             mine = (part == u)[None, :]
@@ -319,17 +328,17 @@ def refine(
     most = tl.max(tl.max(k_most, 0), 0)
     half_v = tl.arange(0, HP_V)
     stored = (rows < GROUP * TOKENS)[None, :] & (half_v < HALF_V)[:, None]
-    for split in range(segment, splits, segments):
-        slot = place * slots + split
-        meta = META + slot * FIELDS * GP + rows
-        share = tl.exp2(tl.load(meta) - base)
+    for split in range(segment, splits, taking):
+        meta = META + (place * slots + split) * FIELDS * GP + rows
+        split_top = tl.load(meta)
+        share = tl.exp2(split_top - base)
+        written = stored & (split_top > EMPTY)[None, :]
         masses += tl.load(meta + GP) * share
         value_masses += tl.load(meta + 2 * GP) * share
         most = tl.maximum(most, tl.max(tl.load(meta + 3 * GP), 0))
-        source = PARTIAL + (slot * GP + rows)[None, :] * (2 * HALF_V) + half_v[:, None]
-        upper_rows += tl.load(source, mask=stored, other=0.0) * share[None, :]
-        lower_rows += tl.load(source + HALF_V, mask=stored, other=0.0) * share[None, :]
-    slot = place * slots + splits + segment
+        source = PARTIAL + ((place * slots + split) * GP + rows)[None, :] * (2 * HALF_V) + half_v[:, None]
+        upper_rows += tl.load(source, mask=written, other=0.0) * share[None, :]
+        lower_rows += tl.load(source + HALF_V, mask=written, other=0.0) * share[None, :]
     meta = META + slot * FIELDS * GP + rows
     tl.store(meta, base)
     tl.store(meta + GP, masses)

@@ -34,7 +34,8 @@ class Target:
 class Cut:
     """One call, cut: rows of a program (tokens x group, padded), sub-tiles that share a pass (``_device.py``), tokens
     and number of its row blocks, sub-tiles of a sequence, splits of the look-ahead, segments of the refinement and
-    their length in sub-tiles."""
+    their length in sub-tiles; where sequences differ in length, steps of a split and sub-tiles of a segment at
+    least."""
 
     rows: int
     pack: int
@@ -44,6 +45,8 @@ class Cut:
     splits: int
     segments: int
     segment: int
+    least_steps: int
+    least_tiles: int
     launch: LaunchPlan
 
     @property
@@ -72,9 +75,9 @@ def target_of(device: torch.device) -> Target:
 
 
 def cut(
-    target: Target, launch: LaunchPlan, q: Tensor, planes: tuple[Tensor, ...], room: int, subtile: int
+    target: Target, launch: LaunchPlan, q: Tensor, planes: tuple[Tensor, ...], room: int, subtile: int, mixed: bool
 ) -> Cut:  # fmt: skip
-    """Cut attention of q ``[B, H, S, D]`` over room for ``room`` keys per sequence."""
+    """Cut attention of q ``[B, H, S, D]`` over room for ``room`` keys per sequence; ``mixed``: most are far from it."""
     batch, heads, queries, _ = q.shape
     group = heads // planes[0].shape[1]
     rows = _power(group)
@@ -84,12 +87,18 @@ def cut(
     blocks = -(-queries // tokens)
     crowd = batch * planes[0].shape[1] * blocks
     subtiles = -(-room // subtile)
+    pack = max(1, target.columns // rows)
     splits = min(target.processors * launch.programs // crowd, subtiles // launch.least_subtiles, launch.most_splits)
     wanted = max(1, target.processors * launch.refine_programs // crowd)
     segment = min(128, max(16, _power(-(-subtiles // wanted))))
+    steps = tiles = 1
+    if mixed and queries == 1:  # the longest sequence must not be the last one at work
+        steps, tiles = launch.mixed_steps, launch.mixed_tiles
+        splits = max(splits, min(launch.most_splits, -(-subtiles // (pack * steps))))
+        segment = max(16, min(segment, _power(tiles)))
     return Cut(
-        rows, max(1, target.columns // rows), tokens, blocks, subtiles, max(1, splits), -(-subtiles // segment),
-        segment, launch,
+        rows, pack, tokens, blocks, subtiles, max(1, splits), -(-subtiles // segment), segment, steps,
+        min(tiles, segment), launch,
     )  # fmt: skip
 
 
