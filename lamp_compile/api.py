@@ -34,7 +34,6 @@ def compile(
     fuel: int | None = None,
     balance: str = "auto",
     linears: Any = "never",
-    lookahead: str | Path | None = None,
     **options: Any,
 ) -> Any:
     """Give back the model with look-ahead mixed precision attention. The argument stays as it is; the weights are
@@ -55,16 +54,16 @@ def compile(
         linears: Linear layers of a transformers decoder: "never" leaves them; "auto" reads weights in INT8 where it is
         measured faster on this CPU, except the output head; "int8" or "int8_dynamic" takes all; or rows
         (``LinearPlan``), as ``quality.linears.calibrate`` chooses them on a text.
-        lookahead: The file of a look-ahead network (``lamp-compile train-lookahead``), for a transformers decoder; the
-        sites that it serves use it when one token is decoded. None looks ahead exactly, or as the plan says.
-        **options: Fields of every site of the plan (``tau``, ``rule``, ``k_format``, ``guard_budget``, ...).
+        **options: Fields of every site of the plan (``tau``, ``rule``, ``k_format``, ``guard_budget``, ...); and
+        ``lookahead``, the file of a look-ahead network (``lamp-compile train-lookahead``), for a transformers decoder:
+        the sites that it serves use it when one token is decoded.
 
     Raises:
         OptionError: An option is unknown or impossible.
         ModelError: The model is in training mode, has no attention, or holds weights that LAMP cannot run with.
         PlanError: The plan was made for another model.
     """
-    asked = linear_layers.parse(linears)
+    asked, lookahead = linear_layers.parse(linears), options.pop("lookahead", None)
     _check_options(plan, preset, mode, inplace, {"balance": balance, "linears": asked}, options)
     template = plans.template(preset, **options)
     _check_model(model)
@@ -74,9 +73,9 @@ def compile(
         if not isinstance(asked, str):
             linear_layers.check(model, asked)
         fast = route.compile_model(
-            model, plan=plan, template=template, preset=preset, mode=mode, inplace=inplace, fuel=fuel, balance=balance,
-            lookahead=lookahead,
+            model, plan=plan, template=template, preset=preset, mode=mode, inplace=inplace, fuel=fuel, balance=balance
         )  # fmt: skip
+        route.set_network(fast, lookahead)
         route.set_linears(fast, asked)
         if mode != "eager":
             route.compile_decoding(fast, backend(plan=route.decode_plan(fast), controls=fast.lamp.controls))

@@ -24,7 +24,7 @@ def step(predicted: Tensor, trust: Tensor, *, truth: Tensor | None = None, **cha
         "tau": torch.full((G,), TAU), "state": guard.new_state(1, G), "limit": torch.full((G,), 8.0),
         "length": torch.tensor([T * 32]), "trained": 4096, "skip_below": None, "lost": 0.0, "subtile": 32, **changes,
     }  # fmt: skip
-    return audit.arbitrate(exact() if truth is None else truth, predicted, trust, **given)  # type: ignore[arg-type]
+    return audit.arbitrate(exact() if truth is None else truth, predicted, trust, audit.Terms(**given))  # type: ignore[arg-type]
 
 
 def run(predicted: Tensor, steps: int, trust: Tensor | None = None, **changes: object) -> tuple[list[bool], Tensor]:
@@ -100,10 +100,10 @@ def test_slots_are_judged_apart_and_an_empty_one_keeps_its_trust() -> None:
     trust = audit.new(3, G)
     trust[2, :, audit.HELD] = 5
     for _ in range(4):
-        importance, trust = audit.arbitrate(
-            truth, guess, trust, torch.full((G,), TAU), guard.new_state(3, G), torch.full((G,), 8.0),
-            torch.tensor([900, 900, 0]), trained=4096, skip_below=None, lost=0.0, subtile=32,
-        )  # fmt: skip
+        terms = audit.Terms(
+            torch.full((G,), TAU), guard.new_state(3, G), torch.full((G,), 8.0), torch.tensor([900, 900, 0]), 4096, 32
+        )
+        importance, trust = audit.arbitrate(truth, guess, trust, terms)
     assert torch.equal(importance[0], guess[0])
     assert torch.equal(importance[1], truth[1])
     assert (trust[2, :, audit.HELD] == 5).all()

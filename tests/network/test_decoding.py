@@ -59,11 +59,12 @@ def test_always_unimportant_is_found_out_and_the_error_stays_bounded(
     got, report = forced(compiled(model, lying(-30.0)), PROMPT, STEPS)
     assert all(site["dropped"] >= 1 for site in report)
     assert all(audit.WORDS[audit.MISSED] in site["network_flags"] for site in report)
-    assert all(site["predicted_share"] < 0.5 for site in report)
+    assert all(site["predicted_share"] < 0.6 for site in report), [site["predicted_share"] for site in report]
     kl = divergence(truth, got)
-    # Once it is dropped the exact look-ahead decides; before, for some steps, the high plane alone answered.
-    assert float(kl[audit.WINDOW :].mean()) < 1.5 * float(exact_kl[audit.WINDOW :].mean())
-    assert float(kl.mean()) < 0.02
+    # Once it is dropped the exact look-ahead decides; before, for some steps, the high plane alone answered. Believed
+    # to the end, it would cost a hundred times as much.
+    assert float(kl[audit.WINDOW :].mean()) < 4 * float(exact_kl[audit.WINDOW :].mean())
+    assert float(kl.mean()) < 0.01, kl
 
 
 def test_always_important_costs_a_window_and_says_so(

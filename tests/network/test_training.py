@@ -167,3 +167,15 @@ def test_what_cannot_be_trained_is_said_first(fast: Any) -> None:
         session.split(torch.arange(300), CONTEXT, 4, "short")
     with pytest.raises(ModelError, match="costs less than"):
         session.largest_rank(fast, 1 << 20, 8, 32)
+
+
+def test_eval_has_a_row_for_the_network(nano: Path, root: Path, packaged: Path, tmp_path: Path, capsys: Any) -> None:
+    command = ["eval", str(nano), "--text", str(root / "examples/data/walden.txt"), "--context", "160"]
+    command += ["--max-tokens", "160", "--no-twin", "--json", "--lookahead"]
+    assert cli.main([*command, str(packaged)]) == 0
+    names = [row["name"] for row in json.loads(capsys.readouterr().out)["rows"]]
+    assert names[-1] == "lamp_network"
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(packaged.read_bytes()[:3000])
+    assert cli.main([*command, str(broken)]) == 1
+    assert "truncated or no safetensors" in capsys.readouterr().err

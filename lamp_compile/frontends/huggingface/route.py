@@ -52,10 +52,9 @@ def why_not(model: nn.Module) -> str:
 
 def compile_model(
     model: nn.Module, *, plan: Plan | str | Path | None, template: SitePlan, preset: str, mode: str,
-    inplace: bool, fuel: int | None, balance: str, lookahead: str | Path | None = None,
+    inplace: bool, fuel: int | None, balance: str,
 ) -> Any:  # fmt: skip
-    """A model whose ``generate`` and forward keep their keys and values in planes. ``lookahead`` is the file of a
-    look-ahead network, where the plan names none.
+    """A model whose ``generate`` and forward keep their keys and values in planes.
 
     Raises:
         ModelError: No attention of this model can.
@@ -79,12 +78,10 @@ def compile_model(
             made = planning.make_plan(fast, sites, template, preset, balance)
         else:
             made = planning.check_plan(plan if isinstance(plan, Plan) else Plan.load(plan), fast, sites)
-        if lookahead is not None:
-            made = networks.with_network(made, sites, lookahead)
         controls = Controls()
         chosen = planning.applied(made, sites, fuel)
         folder = Path(plan).parent if isinstance(plan, str | Path) else Path()
-        gates = networks.gates(made, sites, folder if lookahead is None else Path())
+        gates = networks.gates(made, sites, folder)
         spec = planning.make_spec(fast, made, sites, chosen, controls, gates)
     except BaseException:
         fast.set_attn_implementation(before)  # type: ignore[operator]
@@ -92,6 +89,28 @@ def compile_model(
     attach(fast, Lamp(made, controls, spec, original, sites, refusals, mode))
     fast.generation_config.cache_implementation = None  # type: ignore[union-attr]
     return fast
+
+
+def set_network(fast: Any, file: str | Path | None) -> None:
+    """Let a look-ahead network predict at the sites that it serves; None leaves the model as its plan has it.
+
+    Args:
+        fast: A model of ``compile_model``, before anything of it is compiled.
+        file: Of the network.
+
+    Raises:
+        PlanError: The file is damaged or for another model.
+    """
+    if file is None:
+        return
+    lamp: Lamp = fast.lamp
+    plan = networks.with_network(lamp.plan, lamp.sites, file)
+    gates = networks.gates(plan, lamp.sites, Path())
+    layers = tuple(
+        None if layer is None else replace(layer, plan=plan.site(layer.plan.name), network=gates.get(layer.plan.name))
+        for layer in lamp.spec.layers
+    )
+    lamp.plan, lamp.spec = plan, replace(lamp.spec, layers=layers)
 
 
 def set_linears(fast: Any, asked: str | tuple[LinearPlan, ...]) -> None:

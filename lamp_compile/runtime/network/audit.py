@@ -11,6 +11,7 @@ floor that the guard has raised.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ LAVISH_LIMIT = 2.5
 SLACK = 4.0
 """Sub-tiles at the threshold that are added to what the exact look-ahead leaves, and to what it calls hot: a ratio to
 nothing says nothing."""
-MOST_EXCESS = 50.0
+MOST_EXCESS = 20.0
 """A limit that a file names counts up to this: a file cannot ask for blind trust."""
 CEILING = 1e4
 """An excess counts up to this much, so that one row does not hold the running mean up for ever."""
@@ -47,36 +48,51 @@ def new(batch: int, kv_heads: int, device: torch.device | str = "cpu") -> Tensor
     return torch.zeros(batch, kv_heads, FIELDS, dtype=torch.float32, device=device)
 
 
-def arbitrate(
-    exact: Tensor, predicted: Tensor, trust: Tensor, tau: Tensor, state: Tensor, limit: Tensor, length: Tensor, *,
-    trained: int, skip_below: Tensor | None, lost: float, subtile: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+@dataclass(frozen=True)
+class Terms:
+    """What predictions are held against.
+
+    Attributes:
+        tau: ``[G]`` or ``[B, G]``.
+        state: The guard's ``[B, G, 4]``.
+        limit: Of the excess ``[G]``.
+        length: Tokens of each sequence, ``[B]`` or ``[1]``.
+        trained: Tokens of the longest sequence the gate was trained on.
+        subtile: Keys per sub-tile.
+        skip_below: Importance at and below which sub-tiles are skipped ``[B, G]``, or None.
+        lost: Softmax mass that a row may lose to skipping.
+    """
+
+    tau: Tensor
+    state: Tensor
+    limit: Tensor
+    length: Tensor
+    trained: int
+    subtile: int
+    skip_below: Tensor | None = None
+    lost: float = 0.0
+
+
+def arbitrate(exact: Tensor, predicted: Tensor, trust: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
     """The importance to act on ``[B, G, S, T]``, and the new trust.
 
     One row is judged by what was known before it, so that nothing waits for the exact look-ahead; several rows at a
-    time (a prompt) by their own audit as well.
+    time (a measurement over a window) by their own audit as well.
 
     Args:
         exact: Importance by the exact look-ahead ``[B, G, S, T]``, below 0 where no key is live.
         predicted: The gate's.
         trust: ``[B, G, 7]``.
-        tau: ``[G]`` or ``[B, G]``.
-        state: The guard's ``[B, G, 4]``.
-        limit: Of the excess ``[G]``.
-        length: Tokens of each sequence, ``[B]`` or ``[1]``.
-        trained: Tokens of the longest sequence it was trained on.
-        skip_below: Importance at and below which sub-tiles are skipped ``[B, G]``, or None.
-        lost: Softmax mass that a row may lose to skipping.
-        subtile: Keys per sub-tile.
+        terms: See there.
     """
-    excess, expense, stepped, broken = _evidence(exact, predicted, tau, skip_below, lost, subtile)
-    too_long = (length.reshape(-1, 1) > trained).expand_as(stepped)
-    raised = state[..., guard.FLOOR] > 0
+    excess, expense, stepped, broken = _evidence(exact, predicted, terms)
+    too_long = (terms.length.reshape(-1, 1) > terms.trained).expand_as(stepped)
+    raised = terms.state[..., guard.FLOOR] > 0
     held = trust[..., HELD]
     blend = 1.0 if exact.shape[2] > 1 else 1.0 / WINDOW
     believed = (held == 0) & ~too_long & ~raised
     means = [trust[..., f] + (x - trust[..., f]) * blend for f, x in ((EXCESS, excess), (EXPENSE, expense))]
-    missed, lavish = (means[0] > limit.clamp_max(MOST_EXCESS)) & believed, (means[1] > LAVISH_LIMIT) & believed
+    missed, lavish = (means[0] > terms.limit.clamp_max(MOST_EXCESS)) & believed, (means[1] > LAVISH_LIMIT) & believed
     dropped = (missed | lavish | (broken & believed)) & stepped
     use = believed & ~broken & ~(dropped if exact.shape[2] > 1 else torch.zeros_like(dropped))
     importance = torch.where(use[..., None, None], predicted, exact)
@@ -109,11 +125,10 @@ def flag_names(flags: int) -> list[str]:
     return [text for bit, text in WORDS.items() if flags & bit]
 
 
-def _evidence(
-    exact: Tensor, predicted: Tensor, tau: Tensor, skip_below: Tensor | None, lost: float, subtile: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _evidence(exact: Tensor, predicted: Tensor, terms: Terms) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mean excess and expense over live rows, whether any was live, whether a prediction is no number; ``[B, G]``."""
-    bar = tau.reshape(-1, tau.shape[-1])[..., None, None]
+    skip_below, subtile = terms.skip_below, terms.subtile
+    bar = terms.tau.reshape(-1, terms.tau.shape[-1])[..., None, None]
     live = exact >= 0
     bad = live & ~predicted.isfinite()
     seen = torch.where(bad, 0.0, predicted)
@@ -124,7 +139,7 @@ def _evidence(
     if skip_below is not None:
         gone = (exact.clamp_min(0.0) * (seen <= skip_below[..., None, None]) * live).sum(-1) * math.sqrt(subtile)
         # Mass of a sub-tile is between its importance and sqrt(subtile) times it; the geometric mean is taken.
-        excess = torch.maximum(excess, gone / (lost * subtile**0.25))
+        excess = torch.maximum(excess, gone / (terms.lost * subtile**0.25))
     rows = live.any(-1)
     count = rows.sum(-1).clamp_min(1)
     hot = (live & (exact > bar)).sum((-1, -2)) + SLACK * count

@@ -216,10 +216,8 @@ def _arbitrate(
     below = torch.full((batch, kv_heads), -1.0, device=exact.device)
     if skip > 0:
         below = audit.skip_threshold(skip, margin, length, subtile).expand(batch, kv_heads).contiguous()
-    importance, new_trust = audit.arbitrate(
-        exact, predicted, trust, tau, state, limit, length,
-        trained=trained, skip_below=below if skip > 0 else None, lost=skip, subtile=subtile,
-    )  # fmt: skip
+    terms = audit.Terms(tau, state, limit, length, trained, subtile, below if skip > 0 else None, skip)
+    importance, new_trust = audit.arbitrate(exact, predicted, trust, terms)
     return importance, gate.histories(exact, history)[1], new_trust, below
 
 
