@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from lamp_compile.errors import OptionError, PlanError
 from lamp_compile.frontends.huggingface import route
 from lamp_compile.quality import load
 from lamp_compile.quality.network.row import served
+from lamp_compile.runtime import guard
 from lamp_compile.runtime.network import audit
 from tests.huggingface import reference as tiny
 from tests.network.conftest import Forced, compiled, divergence
@@ -232,3 +234,22 @@ def test_other_models_formats_and_modules_are_refused(
     with pytest.raises(OptionError, match="for transformers decoders"):
         lamp_compile.compile(linear, lookahead=packaged)
     compiled(load.load_model(nano, dtype=torch.bfloat16), packaged)
+
+
+def test_skipping_reads_fewer_sub_tiles_and_loses_little(
+    model: Any, packaged: Path, ids: Tensor, truth: Tensor, exact_kl: Tensor
+) -> None:
+    plan = compiled(model, packaged).lamp.plan
+    rows = [dataclasses.replace(row, skip=0.4) if row.name in served(plan) else row for row in plan.sites]
+    live, kl = {}, {}
+    for name, sites in (("all", plan.sites), ("skip", tuple(rows))):
+        fast = lamp_compile.compile(model, mode="eager", plan=dataclasses.replace(plan, sites=sites))
+        cache = filled(fast, ids, PROMPT)
+        before = [layer.stats.clone() for layer in cache.layers]
+        got = stepped(fast, cache, ids[:, PROMPT : PROMPT + STEPS])[0].log_softmax(-1)
+        counted = [(layer.stats - old)[..., guard.LIVE] for layer, old in zip(cache.layers, before, strict=True)]
+        live[name] = {layer.name: int(n.sum()) for layer, n in zip(cache.layers, counted, strict=True)}
+        kl[name] = float(divergence(truth, got).mean())
+    for site, count in live["all"].items():
+        assert (live["skip"][site] < count) == (site in served(plan)), site
+    assert kl["skip"] < 10 * float(exact_kl.mean())
