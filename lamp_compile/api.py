@@ -64,6 +64,10 @@ def compile(
         PlanError: The plan was made for another model.
     """
     asked, lookahead = linear_layers.parse(linears), options.pop("lookahead", None)
+    if not isinstance(lookahead, str | Path | None):
+        raise OptionError(
+            f"lookahead is a {type(lookahead).__name__}", where="lookahead", fix="the path of a look-ahead network"
+        )
     _check_options(plan, preset, mode, inplace, {"balance": balance, "linears": asked}, options)
     template = plans.template(preset, **options)
     _check_model(model)

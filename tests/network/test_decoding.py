@@ -230,6 +230,8 @@ def test_other_models_formats_and_modules_are_refused(
         compiled(model, packaged, subtile=16)
     with pytest.raises(PlanError, match="rule 'mass'"):
         compiled(model, packaged, rule="mass")
+    with pytest.raises(OptionError, match="lookahead is a int"):
+        lamp_compile.compile(model, lookahead=3)
     linear = torch.nn.TransformerEncoderLayer(16, 2, batch_first=True).eval()
     with pytest.raises(OptionError, match="for transformers decoders"):
         lamp_compile.compile(linear, lookahead=packaged)
