@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,8 @@ def main(argv: list[str] | None = None) -> int:
         print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
     costs = [session.costs_of(fast, n, rank=about.rank, group=about.group, subtile=about.subtile) for n in LENGTHS]
     picked = windows.spread(ids[int(ids.numel() * (1 - session.HELD_OUT)) :], args.context, args.windows)
-    lost = losses(model, path, picked.to(args.device), path.with_suffix(".everywhere"))
+    with tempfile.TemporaryDirectory() as folder:
+        lost = losses(model, path, picked.to(args.device), Path(folder) / "everywhere.safetensors")
     served = next((row for row in lost if row["name"] == "lamp_network"), None)
     targets = [
         {"target": "every served site beats both baselines at t", "met": all(r["better"] for r in told
