@@ -7,6 +7,7 @@
 #   MODEL=DIR TEXT=FILE      what the demo and the benchmarks run on
 #   ARGS=...                 passed to pytest
 #   SEED=1 CASES=20000       what `make fuzz` runs: random calls of the CPU kernels under sanitizers
+#   SEED=1 ONNX_CASES=100000 what `make fuzz-onnx` runs: damaged ONNX files
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,6 +16,7 @@ MODEL ?= examples/models/nano
 TEXT ?= examples/data/walden.txt
 SEED ?= 1
 CASES ?= 20000
+ONNX_CASES ?= 100000
 
 # Threads that spin for long while they wait make everything several times slower where other programs use the same
 # cores; those that sleep at once are slow to come back, and a decode step has many short loops.
@@ -24,7 +26,7 @@ export GOMP_SPINCOUNT ?= 20000
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(notdir $(CONSTRAINTS))
 
-.PHONY: demo test check format golden bench fuzz wheel clean help
+.PHONY: demo test check format golden bench fuzz fuzz-onnx wheel clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -37,7 +39,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS) $(CORE)
 	    f"python {v.major}.{v.minor} found; lamp_compile needs 3.11 to 3.13: make PYTHON=python3.12 ...")'
 	@echo "Setting up $(VENV), once; the download of torch takes most of the time."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c $(CONSTRAINTS) -e ".[dev,hf]"
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c $(CONSTRAINTS) -e ".[dev,hf,onnx-cpu]"
 	@touch $@
 
 demo: $(STAMP)
@@ -59,9 +61,11 @@ format: $(STAMP)
 # Accept the graphs and tables that the tests compare with; read the diff before you commit it.
 golden: $(STAMP)
 	EXPECTTEST_ACCEPT=1 $(BIN)/python -m pytest tests/passes tests/backends $(ARGS)
+	LAMP_ACCEPT=1 $(BIN)/python -m pytest tests/diff/test_own_snapshots.py $(ARGS)
 	$(BIN)/python -m tests.models.table --write
 	$(BIN)/python -m tests.project.operator_page --write
 	$(BIN)/python -m tests.project.results_page --write
+	$(BIN)/python -m tests.project.control_page --write
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/compile_time.py $(MODEL)
@@ -69,6 +73,9 @@ bench: $(STAMP)
 fuzz: $(STAMP)
 	$(BIN)/python -m tests.native.build build/fuzz address
 	ASAN_OPTIONS=detect_leaks=0 build/fuzz/fuzz $(SEED) $(CASES)
+
+fuzz-onnx: $(STAMP)
+	$(BIN)/python -m tests.onnx.fuzz $(SEED) $(ONNX_CASES)
 
 wheel: $(STAMP)
 	rm -rf build dist

@@ -15,16 +15,22 @@ _HOME = {
     "rewrite": "lamp_compile.api",
     "explain": "lamp_compile.api",
     "disable": "lamp_compile.api",
+    "compare": "lamp_compile.diff.api",
+    "snapshot": "lamp_compile.diff.api",
     "backend": "lamp_compile.torch_backend",
+    "export_onnx": "lamp_compile.onnx_export",
+    "rewrite_onnx": "lamp_compile.frontends.onnx.rewrite",
     "DecodeStep": "lamp_compile.frontends.huggingface.decode_step",
     "NestedCache": "lamp_compile.runtime.kv_cache",
     "Plan": "lamp_compile.plan",
     "SitePlan": "lamp_compile.plan",
     "GuardPlan": "lamp_compile.plan",
+    "ControlPlan": "lamp_compile.control_plan",
     "LinearPlan": "lamp_compile.linear_plan",
     "LampError": "lamp_compile.errors",
 }
 __all__ = [
+    "ControlPlan",
     "DecodeStep",
     "GuardPlan",
     "LampError",
@@ -34,17 +40,25 @@ __all__ = [
     "SitePlan",
     "__version__",
     "backend",
+    "compare",
     "compile",
     "disable",
     "explain",
+    "export_onnx",
     "rewrite",
+    "rewrite_onnx",
+    "snapshot",
 ]
 
 if TYPE_CHECKING:
     from lamp_compile.api import compile, disable, explain, rewrite
+    from lamp_compile.control_plan import ControlPlan
+    from lamp_compile.diff.api import compare, snapshot
     from lamp_compile.errors import LampError
     from lamp_compile.frontends.huggingface.decode_step import DecodeStep
+    from lamp_compile.frontends.onnx.rewrite import rewrite_onnx
     from lamp_compile.linear_plan import LinearPlan
+    from lamp_compile.onnx_export import export_onnx
     from lamp_compile.plan import GuardPlan, Plan, SitePlan
     from lamp_compile.runtime.kv_cache import NestedCache
     from lamp_compile.torch_backend import backend

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lamp_compile import control_plan
 from lamp_compile import plan as plans
 from lamp_compile.driver import rewrite
 from lamp_compile.errors import ModelError, OptionError
@@ -54,9 +55,10 @@ def compile(
         linears: Linear layers of a transformers decoder: "never" leaves them; "auto" reads weights in INT8 where it is
         measured faster on this CPU, except the output head; "int8" or "int8_dynamic" takes all; or rows
         (``LinearPlan``), as ``quality.linears.calibrate`` chooses them on a text.
-        **options: Fields of every site of the plan (``tau``, ``rule``, ``k_format``, ``guard_budget``, ...); and
-        ``lookahead``, the file of a look-ahead network (``lamp-compile train-lookahead``), for a transformers decoder:
-        the sites that it serves use it when one token is decoded.
+        **options: Fields of every site of the plan (``tau``, ``rule``, ``k_format``, ``guard_budget``, ...). For
+        transformers decoders also ``control``, which starts the precision controller (``{"quality": 0.99}`` or other
+        fields of ``ControlPlan``), ``shadow``, the share of steps that also run without approximation, to measure
+        the true error, and ``lookahead``, the file of a look-ahead network (``lamp-compile train-lookahead``).
 
     Raises:
         OptionError: An option is unknown or impossible.
@@ -68,30 +70,32 @@ def compile(
         raise OptionError(
             f"lookahead is a {type(lookahead).__name__}", where="lookahead", fix="the path of a look-ahead network"
         )
-    _check_options(plan, preset, mode, inplace, {"balance": balance, "linears": asked}, options)
+    target, shadow = control_plan.parse(options.pop("control", None)), options.pop("shadow", 0.0)
+    choices = {"balance": balance, "linears": asked, "control": target, "shadow": shadow}
+    _check_options(plan, preset, mode, inplace, choices, options)
     template = plans.template(preset, **options)
+    wanted = Plan((template,), preset=preset, control=target, shadow=shadow).validate()
     _check_model(model)
     route = _huggingface(model)
     if route is not None:
-        mode = _mode(mode, route.device_type(model))
         if not isinstance(asked, str):
             linear_layers.check(model, asked)
         fast = route.compile_model(
-            model, plan=plan, template=template, preset=preset, mode=mode, inplace=inplace, fuel=fuel, balance=balance
-        )  # fmt: skip
+            model, plan=plan, wanted=wanted, mode=mode, inplace=inplace, fuel=fuel, balance=balance
+        )
         route.set_network(fast, lookahead)
         route.set_linears(fast, asked)
-        if mode != "eager":
+        if fast.lamp.mode != "eager":
             route.compile_decoding(fast, backend(plan=route.decode_plan(fast), controls=fast.lamp.controls))
+        if fast.lamp.plan.control is not None:
+            fast.lamp.control(fast.lamp.plan.control)
         return fast
-    if lookahead is not None:
-        raise OptionError(
-            "look-ahead networks are for transformers decoders", where=type(model).__name__, fix="leave lookahead out"
-        )
-    if asked != "never":
-        raise OptionError(
-            "linears are chosen for transformers decoders", where=type(model).__name__, fix="leave linears out"
-        )
+    given_for = {"linears": asked != "never", "control": target is not None, "shadow": shadow > 0}
+    for name, given in {**given_for, "lookahead": lookahead is not None}.items():
+        if given:
+            raise OptionError(
+                f"{name} is for transformers decoders", where=type(model).__name__, fix=f"leave {name} out"
+            )
     return modules.compile_module(model, _graph_backend(model, plan, preset, mode, fuel, balance, options), inplace)
 
 
@@ -122,8 +126,11 @@ def explain(model: nn.Module, example_inputs: Any = None, **options: Any) -> Rep
             if report.sites and len(report.refusals) == len(report.sites):
                 return report
             raise
-        fast.lamp.backend = backend(plan=route.decode_plan(fast), controls=fast.lamp.controls, lower="eager")
-        route.trace_decoding(fast, fast.lamp.backend)
+        if fast.lamp.controller is not None:
+            fast.lamp.controller.stop(restore=True)
+        if all(layer is None or layer.plan.exact_tier == "none" for layer in fast.lamp.spec.layers):
+            fast.lamp.backend = backend(plan=route.decode_plan(fast), controls=fast.lamp.controls, lower="eager")
+            route.trace_decoding(fast, fast.lamp.backend)
         return fast.lamp.report()  # type: ignore[no-any-return]
     if not isinstance(example_inputs, tuple | dict) or not example_inputs:
         raise OptionError(
@@ -184,7 +191,8 @@ def _check_options(
         raise OptionError(
             f"plan is a {type(plan).__name__}", where="plan", fix="a lamp_compile.Plan or the path of one"
         )
-    chosen = [name for name, default in (("balance", "auto"), ("linears", "never")) if choices[name] != default]
+    defaults = {"balance": "auto", "linears": "never", "control": None, "shadow": 0.0}
+    chosen = [name for name, default in defaults.items() if choices[name] != default]
     extra = [*options, *(["preset"] if preset != "balanced" else []), *chosen]
     if extra:
         raise OptionError(

@@ -1,4 +1,4 @@
-"""``lamp-compile``: exit codes 0 done, 1 error, 2 usage, 3 a limit was exceeded."""
+"""``lamp-compile``: exit codes 0 done, 1 error, 2 usage, 3 a limit was exceeded or something differs."""
 
 from __future__ import annotations
 
@@ -8,11 +8,27 @@ import sys
 from collections.abc import Sequence
 
 from lamp_compile import __version__
-from lamp_compile.commands import _output, bisect, compile, doctor, evaluate, explain, run, train_lookahead, tune
+from lamp_compile.commands import (
+    _output,
+    bisect,
+    compile,
+    diff,
+    doctor,
+    evaluate,
+    explain,
+    export,
+    rewrite,
+    run,
+    snapshot,
+    train_lookahead,
+    tune,
+)
 from lamp_compile.errors import LampError
 
-COMMANDS = (run, explain, evaluate, compile, tune, train_lookahead, bisect, doctor)
-EPILOG = "exit codes: 0 done, 1 error, 2 usage, 3 a limit (--max-kl, --min-agreement) was exceeded"
+COMMANDS = (run, explain, evaluate, compile, export, rewrite, tune, train_lookahead, bisect, diff, snapshot, doctor)
+LIGHT = ("doctor", "diff", "snapshot")
+"""Commands that load no model of transformers."""
+EPILOG = "exit codes: 0 done, 1 error, 2 usage, 3 a limit was exceeded, or something differs"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = parser().parse_args(argv)
     _output.print_anything()
-    if args.command != "doctor":
+    if args.command not in LIGHT:
         _output.quiet_loading()
     try:
         code: int = args.run(args)

@@ -46,6 +46,14 @@ class CaptureError(LampError, RuntimeError):
     """A program could not be captured or lowered."""
 
 
+class ExportError(LampError, RuntimeError):
+    """An exported artifact does not do what the model does, or its target could not run it. Nothing was written."""
+
+
+class LimitError(ExportError):
+    """An exported artifact is right, and further from the float model than the user allows. Nothing was written."""
+
+
 class PassError(LampError, RuntimeError):
     """A pass broke an invariant. This is a bug in lamp_compile, not in the user's program."""
 

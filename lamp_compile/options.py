@@ -64,6 +64,7 @@ class Options:
                 where="plan",
                 fix="lamp_compile.compile(model, plan=...) of a transformers decoder, or a plan without linears",
             )
+        _refuse_supervision(plan)
         for name in ("tau", "floor"):
             if isinstance(values.get(name), list):
                 values[name] = tuple(values[name])
@@ -76,7 +77,7 @@ class Options:
             raise OptionError(f"unknown preset {self.preset!r}", where="preset", fix=f"one of {', '.join(PRESETS)}")
         if self.fuel is not None and (isinstance(self.fuel, bool) or not isinstance(self.fuel, int) or self.fuel < 0):
             raise OptionError(f"fuel is {self.fuel!r}", where="fuel", fix="how many sites to rewrite: 0, 1, 2, ...")
-        template(self.preset, **self.overrides)
+        _refuse_supervision(Plan((template(self.preset, **self.overrides),)))
         backends.get(self.lower)
         if self.lower == "inductor":
             from lamp_compile.backends.inductor import check, mode_options
@@ -99,3 +100,22 @@ def _plan(given: object) -> Plan | None:
     if isinstance(given, str | Path):
         return Plan.load(given)
     raise OptionError(f"plan is a {type(given).__name__}", where="plan", fix="a Plan or the path of a plan file")
+
+
+def _refuse_supervision(plan: Plan | None) -> None:
+    """What goes on around steps of a model is not a graph's to do."""
+    if plan is None:
+        return
+    asked = {
+        "a controller": plan.control is not None,
+        "shadow steps": plan.shadow > 0,
+        "guard.retry": any(row.apply and row.guard.retry for row in plan.sites),
+        "exact_tier 'host'": any(row.apply and row.exact_tier != "none" for row in plan.sites),
+    }
+    for name, given in asked.items():
+        if given:
+            raise OptionError(
+                f"the plan asks for {name}, which a graph cannot do",
+                where="plan",
+                fix="lamp_compile.compile(model, ...) of a transformers decoder, or a plan without it",
+            )

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from lamp_compile import _plugins, linear_plan
+from lamp_compile import _plugins, control_plan, linear_plan
+from lamp_compile.control_plan import ControlPlan
 from lamp_compile.errors import OptionError, PlanError
 from lamp_compile.ir import Floor
 from lamp_compile.launch_plan import LaunchPlan
@@ -27,6 +28,9 @@ RULES = tuple(name for name in _plugins.names("runtime/lookahead") if name not i
 ROTATIONS = ("hadamard", "none")
 QUERY_BITS = (0, 8, 16)
 TILES = (32, 64, 128)
+EXACT_TIERS = ("none", "host")
+SIXTEEN_BITS = ("bf16", "fp16")
+"""Formats that keep a 16-bit model's keys and values as they are."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class GuardPlan:
     """Steps a raised floor level is held."""
     hysteresis: float = 0.5
     """The level sinks again below this share of the budget."""
+    retry: bool = False
+    """Do a step in which this site's floor rose again at the raised level, instead of from the next step on."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +74,18 @@ class SitePlan:
     """Keys per decision."""
     balance: tuple[tuple[float, ...], ...] | None = None
     """Divisor of each key channel (and factor of the query's), per kv head; None = all 1."""
+    exact_tier: str = "none"
+    """Where keys and values are kept as they came, for floor 2: "host" is a copy in the host's memory."""
     guard: GuardPlan = GuardPlan()
     lookahead: str = field(default="exact", kw_only=True)
     """"exact" scores the high plane of every key; "network" lets the plan's network predict (one token at a time)."""
     skip: float = field(default=0.0, kw_only=True)
     """Softmax mass that a row may lose to sub-tiles that are not read; 0 reads all. With a network only."""
+
+    @property
+    def sixteen_bits(self) -> bool:
+        """Whether what is stored is what floor 2 asks for, so that nothing is missing there."""
+        return self.k_format in SIXTEEN_BITS and self.v_format in SIXTEEN_BITS and self.query_bits != 8
 
     def validate(self, where: str = "") -> None:
         """Check every field.
@@ -87,6 +100,7 @@ class SitePlan:
         choice(self.rotation, ROTATIONS, "rotation", where)
         choice(self.query_bits, QUERY_BITS, "query_bits", where)
         choice(self.tile, TILES, "tile", where)
+        choice(self.exact_tier, EXACT_TIERS, "exact_tier", where)
         choice(self.subtile, (16, 32, 64, 128), "subtile", where)
         if self.tile % self.subtile:
             raise PlanError(f"subtile {self.subtile} does not divide tile {self.tile}", where=where, fix="subtile 32")
@@ -105,10 +119,16 @@ class SitePlan:
                 where=where,
                 fix="rule energy",
             )
+        if self.lookahead == "network" and self.exact_tier != "none":
+            raise PlanError(
+                "a network beside an exact copy on the host", where=where, fix="exact_tier none, or lookahead exact"
+            )
         if self.skip and self.lookahead != "network":
             raise PlanError(f"skip is {self.skip!r} without a network", where=where, fix="lookahead network, or skip 0")
         number(self.guard.budget, "guard.budget", where, above=0.0, infinite=True)
         number(self.guard.hysteresis, "guard.hysteresis", where, above=0.0, most=1.0)
+        if not isinstance(self.guard.retry, bool):
+            raise PlanError(f"guard.retry is {self.guard.retry!r}", where=where, fix="true or false")
         for name in ("window", "hold"):
             value = getattr(self.guard, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST:
@@ -133,6 +153,10 @@ class Plan:
     preset: str = "balanced"
     launch: Mapping[str, LaunchPlan] = field(default_factory=dict)
     """By kind of GPU, such as "sm_90": how kernels cut their work there; the defaults where it is not named."""
+    control: ControlPlan | None = None
+    """What the precision controller holds while the model runs; None = no controller."""
+    shadow: float = 0.0
+    """Share of steps that run a second time without approximation, to measure the true error."""
     provenance: Mapping[str, Any] = field(default_factory=lambda: {"calibration": "uncalibrated"})
     version: int = PLAN_VERSION
 
@@ -175,6 +199,9 @@ class Plan:
                 )
         for name, launch in self.launch.items():
             launch.validate(f"plan, launch on {name!r}")
+        if self.control is not None:
+            self.control.validate()
+        number(self.shadow, "shadow", "plan", least=0.0, most=1.0)
         return self
 
     def check(self, fingerprint: str, model: str) -> None:
@@ -228,9 +255,11 @@ class Plan:
             raise PlanError("`launch` must be an object", where=where, fix='{"sm_90": {"stages": 4}}, or leave it out')
         cut = {name: _row(LaunchPlan, row, f"{where}, launch on {name!r}") for name, row in launch.items()}
         linears = linear_plan.read(data.get("linears", []), where)
+        control = control_plan.read(data.get("control"), where)
+        known = {"sites": sites, "linears": linears, "launch": cut, "control": control}
         if data.get("network") is not None:
-            data["network"] = _row(NetworkPlan, data["network"], f"{where}, network")
-        plan: Plan = _row(Plan, {**data, "sites": sites, "linears": linears, "launch": cut}, where)
+            known["network"] = _row(NetworkPlan, data["network"], f"{where}, network")
+        plan: Plan = _row(Plan, {**data, **known}, where)
         if not isinstance(plan.provenance, dict):
             raise PlanError("`provenance` must be an object", where=where, fix="see docs/plan.md")
         return plan.validate()

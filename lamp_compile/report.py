@@ -65,6 +65,7 @@ class Report:
             lines.append(f"  {site.name}  [{site.pattern}]  {shape}, {site.dtype}  {' '.join(site.features)}")
             formats = row.k_format if row.k_format == row.v_format else f"K {row.k_format} / V {row.v_format}"
             balance = "balanced" if row.balance else "not balanced"
+            balance += ", exact copies in the host's memory" if row.exact_tier == "host" else ""
             lines.append(f"      {done}; {formats}, {row.rule} tau {row.tau}, rotation {row.rotation}, {balance}")
         for title, refusals in (("refused", self.refusals), ("softmax not claimed", self.unclaimed)):
             for refusal in refusals:

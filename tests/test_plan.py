@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from lamp_compile.control_plan import ControlPlan
 from lamp_compile.errors import OptionError, PlanError
 from lamp_compile.plan import GuardPlan, Plan, SitePlan, fingerprint, template
 
@@ -74,6 +75,8 @@ def test_fields_left_out_take_their_defaults() -> None:
         ({"guard": {"hysteresis": 2}}, "guard.hysteresis is 2"),
         ({"guard": {"hysteresis": 0}}, "guard.hysteresis is 0"),
         ({"guard": {"patience": 2}}, "'patience'"),
+        ({"guard": {"retry": 1}}, "guard.retry is 1"),
+        ({"exact_tier": "disk"}, "exact_tier is 'disk'"),
         ({"guard": 3}, "expected an object"),
         ({"apply": "yes"}, "apply must be bool"),
         ({"name": 7}, "needs a name"),
@@ -137,3 +140,24 @@ def test_unknown_site_and_preset_and_option() -> None:
         template(tau=-2)
     assert template(guard_budget=0.5).guard.budget == 0.5
     assert template(tau=[0.1, 0.2], floor=[0, 1]) == template(tau=(0.1, 0.2), floor=(0, 1))
+
+
+def test_control_and_shadow_both_ways_and_older_plans_without() -> None:
+    made = plan(control=ControlPlan(quality=0.98, relation=(0.001, 0.02, 0.5)), shadow=0.01)
+    assert Plan.from_json(made.to_json()) == made
+    older = {name: value for name, value in json.loads(plan().to_json()).items() if name not in ("control", "shadow")}
+    for row in older["sites"]:
+        del row["exact_tier"], row["guard"]["retry"]
+    assert Plan.from_json(json.dumps(older)) == plan()
+    for changes, says in (
+        ({"control": {"quality": 2}}, "quality is 2"),
+        ({"control": {"qualty": 0.9}}, "unknown field 'qualty'"),
+        ({"control": {}}, "nothing to hold"),
+        ({"control": {"speed": 3, "refined": 0.1}}, "contradict"),
+        ({"control": {"quality": 0.9, "relation": 3}}, "three numbers"),
+        ({"control": []}, "expected an object"),
+        ({"shadow": "much"}, "shadow is 'much'"),
+        ({"shadow": 2}, "shadow is 2"),
+    ):
+        with pytest.raises(PlanError, match=says):
+            Plan.from_json(json.dumps({**json.loads(plan().to_json()), **changes}))

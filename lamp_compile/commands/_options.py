@@ -24,11 +24,16 @@ def plan(parser: argparse.ArgumentParser) -> None:
         "--linears", choices=("never", "auto", "int8", "int8_dynamic"),
         help="linear layers in INT8 on a CPU: auto where measured faster (default: never)",
     )  # fmt: skip
+    settings(parser)
+    parser.add_argument("--plan", metavar="FILE", help="use this plan instead (see `lamp-compile compile`)")
+
+
+def settings(parser: argparse.ArgumentParser) -> None:
+    """``--set``."""
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", type=_setting, dest="settings",
         help="field of every site of the plan, such as tau=0.02 or k_format=fp8; may be repeated",
     )  # fmt: skip
-    parser.add_argument("--plan", metavar="FILE", help="use this plan instead (see `lamp-compile compile`)")
 
 
 def text(parser: argparse.ArgumentParser) -> None:

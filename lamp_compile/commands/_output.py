@@ -7,12 +7,27 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from lamp_compile.errors import InputError
 
 
 def print_json(data: Any) -> None:
     """One JSON object on standard output. What is no number is spelled out, since JSON has no NaN."""
     print(json.dumps(_plain(data), indent=2, allow_nan=False))
+
+
+def write(path: Path, text: str) -> None:
+    """Write a text file.
+
+    Raises:
+        InputError: It cannot be written.
+    """
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write it: {error.strerror}", where=str(path), fix="another path") from None
 
 
 def progress(total: int, title: str) -> Callable[[str], None]:

@@ -28,8 +28,8 @@ def insert_guard(program: Program, sites: Iterable[AttentionSite], plan: Plan, w
         emit.inherit(attend)
         guard = emit.call(
             OPS["guard"], out, lse, certificate, select, hot["state"], hot["stats"], hot["floor"], hot["budget"],
-            window=row.guard.window, hold=row.guard.hold, hysteresis=row.guard.hysteresis, exact=site.cache is None,
-            site=site.name,
+            window=row.guard.window, hold=row.guard.hold, hysteresis=row.guard.hysteresis,
+            exact=site.cache is None or row.sixteen_bits, site=site.name,
         )  # fmt: skip
         state, stats = outputs(guard, 2, emit)
         if site.cache is None:

@@ -5,7 +5,7 @@ One tensor per layer and plane: views of one big tensor cost Inductor full copie
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,11 +13,12 @@ from torch import Tensor
 
 from lamp_compile.errors import CacheError
 from lamp_compile.plan import SitePlan
-from lamp_compile.runtime import formats, guard, kernels, layout
+from lamp_compile.runtime import formats, guard, kernels, layout, shadow
 from lamp_compile.runtime.attend_in_parts import attend_in_parts
 from lamp_compile.runtime.controls import SiteControls
 from lamp_compile.runtime.fused_ops import inference_only  # importing it registers torch.ops.lamp
 from lamp_compile.runtime.growable_layer import GrowableLayer
+from lamp_compile.runtime.ledger import Ledger
 from lamp_compile.runtime.plane_handle import PlaneHandle
 
 PLANES = ("k_high", "k_residual", "k_scale", "v_high", "v_residual", "v_scale")
@@ -32,6 +33,8 @@ class LayerSpec:
     balance: Tensor | None = None
     launch: str = ""
     """How kernels cut the work (``plan.LaunchPlan.text``)."""
+    ledger: Ledger = field(default_factory=Ledger)
+    """Where the model's counters are kept."""
     network: Any = None
     """The gate that predicts this site's importance (``network.layer.SiteNetwork``); None looks ahead exactly."""
 
@@ -69,6 +72,8 @@ class NestedLayer(GrowableLayer):
     reference_only = False
     """Attend by the reference everywhere: there every query decides for itself, in kernels those of a forward may share
     decisions."""
+    has_exact = False
+    """Whether level 2 finds keys and values as they came."""
     k_high: Tensor
     k_residual: Tensor
     k_scale: Tensor
@@ -153,6 +158,10 @@ class NestedLayer(GrowableLayer):
             "stats": guard.new_stats(batch, kv_heads, self.device),
         }
 
+    def exact_rows(self) -> tuple[Tensor, Tensor]:
+        """Keys ``[B, G, held, D]`` and values as they came, where ``has_exact``."""
+        raise NotImplementedError
+
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[PlaneHandle, PlaneHandle]:
@@ -186,6 +195,12 @@ class NestedLayer(GrowableLayer):
         self.cumulative_length.add_(rows)
         return PlaneHandle(self, False, key_states.dtype), PlaneHandle(self, True, value_states.dtype)
 
+    def reset(self) -> None:
+        """Forget all sequences; what was counted of them stays in the model's ledger."""
+        if self.is_initialized:
+            self.spec.ledger.retire(self.name, self.stats)
+        super().reset()
+
     def _position(self) -> Tensor:
         """Where the next row goes ``[1]``. In a graph it is computed: AOTInductor takes a view of a buffer that is all
         zeros when a program is compiled for a constant."""
@@ -203,10 +218,8 @@ class NestedLayer(GrowableLayer):
         return self._attend(q, seen, causal=causal, window=window, scale=scale, softcap=softcap)
 
     def _attend(self, q: Tensor, seen: tuple[Tensor | None, ...], **how: Any) -> Tensor:
-        """Call the operator for attention: the fused one where a kernel serves it; in a graph always the meeting point,
-        which the passes expand and fuse. ``seen`` as of ``runtime/ops.py``."""
-        plan, controls = self.plan, self.controls
-        hot = (controls.tau, controls.floor, controls.budget, self.state, self.stats)
+        """``seen`` as of ``runtime/ops.py``. Where a shadow step is measured, the exact path runs beside."""
+        plan = self.plan
         options: dict[str, Any] = dict(
             **how, keys=self.max_cache_len,
             k_format=plan.k_format, v_format=plan.v_format, rotation=plan.rotation,
@@ -214,6 +227,15 @@ class NestedLayer(GrowableLayer):
             guard_window=plan.guard.window, guard_hold=plan.guard.hold, hysteresis=plan.guard.hysteresis,
             site=self.name, launch=self.spec.launch,
         )  # fmt: skip
+        if not torch.compiler.is_compiling() and (measure := shadow.current()) is not None:
+            return measure.attend(self, q, seen, options)
+        return self._run(q, seen, options)
+
+    def _run(self, q: Tensor, seen: tuple[Tensor | None, ...], options: dict[str, Any]) -> Tensor:
+        """Call the operator for attention: the fused one where a kernel serves it; in a graph always the meeting point,
+        which the passes expand and fuse."""
+        controls = self.controls
+        hot = (controls.tau, controls.floor, controls.budget, self.state, self.stats)
         out: Tensor
         if self.reference_only:
             out, state, stats = attend_in_parts(q, self.planes, hot, (self.balance, *seen), options)

@@ -6,8 +6,10 @@ They are changed in place, so changing them recompiles nothing and moves no plan
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,10 +42,17 @@ class SiteControls:
 
 
 class Controls:
-    """The hot tensors of all sites of one model, by site name."""
+    """The hot tensors of all sites of one model, by site name.
+
+    Attributes:
+        changes: How often settings were changed, by (site, who).
+        holder: Who holds tau; empty for everyone.
+    """
 
     def __init__(self) -> None:
         self._sites: dict[str, SiteControls] = {}
+        self.changes: Counter[tuple[str, str]] = Counter()
+        self.holder = ""
 
     def __getitem__(self, site: str) -> SiteControls:
         return self._sites[site]
@@ -71,12 +80,24 @@ class Controls:
         floor: int | Sequence[int] | None = None,
         budget: float | Sequence[float] | None = None,
         sites: str | Iterable[str] | None = None,
+        by: str = "user",
     ) -> None:
         """Change settings in place, of all sites or of those named; one number, or one per kv head.
 
+        Args:
+            tau: Threshold of the rule.
+            floor: Least precision.
+            budget: The guard's.
+            sites: Whose; None for all.
+            by: Who asks, for the counters.
+
         Raises:
-            OptionError: Unknown site, impossible value, wrong number of heads.
+            OptionError: Unknown site, impossible value, wrong number of heads; or a controller holds tau.
         """
+        if tau is not None and self.holder and by != self.holder:
+            raise OptionError(
+                f"a {self.holder} holds tau", where="Controls.set", fix="fast.lamp.controller.stop() first"
+            )
         names = list(self._sites) if sites is None else [sites] if isinstance(sites, str) else list(sites)
         for name in names:
             if name not in self._sites:
@@ -91,6 +112,35 @@ class Controls:
         ]
         for tensor, values in changes:  # all are possible, so change all
             tensor.copy_(values)
+        for name in names if changes else ():
+            self.changes[(name, by)] += 1
+
+
+class Writer:
+    """Puts tau into force from another thread: on a GPU by a stream of its own, so that the model's is not waited for.
+    A step under way may see the new value in its later layers."""
+
+    def __init__(self, controls: Controls) -> None:
+        self._controls = controls
+        self._staged: dict[str, Tensor] = {}
+        self._streams: dict[torch.device, Any] = {}
+
+    def write(self, site: str, tau: Sequence[float]) -> None:
+        """Set one site's tau, one number per kv head."""
+        target = self._controls[site].tau
+        if target.device.type != "cuda":
+            self._controls.set(tau=tau, sites=site, by=self._controls.holder or "controller")
+            return
+        if target.device not in self._streams:
+            self._streams[target.device] = torch.cuda.Stream(target.device)  # type: ignore[no-untyped-call]
+        if site not in self._staged:
+            self._staged[site] = torch.empty(target.shape, pin_memory=True)
+        staged, stream = self._staged[site], self._streams[target.device]
+        stream.synchronize()  # its own: writes before this one
+        staged.copy_(_per_head(tau, target.shape[0], f"tau of {site}"))
+        with torch.cuda.stream(stream):
+            target.copy_(staged, non_blocking=True)
+        self._controls.changes[(site, self._controls.holder or "controller")] += 1
 
 
 def _per_head(value: float | Sequence[float], kv_heads: int, where: str) -> Tensor:

@@ -172,6 +172,14 @@ class GrowableLayer(StaticLayer):  # type: ignore[misc]
             self.max_cache_len = rounded_capacity(keys)
             self._install(wider)
 
+    def host_marks(self) -> tuple[int, ...]:
+        """What the host counts, to be undone by ``set_host_marks``."""
+        return (self._longest,)
+
+    def set_host_marks(self, marks: tuple[int, ...]) -> None:
+        """Undo what was counted since ``host_marks()``."""
+        (self._longest,) = marks
+
     def reset(self) -> None:
         """Forget all sequences; the memory and its addresses stay."""
         if self.is_initialized:

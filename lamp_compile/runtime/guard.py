@@ -24,8 +24,9 @@ EXACT_MISSING = 2
 """Flag: level 2 was called for and the site has no exact keys and values; both planes are used."""
 
 STEPS, LIVE, REFINED, EXACT, RAISED, LOWERED, BAD = range(7)
-"""Fields of the statistics, int64 ``[B, G, 7]``: steps, live sub-tiles, of these refined, of these exact; floor
-raised, floor lowered, steps with a non-finite output."""
+"""Fields of the statistics, int64 ``[B, G, 7]``: steps; live sub-tiles, of these refined, of these exact; and every
+change of the floor by its reason: raised because over budget, lowered by hysteresis, steps with a non-finite output
+(each sets the floor to ``Floor.EXACT``)."""
 STATS_FIELDS = 7
 
 
@@ -96,7 +97,7 @@ def step(
         (
             stepped,
             *_tile_counts(levels, pooled),
-            raised > level,
+            (raised > level) & ~bad,
             raised < level,
             bad,
         ),

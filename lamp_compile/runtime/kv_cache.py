@@ -15,6 +15,8 @@ from lamp_compile.runtime import guard, layout
 from lamp_compile.runtime.allocation import allocate
 from lamp_compile.runtime.cache_layers import FloatLayer, LayerSpec, NestedLayer
 from lamp_compile.runtime.growable_layer import KEPT_FOR, rounded_capacity
+from lamp_compile.runtime.insured_layer import InsuredLayer
+from lamp_compile.runtime.ledger import Ledger
 from lamp_compile.runtime.network.layer import NetworkLayer
 
 __all__ = ["CacheSpec", "FloatLayer", "LayerSpec", "NestedCache", "NestedLayer", "rounded_capacity"]
@@ -34,6 +36,8 @@ class CacheSpec:
     model: str
     owner: object = field(default_factory=object)
     """Stands for the one compiled model; a spec derived with ``dataclasses.replace`` keeps it."""
+    ledger: Ledger = field(default_factory=Ledger)
+    """Counters of all caches of the model; its layers' specs name the same one."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CacheSpec:
         """A copied cache still belongs to its model."""
@@ -49,6 +53,9 @@ class NestedCache(Cache):  # type: ignore[misc]
         layers: Layers of an earlier cache of the same spec, to use their memory; made anew when left out.
     """
 
+    watched = True
+    """Its statistics are its own, and not those of a cache that this one is a view of."""
+
     def __init__(
         self,
         spec: CacheSpec,
@@ -58,6 +65,8 @@ class NestedCache(Cache):  # type: ignore[misc]
         super().__init__(layers=_new_layers(spec, rounded_capacity(capacity)) if layers is None else layers)
         self.spec = spec
         self._longest = 0
+        if self.watched:
+            spec.ledger.watch(self)
         self.unpadded = False
         """Set while a ``generate`` without padding uses this cache: lengths and causality say all, no mask is made."""
 
@@ -157,11 +166,16 @@ class NestedCache(Cache):  # type: ignore[misc]
                 tensor = getattr(layer, name)
                 key = KEPT_FOR.get(name, name)
                 found[key] = found.get(key, 0) + tensor.numel() * tensor.element_size()
+            if isinstance(layer, InsuredLayer) and layer.is_initialized:
+                found["host_copy"] = found.get("host_copy", 0) + layer.copy.nbytes
         return found
 
     def guard_report(self) -> list[dict[str, Any]]:
         """Per site: steps, share of sub-tiles refined, floor raised and lowered, flags in words. Reads the device."""
         return [_site_report(layer) for layer in self.layers if isinstance(layer, NestedLayer) and layer.is_initialized]
+
+
+_LAYERS = {"none": NestedLayer, "host": InsuredLayer}
 
 
 def _new_layers(spec: CacheSpec, room: int) -> list[FloatLayer | NestedLayer]:
@@ -172,12 +186,15 @@ def _new_layers(spec: CacheSpec, room: int) -> list[FloatLayer | NestedLayer]:
 
 
 def _nested(spec: LayerSpec, room: int) -> NestedLayer:
-    return NestedLayer(spec, room) if spec.network is None else NetworkLayer(spec, room)
+    kind = _LAYERS[spec.plan.exact_tier] if spec.network is None else NetworkLayer
+    return kind(spec, room)
 
 
 def _site_report(layer: NestedLayer) -> dict[str, Any]:
     counts: Sequence[int] = layer.stats.sum((0, 1)).tolist()
     bits = {bit for flags in layer.state[..., guard.FLAGS].flatten().tolist() for bit in (1, 2) if int(flags) & bit}
+    if layer.has_exact:
+        bits.discard(guard.EXACT_MISSING)  # the step that raises it does not know that the next one has them
     live = counts[guard.LIVE]
     return {
         "site": layer.name,

@@ -24,6 +24,7 @@ class SlotView(NestedCache):
     """
 
     layers: list[SlotLayer]
+    watched = False
 
     def __init__(self, spec: CacheSpec, rows: SlotRows, layers: list[SlotLayer]) -> None:
         super().__init__(spec, layers=layers)
@@ -182,6 +183,7 @@ class SlotCache(SlotView):
             ),
         )
         self._table = self.rows.table
+        spec.ledger.watch(self)
 
     @property
     def capacity(self) -> int:
@@ -223,6 +225,8 @@ class SlotCache(SlotView):
             CacheError: No slot or not enough pages are free, or the sequence is too long. Nothing has changed then.
         """
         slot = self._table.admit(tokens)
+        for layer in self.layers:
+            self.spec.ledger.retire(layer.name, layer.stats[slot : slot + 1])
         torch._foreach_zero_([layer.state[slot] for layer in self.layers])
         torch._foreach_zero_([layer.stats[slot] for layer in self.layers])
         return slot

@@ -233,7 +233,7 @@ def test_other_models_formats_and_modules_are_refused(
     with pytest.raises(OptionError, match="lookahead is a int"):
         lamp_compile.compile(model, lookahead=3)
     linear = torch.nn.TransformerEncoderLayer(16, 2, batch_first=True).eval()
-    with pytest.raises(OptionError, match="for transformers decoders"):
+    with pytest.raises(OptionError, match="lookahead is for transformers decoders"):
         lamp_compile.compile(linear, lookahead=packaged)
     compiled(load.load_model(nano, dtype=torch.bfloat16), packaged)
 

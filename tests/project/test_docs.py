@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from lamp_compile import cli, plan
+from lamp_compile.control_plan import ControlPlan
 from lamp_compile.linear_plan import LinearPlan
 from lamp_compile.plan import GuardPlan, Plan, SitePlan
 from tests.project import operator_page
@@ -81,6 +82,7 @@ def rows(page: Path, title: str) -> list[list[str]]:
         ("SitePlan, one row", SitePlan),
         ("LinearPlan, one linear layer", LinearPlan),
         ("GuardPlan", GuardPlan),
+        ("ControlPlan", ControlPlan),
     ],
     ids=str,
 )

@@ -39,6 +39,7 @@ def fresh(code: str, *, blocked: bool = True, cwd: Path | None = None) -> subpro
         "import lamp_compile; assert lamp_compile.SitePlan and lamp_compile.GuardPlan and lamp_compile.LampError",
         "import lamp_compile; assert set(lamp_compile.__all__) == set(dir(lamp_compile))",
         "import lamp_compile.cli",
+        "import lamp_compile.pytest_plugin",
     ],
 )
 def test_light(code: str) -> None:
@@ -46,7 +47,9 @@ def test_light(code: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["run", "--help"], ["eval", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["run", "--help"], ["eval", "--help"], ["diff", "--help"]]
+)
 def test_light_cli(arguments: list[str]) -> None:
     done = fresh(
         f"import sys; sys.argv = ['lamp-compile', *{arguments!r}]\nfrom lamp_compile.cli import main\nsys.exit(main())"

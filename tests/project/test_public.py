@@ -12,6 +12,7 @@ import pytest
 import lamp_compile
 
 PUBLIC = {
+    "ControlPlan",
     "DecodeStep",
     "GuardPlan",
     "LampError",
@@ -21,10 +22,14 @@ PUBLIC = {
     "SitePlan",
     "__version__",
     "backend",
+    "compare",
     "compile",
     "disable",
     "explain",
+    "export_onnx",
     "rewrite",
+    "rewrite_onnx",
+    "snapshot",
 }
 
 
@@ -64,6 +69,6 @@ def test_constraints_pin_everything(root: Path) -> None:
     pinned = {line.split("==")[0].lower().replace("_", "-") for line in lines}
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["dev"], *extras["hf"]]
+    wanted = [*project["dependencies"], *extras["dev"], *extras["hf"], *extras["onnx-cpu"]]
     names = {re.split(r"[<>=\[]", item)[0].lower().replace("_", "-") for item in wanted}
     assert names <= pinned, names - pinned

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.project import decode_page, results_page
+from lamp_compile.control_plan import RELATION
+from lamp_compile.quality.relation import predict
+from tests.project import control_page, decode_page, results_page
 
 
 def test_quality_page_and_readme_quote_the_committed_results() -> None:
@@ -19,6 +21,17 @@ def test_quality_page_and_readme_quote_the_committed_results() -> None:
     assert results_page.KERNELS.read_text(encoding="utf-8") == results_page.kernels(), "run `make golden`"
     assert results_page.SELECTION.read_text(encoding="utf-8") == results_page.selection(), "run `make golden`"
     assert results_page.CPU.read_text(encoding="utf-8") == results_page.cpu(), "run `make golden`"
+
+
+def test_control_page_quotes_the_committed_results() -> None:
+    assert control_page.PAGE.read_text(encoding="utf-8") == control_page.page(), "run `make golden`"
+    assert control_page.BEGIN in control_page.page()
+
+
+def test_the_default_relation_is_cautious_where_it_was_measured() -> None:
+    for model in control_page.MODELS:
+        for row in control_page.latest(model)["rows"]:
+            assert predict(RELATION, row["estimate"]) >= 1 - row["agreement"], (model, row["tau"])
 
 
 def test_all_quality_targets_are_met() -> None:

@@ -111,6 +111,7 @@ def test_nonfinite_output_escalates_at_once_and_sticks() -> None:
     assert int(state[0, 0, guard.FLAGS]) & guard.NONFINITE
     assert state[0, 0, guard.FLOOR] == 0
     assert stats[0, 0, guard.BAD] == 1
+    assert stats[0, 0, guard.RAISED] == 0, "each rise is counted under its own reason"
 
 
 def test_exact_missing_is_flagged_only_where_it_is_missing() -> None:

@@ -1,38 +1,37 @@
-"""What a compiled transformers model carries, and the three hooks on it: forward, generate and the choice of cache.
-
-The hooks are bound to the one instance; no class is patched.
-"""
+"""What a compiled transformers model carries: its plan, its settings, its caches, its controller, its report."""
 
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
 import warnings
 import weakref
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextvars import ContextVar
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lamp_compile.errors import CacheError, InputError, ModelError
-from lamp_compile.frontends import linears, switch
+from lamp_compile.control_plan import ControlPlan
+from lamp_compile.errors import CacheError, ModelError, OptionError
+from lamp_compile.frontends import linears
+from lamp_compile.frontends.huggingface import supervise
+from lamp_compile.frontends.huggingface.control import Control
 from lamp_compile.frontends.huggingface.many import ManyPrompts, sizes_for, stop_tokens, streams_of
 from lamp_compile.frontends.huggingface.notes import notes_for
 from lamp_compile.frontends.huggingface.sampling import Sampling
 from lamp_compile.frontends.huggingface.sites import ProbedSite
-from lamp_compile.frontends.huggingface.slots import make_slots, positions_for, why_masked
+from lamp_compile.frontends.huggingface.slots import make_slots, why_masked
+from lamp_compile.frontends.huggingface.statistics import RunStatistics, collect
 from lamp_compile.ir import Refusal
 from lamp_compile.plan import Plan
 from lamp_compile.report import Report, SiteSummary
-from lamp_compile.runtime import kernels, layout
+from lamp_compile.runtime import formats, kernels, layout
+from lamp_compile.runtime.controller_thread import StepClock
 from lamp_compile.runtime.controls import Controls
 from lamp_compile.runtime.growable_layer import rounded_capacity
 from lamp_compile.runtime.kv_cache import CacheSpec, NestedCache
-from lamp_compile.runtime.slot_cache import SlotCache, SlotView
+from lamp_compile.runtime.slot_cache import SlotCache
 
 
 class Lamp:
@@ -45,6 +44,9 @@ class Lamp:
         original: The model without LAMP, around the same weights.
         mode: How decoding runs: "eager", "default" or "reduce-overhead".
         backend: The torch.compile backend of the decode step; None in eager mode.
+        controller: The precision controller that was started last; None before the first.
+        clock: Times of decode steps, for the controller.
+        supervisor: Runs shadow steps, and steps again whose floor rose.
     """
 
     def __init__(
@@ -58,6 +60,9 @@ class Lamp:
         self._warned: set[str] = set()
         self._idle: list[list[Any]] = []
         self._model: Callable[[], Any] = lambda: None
+        self.controller: Control | None = None
+        self.clock = StepClock()
+        self.supervisor = supervise.Supervisor(plan, spec.ledger)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Lamp:
         """Copies of a compiled model share plan and settings, as they could share a cache; not the weights."""
@@ -66,7 +71,61 @@ class Lamp:
         made._model = weakref.ref(memo.get(id(owner), owner)) if owner is not None else self._model
         made.original = copy.deepcopy(self.original, memo)
         made._idle = []
+        made.controller, made.clock = None, StepClock()
         return made
+
+    def control(self, target: ControlPlan | None = None, **options: Any) -> Control:
+        """Start the precision controller: a thread that adjusts tau of each layer to hold a target.
+
+        Args:
+            target: What to hold; or name its fields:
+            **options: ``quality=0.99``, ``error_budget=0.05``, ``speed=30``, ``refined=0.1`` ... (``ControlPlan``).
+
+        Returns:
+            The controller, at work. ``with fast.lamp.control(...):`` stops it at the end and puts tau back.
+
+        Raises:
+            OptionError: An unknown option, ``memory``, a contradiction with the guard, or a controller is at work.
+            PlanError: An impossible value, or targets that contradict each other.
+        """
+        if self.controller is not None and self.controller.running:
+            raise OptionError("a controller is at work", where="control", fix="fast.lamp.controller.stop() first")
+        if target is not None and options:
+            raise OptionError(f"{next(iter(options))!r} next to a target", where="control", fix="one of the two")
+        asked = ControlPlan.of(options) if target is None else target
+        made = Control(asked, self.controls, self.spec, self.clock)
+        made.start()
+        weakref.finalize(self, made.thread.signal).atexit = False
+        self.controller = made
+        return made
+
+    def statistics(self) -> RunStatistics:
+        """Counters of everything that happened, by site and reason; shadow steps; the controller. Waits for the
+        device."""
+        shadow = self.supervisor.tally if self.supervisor.schedule.share else None
+        return collect(self.spec.ledger, self.controls, shadow, self.controller)
+
+    def tokens_for(self, memory: float, batch: int = 1) -> int:
+        """Tokens of each of ``batch`` sequences whose keys and values fit into so many bytes, as caches are allocated.
+
+        Raises:
+            OptionError: Not even one step of a cache's capacity fits, or the numbers are impossible.
+        """
+        size = sum(self._bytes_per_token(site) for site in self._sites) * batch
+        room = int(memory / size) if size > 0 and 0 < memory < float("inf") else 0
+        held = bisect_right(range(0, room + 1, layout.TILE), room, key=rounded_capacity) - 1
+        if held < 1:
+            raise OptionError(
+                f"{memory:g} bytes for {batch} sequences", where="tokens_for", fix=f"{size * layout.TILE:.0f} or more"
+            )
+        return held * layout.TILE
+
+    def _bytes_per_token(self, site: ProbedSite) -> float:
+        layer = self.spec.layers[site.layer]
+        if layer is None:
+            return site.kv_heads * (site.head_dim + site.value_dim) * site.dtype.itemsize
+        sizes = ((layer.plan.k_format, site.head_dim), (layer.plan.v_format, site.value_dim))
+        return site.kv_heads * sum(dim * formats.get(name).bits_per_value(dim) for name, dim in sizes) / 8
 
     def cache(self, capacity: int = layout.TILE) -> NestedCache:
         """A fresh cache for this model; it grows when it must.
@@ -129,7 +188,7 @@ class Lamp:
             CacheError: A prompt does not fit the cache, another model's cache, or a slot of it is taken; at once.
         """
         model = self._model()
-        _refuse_training(model)
+        refuse_training(model)
         sampling, eos = Sampling(temperature, top_p), stop_tokens(model, eos_token_id)
         waiting = streams_of(prompts, max_new_tokens, int(torch.randint(2**31, ())) if seed is None else seed)
         if not waiting:
@@ -137,7 +196,7 @@ class Lamp:
         if cache is None:
             cache = self.slots(*sizes_for(waiting, streams))
         cache.check(self.spec)
-        _drop_foreign_step(model)
+        drop_foreign_step(model)
         step = model if self.compile_config is None else model.get_compiled_call(self.compile_config)
         return ManyPrompts(model, step, cache, sampling, eos).run(waiting)
 
@@ -191,6 +250,7 @@ class Lamp:
             rewritten=tuple(site.name for site in self._sites if site.name in rewritten),
             backend=f"transformers generate, {self.mode}",
             notes=(
+                *self.statistics().notes(),
                 *notes_for(self.spec, self._sites, getattr(self.backend, "reports", ())),
                 *linears.notes(self._model(), self.mode),
             ),
@@ -204,170 +264,44 @@ class Lamp:
             self._warned.add(what)
             warnings.warn(f"{what}: LAMP is off for this call (said once)", UserWarning, stacklevel=4)
 
+    def say(self, what: str) -> None:
+        """Say something once per model."""
+        if what not in self._warned:
+            self._warned.add(what)
+            warnings.warn(f"{what} (said once)", UserWarning, stacklevel=5)
+
+    def step(self, step: Callable[[], Any], eager: Callable[[], Any], cache: NestedCache, tokens: int) -> Any:
+        """Run one forward over a cache with everything around it that the plan asks for.
+
+        Args:
+            step: The forward.
+            eager: The same outside any graph.
+            cache: What it adds to.
+            tokens: New tokens of each sequence.
+        """
+        if self.controller is not None and not supervise.inside():
+            if (said := self.controller.check()) is not None:
+                warnings.warn(said, UserWarning, stacklevel=5)
+            self.clock.tick() if tokens == 1 else self.clock.pause()
+        return self.supervisor.run(step, eager, cache, self.say)
+
 
 def _take_back(idle: list[list[Any]], layers: list[Any]) -> None:
     idle[:] = [layers]
 
 
-_unpadded: ContextVar[list[NestedCache]] = ContextVar("lamp_unpadded")
-"""Caches of the running ``generate`` that need no mask."""
-
-
-def attach(model: nn.Module, lamp: Lamp) -> None:
-    """Bind the hooks to the model."""
-    hooked: Any = model
-    base = model.forward
-    bound = "forward" in model.__dict__
-    parameters = list(inspect.signature(base).parameters)
-    position = parameters.index("past_key_values")
-    call = base if bound else type(model).forward
-
-    @functools.wraps(type(model).forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        compiling = torch.compiler.is_compiling()
-        if not compiling and switch.disabled():
-            return self.lamp.original.forward(*args, **kwargs)
-        given = args[position] if len(args) > position else kwargs.get("past_key_values")
-        made = None
-        if not compiling:
-            made = _cache_for_forward(self, given, args, kwargs)
-        elif given is None and _uses_cache(self, kwargs):
-            made = _cache_outside_the_graph(self, given, args, kwargs)
-        if isinstance(given, SlotView):
-            positions_for(given, parameters, args, kwargs)
-        if made is not None and len(args) > position:
-            args = (*args[:position], made, *args[position + 1 :])
-        elif made is not None:
-            kwargs["past_key_values"] = made
-        return call(*(args if bound else (self, *args)), **kwargs)
-
-    @functools.wraps(hooked.generate.__func__)
-    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if switch.disabled():
-            return self.lamp.original.generate(*args, **kwargs)
-        _refuse_training(self)
-        _drop_foreign_step(self)
-        token = _unpadded.set([])
-        try:
-            return type(self).generate(self, *args, **kwargs)
-        finally:
-            for cache in _unpadded.get():
-                cache.unpadded = False  # whoever goes on with it may pad
-            _unpadded.reset(token)
-
-    lamp._model = weakref.ref(model)
-    hooked.lamp = lamp
-    hooked._lamp_identity = id(model)
-    hooked.forward = MethodType(forward, model)
-    hooked.generate = MethodType(generate, model)
-    hooked._prepare_cache_for_generation = MethodType(_prepare_cache_for_generation, model)
-
-
-def _drop_foreign_step(model: Any) -> None:
+def drop_foreign_step(model: Any) -> None:
     """The compiled decode step that a deep copy brings runs the other's weights."""
     if model._lamp_identity != id(model):
         model.__dict__.pop("_compiled_call", None)
         model._lamp_identity = id(model)
 
 
-def _refuse_training(model: nn.Module) -> None:
+def refuse_training(model: nn.Module) -> None:
     if model.training:
         raise ModelError(
             "the model is in training mode", where=type(model).__name__, fix="model.eval(): LAMP is for inference"
         )
-
-
-def _refuse_weights(model: Any, kwargs: dict[str, Any]) -> None:
-    asked = kwargs.get("output_attentions")
-    if model.config.output_attentions if asked is None else asked:
-        raise InputError(
-            "attention weights were asked for (output_attentions=True), and none are formed",
-            where=type(model).__name__,
-            fix="lamp_compile.disable() around the call, with a model of eager attention",
-        )
-
-
-def _uses_cache(model: Any, kwargs: dict[str, Any]) -> bool:
-    asked = kwargs.get("use_cache")
-    return bool(model.config.get_text_config(decoder=True).use_cache if asked is None else asked)
-
-
-def _cache_for_forward(model: Any, given: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NestedCache | None:
-    """Check the cache of an eager call, or make the one it lacks."""
-    _refuse_training(model)
-    _refuse_weights(model, kwargs)
-    lamp: Lamp = model.lamp
-    ids = args[0] if args else kwargs.get("input_ids")
-    ids = kwargs.get("inputs_embeds") if ids is None else ids
-    if isinstance(given, NestedCache):
-        given.check(lamp.spec, None if ids is None else int(ids.shape[0]))
-        return None
-    if given is not None:
-        lamp.warn_once(f"past_key_values is a {type(given).__name__}")
-        return None
-    if not _uses_cache(model, kwargs):
-        lamp.warn_once("use_cache is False")
-        return None
-    return lamp.cache(int(ids.shape[1])) if ids is not None else None
-
-
-# In a user's own torch.compile a graph break makes the cache; with fullgraph=True Dynamo raises and gives the reason.
-_cache_outside_the_graph: Any = torch.compiler.disable(  # type: ignore[no-untyped-call]
-    _cache_for_forward, reason="a compiled call without a cache: pass past_key_values=fast.lamp.cache(tokens)"
-)
-
-
-def _prepare_cache_for_generation(
-    self: Any,
-    generation_config: Any,
-    model_kwargs: dict[str, Any],
-    generation_mode: Any,
-    batch_size: int,
-    max_cache_length: int,
-) -> Any:
-    """transformers' hook: supply or check the cache, and name the backend that compiles decoding."""
-    lamp: Lamp = self.lamp
-    given = model_kwargs.get("past_key_values")
-    rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-    ours = isinstance(given, NestedCache)
-    if isinstance(given, NestedCache):
-        given.check(lamp.spec, rows)
-        given.ensure_capacity(max_cache_length)
-    elif given is not None:
-        lamp.warn_once(f"past_key_values is a {type(given).__name__}")
-    elif generation_config.cache_implementation is not None:
-        lamp.warn_once(f"cache_implementation is {generation_config.cache_implementation!r}")
-    elif generation_config.use_cache is not False:
-        model_kwargs["past_key_values"] = lamp.borrow(max_cache_length, rows)
-        ours = True
-    if ours:
-        _leave_out_masks(self, model_kwargs)
-    if ours and generation_config.compile_config is None:
-        generation_config.compile_config = lamp.compile_config
-        generation_config.disable_compile = lamp.compile_config is None or bool(generation_config.disable_compile)
-    if ours and given is None:
-        return None
-    return type(self)._prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-    )
-
-
-PATTERNS = ("token_type_ids", "mm_token_type_ids", "block_sequence_ids")
-"""Inputs from which models make masks of their own."""
-
-
-def _leave_out_masks(model: Any, model_kwargs: dict[str, Any]) -> None:
-    """Without padding, and without patterns of the model's own, length, causality and window say what may be seen: then
-    neither ``[B, 1, S, keys]`` masks are made for a prompt nor ``[B, 1, 1, keys]`` at every step."""
-    lamp: Lamp = model.lamp
-    cache, padding = model_kwargs["past_key_values"], model_kwargs.get("attention_mask")
-    if not isinstance(cache, NestedCache) or isinstance(cache, SlotView) or not lamp.maskless(model.config):
-        return
-    if any(model_kwargs.get(name) is not None for name in PATTERNS):
-        return
-    cache.unpadded = padding is None or (padding.dim() == 2 and bool((padding != 0).all()))
-    if cache.unpadded:
-        _unpadded.get([]).append(cache)
 
 
 def summary(site: ProbedSite) -> SiteSummary:

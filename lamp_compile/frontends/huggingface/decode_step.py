@@ -41,6 +41,13 @@ class DecodeStep(nn.Module):
                 where=type(model).__name__,
                 fix="DecodeStep(lamp_compile.compile(model))",
             )
+        plan = lamp.plan
+        if plan.shadow or any(row.apply and (row.guard.retry or row.exact_tier != "none") for row in plan.sites):
+            raise ModelError(
+                "the plan asks for shadow steps, retries or an exact tier, which an exported step cannot do",
+                where=type(model).__name__,
+                fix="a plan without shadow, guard.retry and exact_tier",
+            )
         self.model, self.cache = model, lamp.cache(capacity)
         by_name = {site.name: site for site in lamp.sites}
         for index, layer in enumerate(self.cache.layers):

@@ -19,6 +19,11 @@ ALWAYS = (
 )
 WINDOWS = "sliding-window layers store all keys; the mask keeps to the window"
 
+INSURED = (
+    "exact_tier 'host': steps run in eager mode, each layer asks once a step whether a floor is 2, and a step at "
+    "floor 2 runs the reference"
+)
+
 
 def notes_for(spec: CacheSpec, sites: tuple[ProbedSite, ...], graphs: Iterable[Report]) -> tuple[str, ...]:
     """Notes of a model: what is always so, sliding windows, and the sites on a GPU that no kernel serves.
@@ -32,6 +37,8 @@ def notes_for(spec: CacheSpec, sites: tuple[ProbedSite, ...], graphs: Iterable[R
     if any(feature.startswith("window") for site in sites for feature in site.features):
         notes.append(WINDOWS)
     notes += _predicted(spec)
+    if any(layer is not None and layer.plan.exact_tier == "host" for layer in spec.layers):
+        notes.append(INSURED)
     notes += kernel_notes.notes({site.name: _why_no_kernel(spec, site) for site in sites})
     notes += [note for report in graphs for note in report.notes if note.startswith(kernel_notes.START)]
     return tuple(dict.fromkeys(notes))

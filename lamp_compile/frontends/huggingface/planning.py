@@ -19,6 +19,7 @@ from lamp_compile.runtime import kernels
 from lamp_compile.runtime.cache_layers import LayerSpec
 from lamp_compile.runtime.controls import Controls
 from lamp_compile.runtime.kv_cache import CacheSpec
+from lamp_compile.runtime.ledger import Ledger
 from lamp_compile.runtime.network.layer import SiteNetwork
 
 Sites = tuple[ProbedSite, ...]
@@ -31,8 +32,8 @@ def describe(model: nn.Module, sites: Sites) -> str:
     return f"{type(model).__name__} with {len(sites)} attention layers{sizes}"
 
 
-def make_plan(model: nn.Module, sites: Sites, template: SitePlan, preset: str, balance: str) -> Plan:
-    """One row per site, in the order they run.
+def make_plan(model: nn.Module, sites: Sites, wanted: Plan, balance: str) -> Plan:
+    """One row per site, in the order they run; ``wanted`` has one row, the template of all.
 
     Raises:
         OptionError: ``balance`` is not a mode.
@@ -40,13 +41,14 @@ def make_plan(model: nn.Module, sites: Sites, template: SitePlan, preset: str, b
     if balance not in balancing.MODES:
         raise OptionError(f"balance is {balance!r}", where="balance", fix=f"one of {', '.join(balancing.MODES)}")
     config: Any = model.config
+    (template,) = wanted.sites
     rows = tuple(_row(site, template, balance, config.get_text_config(decoder=True)) for site in sites)
     gains = {site.name: round(balancing.gain(*balancing.pooled(site, config)), 3) for site in sites if not site.reason}
-    return Plan(
-        rows,
+    return replace(
+        wanted,
+        sites=rows,
         model=describe(model, sites),
         fingerprint=fingerprint(site.key for site in sites),
-        preset=preset,
         provenance={
             "calibration": CALIBRATION,
             "balance": balance,
@@ -101,6 +103,24 @@ def check_plan(plan: Plan, model: nn.Module, sites: Sites) -> Plan:
     return plan
 
 
+def mode_for(plan: Plan, mode: str, device: str) -> str:
+    """How decoding runs on a type of device: what "auto" means there.
+
+    Raises:
+        OptionError: The plan has an exact tier on the host, which no graph can fetch from, and a graph was asked for.
+    """
+    insured = [row.name for row in plan.sites if row.apply and row.exact_tier == "host"]
+    if not insured:
+        return ("reduce-overhead" if device == "cuda" else "default") if mode == "auto" else mode
+    if mode not in ("auto", "eager"):
+        raise OptionError(
+            f"mode {mode!r} with exact_tier 'host' in {insured[0]}: a graph cannot fetch from the host on demand",
+            where="mode",
+            fix="mode='eager' or 'auto', or exact_tier 'none'",
+        )
+    return "eager"
+
+
 def applied(plan: Plan, sites: Sites, fuel: int | None) -> tuple[ProbedSite, ...]:
     """The sites that the plan applies, the first ``fuel`` of them.
 
@@ -126,6 +146,7 @@ def make_spec(
     config: Any = model.config
     count = max([int(config.get_text_config(decoder=True).num_hidden_layers), *(site.layer + 1 for site in sites)])
     layers: list[LayerSpec | None] = [None] * count
+    ledger = Ledger()
     for site in chosen:
         row = plan.site(site.name)
         if layers[site.layer] is not None:
@@ -136,5 +157,5 @@ def make_spec(
         launch = plan.launch.get(kernels.target_name(site.device), LaunchPlan()).text()
         hot = controls.get_or_create(row, site.kv_heads, site.device)
         network = None if networks is None else networks.get(site.name)
-        layers[site.layer] = LayerSpec(row, hot, factors, launch, network)
-    return CacheSpec(tuple(layers), plan.fingerprint, describe(model, sites))
+        layers[site.layer] = LayerSpec(row, hot, factors, launch, ledger, network)
+    return CacheSpec(tuple(layers), plan.fingerprint, describe(model, sites), ledger=ledger)

@@ -13,12 +13,15 @@ from transformers import CompileConfig, PreTrainedModel
 from lamp_compile.errors import ModelError
 from lamp_compile.frontends import linears
 from lamp_compile.frontends.huggingface import attention, networks, planning
-from lamp_compile.frontends.huggingface.compiled import Lamp, attach, summary
+from lamp_compile.frontends.huggingface.compiled import Lamp, summary
+from lamp_compile.frontends.huggingface.control import Control
+from lamp_compile.frontends.huggingface.hooks import attach
 from lamp_compile.frontends.huggingface.sites import probe, probe_ids
 from lamp_compile.frontends.structure import structural_copy
 from lamp_compile.linear_plan import LinearPlan
 from lamp_compile.plan import Plan, SitePlan
 from lamp_compile.report import Report
+from lamp_compile.runtime.controller_thread import StepClock
 from lamp_compile.runtime.controls import Controls
 
 
@@ -51,12 +54,22 @@ def why_not(model: nn.Module) -> str:
 
 
 def compile_model(
-    model: nn.Module, *, plan: Plan | str | Path | None, template: SitePlan, preset: str, mode: str,
-    inplace: bool, fuel: int | None, balance: str,
+    model: nn.Module, *, plan: Plan | str | Path | None, wanted: Plan, mode: str, inplace: bool, fuel: int | None,
+    balance: str,
 ) -> Any:  # fmt: skip
     """A model whose ``generate`` and forward keep their keys and values in planes.
 
+    Args:
+        model: A transformers decoder.
+        plan: A plan to obey.
+        wanted: Where there is none: a plan with one row, the template of all.
+        mode: As of ``lamp_compile.compile``.
+        inplace: Change the model itself.
+        fuel: Rewrite only the first so many sites.
+        balance: As of ``lamp_compile.compile``.
+
     Raises:
+        OptionError: The mode cannot do what the plan asks for.
         ModelError: No attention of this model can.
         PlanError: The plan is for another model.
     """
@@ -75,14 +88,17 @@ def compile_model(
                 fix="torch.compile(model, backend='lamp') for its prefill" if sites else "nothing to compile here",
             )
         if plan is None:
-            made = planning.make_plan(fast, sites, template, preset, balance)
+            made = planning.make_plan(fast, sites, wanted, balance)
         else:
             made = planning.check_plan(plan if isinstance(plan, Plan) else Plan.load(plan), fast, sites)
+        mode = planning.mode_for(made, mode, device_type(fast))
         controls = Controls()
         chosen = planning.applied(made, sites, fuel)
         folder = Path(plan).parent if isinstance(plan, str | Path) else Path()
         gates = networks.gates(made, sites, folder)
         spec = planning.make_spec(fast, made, sites, chosen, controls, gates)
+        if made.control is not None:
+            Control(made.control, controls, spec, StepClock())  # before anything is changed: raises where it cannot be
     except BaseException:
         fast.set_attn_implementation(before)  # type: ignore[operator]
         raise
@@ -140,16 +156,20 @@ def survey(model: nn.Module) -> Report:
     copied = structural_copy(model)
     copied.set_attn_implementation(attention.NAME)  # type: ignore[operator]
     sites, refusals = probe(copied)
-    plan = planning.make_plan(copied, sites, SitePlan("*"), "balanced", "never")
+    plan = planning.make_plan(copied, sites, Plan((SitePlan("*"),)), "never")
     return Report(tuple(summary(site) for site in sites), refusals, (), plan, ())
 
 
 def decode_plan(fast: Any) -> Plan:
-    """The plan as the decode graph must obey it: sites without planes stay as they are."""
+    """The plan as the decode graph must obey it: sites without planes stay as they are, and what goes on around a step
+    is not in it."""
     rewritten = fast.lamp.report().rewritten
-    rows = tuple(row if row.name in rewritten else replace(row, apply=False) for row in fast.lamp.plan.sites)
+    rows = tuple(
+        replace(row, apply=row.name in rewritten, exact_tier="none", guard=replace(row.guard, retry=False))
+        for row in fast.lamp.plan.sites
+    )
     plan: Plan = fast.lamp.plan
-    return replace(plan, sites=rows, linears=())
+    return replace(plan, sites=rows, linears=(), control=None, shadow=0.0)
 
 
 def trace_decoding(fast: Any, backend: Any) -> None:

@@ -25,6 +25,13 @@ def make_slots(
         OptionError: A size is no whole number above 0.
     """
     text = config.get_text_config(decoder=True)
+    for layer in spec.layers:
+        if layer is not None and layer.plan.exact_tier != "none":
+            raise CacheError(
+                "exact_tier 'host' keeps a copy of whole caches, not of pages",
+                where=layer.plan.name,
+                fix="fast.lamp.cache() and generate, or exact_tier 'none'",
+            )
     by_layer = {site.layer: site for site in sites if not site.reason}
     for site in by_layer.values():
         if reason := why_masked(site, config):

@@ -166,6 +166,6 @@ def guard_step(
     tl.store(stats, tl.load(stats) + stepped.to(tl.int64))
     tl.store(stats + 1, tl.load(stats + 1) + live)
     tl.store(stats + 2, tl.load(stats + 2) + refined)
-    tl.store(stats + 4, tl.load(stats + 4) + (raised > level).to(tl.int64))
+    tl.store(stats + 4, tl.load(stats + 4) + ((raised > level) & (bad == 0)).to(tl.int64))
     tl.store(stats + 5, tl.load(stats + 5) + (raised < level).to(tl.int64))
     tl.store(stats + 6, tl.load(stats + 6) + bad.to(tl.int64))

@@ -83,24 +83,19 @@ class NetworkLayer(NestedLayer):
         )  # fmt: skip
         return handles
 
-    def _attend(self, q: Tensor, seen: tuple[Tensor | None, ...], **how: Any) -> Tensor:
+    def _run(self, q: Tensor, seen: tuple[Tensor | None, ...], options: dict[str, Any]) -> Tensor:
         compiling = torch.compiler.is_compiling()
         if q.shape[2] > 1 and (compiling or not self.reference_only):
-            return super()._attend(q, seen, **how)
-        plan, controls, gate = self.plan, self.controls, self.network.gate
+            return super()._run(q, seen, options)
+        controls, gate = self.controls, self.network.gate
         hot = (controls.tau, controls.floor, controls.budget, self.state, self.stats)
         kept = (self.history, self.trust, gate.limit, gate.margin)
-        options: dict[str, Any] = dict(
-            **how, keys=self.max_cache_len,
-            k_format=plan.k_format, v_format=plan.v_format, rotation=plan.rotation,
-            rule=plan.rule, query_bits=plan.query_bits, subtile=plan.subtile,
-            guard_window=plan.guard.window, guard_hold=plan.guard.hold, hysteresis=plan.guard.hysteresis,
-            site=self.name, trained=self.network.trained, skip=self.network.skip,
-        )  # fmt: skip
+        how = {name: options[name] for name in ("causal", "window", "scale", "softcap")}
+        options = {**options, "trained": self.network.trained, "skip": self.network.skip}
         if q.shape[2] == 1:
             predicted = self._predict(q, seen, None, **how)
             out, *new = torch.ops.lamp.attention.predicted(
-                q, *self.planes, *hot, self.balance, *seen, predicted, *kept, **options, launch=self.spec.launch
+                q, *self.planes, *hot, self.balance, *seen, predicted, *kept, **options
             )
         else:
             exact = _ops.exact_importance(q, self.planes, (self.balance, *seen), options)

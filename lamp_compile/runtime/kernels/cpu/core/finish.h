@@ -103,7 +103,7 @@ static void guard(const LampAttend &call, int64_t b, int64_t g, const Evidence *
   stats[STEPS] += stepped;
   stats[LIVE] += alive;
   stats[REFINED_TILES] += refined;
-  stats[RAISED] += raised > level;
+  stats[RAISED] += raised > level && !bad;  // a non-finite output is a reason of its own
   stats[LOWERED] += raised < level;
   stats[BAD] += bad;
 }

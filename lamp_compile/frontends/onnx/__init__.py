@@ -1,0 +1,1 @@
+"""ONNX: LAMP written as model-local functions that stock ONNX Runtime runs."""
