@@ -46,7 +46,8 @@ def compile(
     Args:
         model: A module in eval mode.
         plan: A plan for this model (or the path of one); None makes one from ``preset`` and ``options``.
-        preset: "conservative", "balanced" or "aggressive".
+        preset: "conservative" (which also keeps a sixteenth of a decoder's layers as they are), "balanced" or
+        "aggressive"; ``tau=`` is the one number that overrides it.
         mode: "eager" compiles nothing; "default" and "reduce-overhead" as in torch.compile; "auto" takes
         "reduce-overhead" on CUDA and "default" elsewhere.
         inplace: Change the argument itself instead of a copy of its structure.

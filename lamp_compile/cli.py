@@ -11,12 +11,14 @@ from lamp_compile import __version__
 from lamp_compile.commands import (
     _output,
     bisect,
+    calibrate,
     compile,
     diff,
     doctor,
     evaluate,
     explain,
     export,
+    frontier,
     rewrite,
     run,
     snapshot,
@@ -25,7 +27,22 @@ from lamp_compile.commands import (
 )
 from lamp_compile.errors import LampError
 
-COMMANDS = (run, explain, evaluate, compile, export, rewrite, tune, train_lookahead, bisect, diff, snapshot, doctor)
+COMMANDS = (
+    run,
+    explain,
+    evaluate,
+    frontier,
+    compile,
+    calibrate,
+    export,
+    rewrite,
+    tune,
+    train_lookahead,
+    bisect,
+    diff,
+    snapshot,
+    doctor,
+)
 LIGHT = ("doctor", "diff", "snapshot")
 """Commands that load no model of transformers."""
 EPILOG = "exit codes: 0 done, 1 error, 2 usage, 3 a limit was exceeded, or something differs"

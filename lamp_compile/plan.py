@@ -286,6 +286,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 """Named starting points; each sets fields of every SitePlan."""
 
+KEPT = {"conservative": 1 / 16}
+"""Share of a decoder's attention layers, rounded up, that a preset keeps as the model has them: the last ones, where no
+text has said which are the most sensitive (``lamp-compile calibrate``)."""
+
 HOT = ("tau", "floor")
 NO_OPTIONS = ("name", "apply", "reason", "balance", "guard", "lookahead", "skip")
 """Fields of a row that are no options of ``compile``: they belong to one site, or need a network beside them."""
@@ -313,6 +317,15 @@ def template(preset: str = "balanced", **overrides: Any) -> SitePlan:
     made = replace(made, guard=replace(made.guard, **guard))
     made.validate(where="options")
     return made
+
+
+def keep_last(rows: tuple[SitePlan, ...], preset: str) -> tuple[SitePlan, ...]:
+    """The rows with as many of the last applied ones kept in 16 bits as the preset says; one at least stays applied."""
+    applied = [row.name for row in rows if row.apply]
+    count = min(math.ceil(KEPT.get(preset, 0.0) * len(applied)), len(applied) - 1)
+    kept = set(applied[len(applied) - count :]) if count > 0 else set()
+    reason = f"kept: preset {preset}, uncalibrated, keeps the last {'layer' if count == 1 else f'{count} layers'}"
+    return tuple(replace(row, apply=False, reason=reason) if row.name in kept else row for row in rows)
 
 
 def fingerprint(sites: Iterable[tuple[str, int, int, int, int]]) -> str:

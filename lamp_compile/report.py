@@ -25,6 +25,18 @@ class SiteSummary:
     """What stands out: "mask", "bias", "causal", "window 4096", "softcap 50", "sinks", "cache"."""
 
 
+def described(plan: Plan) -> str:
+    """Where the numbers of a plan come from, in words: "uncalibrated" where no text was measured."""
+    found = plan.provenance
+    state = str(found.get("calibration", "uncalibrated"))
+    details = [f"preset {plan.preset}"]
+    if "tokens" in found:
+        details.append(f"{found['tokens']} tokens of text {str(found.get('text_sha256', ''))[:12]}")
+    if "lamp_compile" in found:
+        details.append(f"lamp_compile {found['lamp_compile']}")
+    return f"{state} ({', '.join(details)})"
+
+
 @dataclass(frozen=True)
 class Report:
     """What the compiler saw and did."""
@@ -72,6 +84,7 @@ class Report:
                 lines.append(
                     f"  {title}: {refusal.site}: {refusal.reason}" + (f" (try: {refusal.fix})" if refusal.fix else "")
                 )
+        lines.append(f"  plan: {described(self.plan)}")
         lines.extend(linear_plan.summary(self.plan.linears))
         lines.extend(f"  note: {note}" for note in self.notes)
         return "\n".join(lines)

@@ -57,8 +57,13 @@ class Measured:
         }
 
 
-def prepare(args: argparse.Namespace) -> Measured:
+def prepare(args: argparse.Namespace, *, usual: int = LONGEST_DEFAULT, least: int = 1) -> Measured:
     """Load the model and cut the text.
+
+    Args:
+        args: Of the command line.
+        usual: Context where none was asked for, if model and text are long enough.
+        least: Windows that are needed.
 
     Raises:
         InputError: The model folder, the text or the context cannot be used.
@@ -70,12 +75,12 @@ def prepare(args: argparse.Namespace) -> Measured:
     model = load.load_model(folder, device=args.device)
     ids = windows.token_ids(args.text, encode, vocabulary=model.config.get_text_config(decoder=True).vocab_size)
     longest = longest_context(model)
-    context = args.context or min(longest, LONGEST_DEFAULT, ids.numel())
+    context = args.context or min(longest, usual, ids.numel() // least)
     if context > longest:
         raise InputError(
             f"a context of {context} tokens, the model has {longest}", where="--context", fix=f"--context {longest}"
         )
-    count = max(1, min(args.max_tokens, ids.numel()) // context)
+    count = max(least, min(args.max_tokens, ids.numel()) // context)
     return Measured(model, windows.spread(ids, context, count, where=args.text), ids)
 
 

@@ -16,15 +16,19 @@ def model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
 
 
-def plan(parser: argparse.ArgumentParser) -> None:
-    """What decides the plan: ``--preset``, ``--balance`` and ``--set``, or ``--plan``."""
+def plan(parser: argparse.ArgumentParser, *, given: bool = True) -> None:
+    """What decides the plan: ``--preset``, ``--balance`` and ``--set``; or ``--plan``, and ``--linears``, where
+    ``given``."""
     parser.add_argument("--preset", choices=sorted(PRESETS), help="starting point of the plan (default: balanced)")
     parser.add_argument("--balance", choices=("auto", "always", "never"), help="balance key channels (default: auto)")
+    settings(parser)
+    if not given:
+        parser.set_defaults(linears=None, plan=None)
+        return
     parser.add_argument(
         "--linears", choices=("never", "auto", "int8", "int8_dynamic"),
         help="linear layers in INT8 on a CPU: auto where measured faster (default: never)",
     )  # fmt: skip
-    settings(parser)
     parser.add_argument("--plan", metavar="FILE", help="use this plan instead (see `lamp-compile compile`)")
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lamp_compile import _plugins
 from lamp_compile.commands import _options, _output
-from lamp_compile.errors import ModelError
+from lamp_compile.errors import InputError, ModelError
 
 if TYPE_CHECKING:
     from lamp_compile.commands._measure import Measured
@@ -61,10 +61,73 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="Y",
         help="exit 3 when the agreement of a `lamp` row is below Y (0 to 1)",
     )
+    parser.add_argument(
+        "--certificate",
+        action="store_true",
+        help="compare the error estimate of every output row with the true error instead, by layer, length and twin",
+    )
+    parser.add_argument(
+        "--min-coverage",
+        type=_options.share,
+        metavar="Y",
+        help="with --certificate: exit 3 when fewer of the plan's rows are within the documented factor (0 to 1)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print, and compare with the limits."""
+    """Measure, print, and compare with the limits.
+
+    Raises:
+        InputError: A limit of one table was given with the other.
+    """
+    if args.certificate and (args.max_kl is not None or args.min_agreement is not None):
+        raise InputError("--max-kl and --min-agreement limit other rows", where="--certificate", fix="--min-coverage")
+    if args.certificate and args.tasks:
+        raise InputError("tasks are another table", where="--tasks", fix="two calls, one with --certificate")
+    if args.min_coverage is not None and not args.certificate:
+        raise InputError("--min-coverage limits rows that are not measured", where="eval", fix="add --certificate")
+    return _certificate(args) if args.certificate else _rows(args)
+
+
+def _certificate(args: argparse.Namespace) -> int:
+    """The certificate against the true error."""
+    from lamp_compile import api
+    from lamp_compile.commands import _measure
+    from lamp_compile.quality import certificates
+    from lamp_compile.quality.environment import environment
+    from lamp_compile.quality.twin import outlier_twin
+
+    measured = _measure.prepare(args)
+    options = _options.compile_options(args)
+    step = _output.progress(measured.windows.shape[0] * (1 if args.no_twin else 2), "certificate")
+    meter, notes = certificates.Meter(), []
+    plan = api.compile(measured.model, mode="eager", **options).lamp.plan
+    meter.measure(measured.model, plan, measured.windows, on_window=step)
+    try:
+        if not args.no_twin:
+            scale = args.twin or DEFAULT_TWIN
+            twin = outlier_twin(measured.model, scale, pairs=args.pairs)
+            plan = api.compile(twin, mode="eager", **options).lamp.plan
+            meter.measure(twin, plan, measured.windows, f"twin {scale:g} {args.pairs}", step)
+    except ModelError as error:
+        if args.twin:
+            raise
+        notes.append(f"no rows of an outlier twin: {error.what}")
+    groups = meter.groups()
+    exceeded = [] if args.min_coverage is None else certificates.below(groups, args.min_coverage)
+    if args.json:
+        head = {**environment(args.device), **measured.describe(args), "factor": certificates.FACTOR}
+        rows = [group.to_dict() for group in groups]
+        _output.print_json({**head, "rows": rows, "notes": notes, "exceeded": exceeded})
+    else:
+        print(certificates.table(groups))
+        for line in [*(f"note: {note}" for note in notes), *(f"below the limit: {line}" for line in exceeded)]:
+            print(line)
+    return BUDGET_EXCEEDED if exceeded else 0
+
+
+def _rows(args: argparse.Namespace) -> int:
+    """Rows of KV precisions."""
     from lamp_compile.commands import _measure
     from lamp_compile.quality import evaluate, hard, rows
     from lamp_compile.quality.environment import environment

@@ -85,9 +85,12 @@ class CompiledEngine:
         return plan
 
     def run(self, ids: Tensor, plan: Plan) -> Run:
-        """One forward over ``ids`` ``[B, S]`` from an empty cache under ``plan``, whose rules may be controls."""
+        """One forward over ``ids`` ``[B, S]`` from an empty cache under ``plan``, whose rules may be controls; sites
+        that it does not apply run as the model has them."""
+        rows = [None if layer is None else plan.site(layer.plan.name) for layer in self._spec.layers]
         layers = tuple(
-            None if layer is None else _layer(layer, plan.site(layer.plan.name)) for layer in self._spec.layers
+            _layer(layer, row) if layer is not None and row is not None and row.apply else None
+            for layer, row in zip(self._spec.layers, rows, strict=True)
         )
         cache = NestedCache(replace(self._spec, layers=layers), capacity=ids.shape[1])
         for layer in cache.layers:

@@ -95,7 +95,8 @@ def test_auto_balances_outliers_and_only_them() -> None:
         assert row.reason.startswith("balanced: score noise")
         for factors in row.balance:
             assert min(factors[2], factors[10]) > 5 * max(f for i, f in enumerate(factors) if i not in (2, 10))
-    assert plan.provenance["calibration"] == "probe: 128 random tokens, seed 0"
+    assert plan.provenance["calibration"] == "uncalibrated"
+    assert plan.provenance["balance_from"] == "probe: 128 random tokens, seed 0"
     assert min(plan.provenance["balance_gain"].values()) > plan.provenance["balance_threshold"]
     never = lamp_compile.compile(twin, mode="eager", balance="never").lamp.plan
     assert [row.balance for row in never.sites] == [None, None]

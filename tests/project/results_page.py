@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.project import cpu_page, decode_page, selection_page
+from tests.project import calibration_page, cpu_page, decode_page, selection_page
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -107,7 +107,8 @@ def page() -> str:
         f"| {item['target']} | {item['limit']:g} | {item['measured']:.3g} | {'met' if item['met'] else 'missed'} |\n"
         for item in data["targets"]
     )
-    return f"{head}{COLUMNS}{rows}\n## Targets\n\n| target | limit | measured | |\n|---|---|---|---|\n{met}"
+    checked = f"\n## Targets\n\n| target | limit | measured | |\n|---|---|---|---|\n{met}"
+    return f"{head}{COLUMNS}{rows}{checked}{calibration_page.parts(RESULTS)}"
 
 
 def readme() -> str:

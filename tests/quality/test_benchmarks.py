@@ -96,18 +96,51 @@ def test_the_compile_time_benchmark_counts_rewrites(root, nano, tmp_path):
     assert compile_time.main([str(nano), "--repeats", "1", "--context", "64", "--limit", "0.01"]) == 1
 
 
-def test_certificate_of_the_packaged_model(root, nano, tmp_path):
+def test_certificate_of_the_packaged_model(root, nano, tmp_path, monkeypatch):
     """The true error lies within the claimed factor, the estimate follows the precision, and it is not vacuous."""
     out = tmp_path / "certificate.json"
     text = root / "examples" / "data" / "walden.txt"
     script = _load(root, "certificate")
-    assert script.main([str(nano), str(text), "--windows", "1", "--context", "256", "--out", str(out)]) == 0
-    rows = {row["name"]: row for row in json.loads(out.read_text())["rows"] if row["layer"] == "all"}
-    assert set(rows) == {"all_low", "default", "all_high"}
+    monkeypatch.setattr(script, "TWINS", script.TWINS[:2])
+    monkeypatch.setattr(script, "BOUND_POSITIONS", 3)
+    small = ["--windows", "1", "--context", "128", "--rows-per-length", "40"]
+    assert script.main([str(nano), str(text), *small, "--out", str(out)]) == 0
+    data = json.loads(out.read_text())
+    rows = {(r["setting"], r["model"]): r for r in data["rows"] if r["layer"] == r["length"] == "all"}
+    assert len(rows) == 3 * 2
     for row in rows.values():
-        assert row["rows"] == 4 * 4 * 256
+        assert row["rows"] == 4 * 4 * (31 + 40 + 1)
         assert row["coverage"] > 0.999
         assert 0.5 < row["median_overestimate"] < 10
+    assert data["missed"] == []
+    assert len(data["worst_case"]) == 2 * 3 * 4
+    assert all(row["violated"] == 0 and row["least_bound_over_error"] >= 1 for row in data["worst_case"])
+
+
+def test_presets_are_held_against_their_targets(root, nano, tmp_path):
+    script, out = _load(root, "presets"), tmp_path / "presets.json"
+    text = root / "examples" / "data" / "walden.txt"
+    short = ["--windows", "1", "--context", "128", "--out", str(out)]
+    assert script.main([str(nano), str(text), *short]) == 0
+    data = json.loads(out.read_text())
+    rows = {row["name"]: row for row in data["rows"]}
+    assert rows["preset conservative"]["kl"] < rows["conservative, none kept"]["kl"] < rows["preset aggressive"]["kl"]
+    checked = script.targets([script.Point(n, *[0.9] * 7, 8) for n in rows])
+    assert [item["met"] for item in checked] == [False, False]
+    assert [item["target"] for item in data["targets"]] == list(script.TARGETS)
+
+
+def test_fragile_keys_before_and_after(root, nano, tmp_path, monkeypatch):
+    script, out = _load(root, "fragile_keys"), tmp_path / "fragile.json"
+    monkeypatch.setattr(script.calibrate, "TAUS", (0.0, 0.03, 0.3))
+    text = root / "examples" / "data" / "walden.txt"
+    short = ["--windows", "2", "--context", "128", "--layers", "1", "--preset", "aggressive", "--out", str(out)]
+    assert script.main([str(nano), str(text), *short]) == 0
+    data = json.loads(out.read_text())
+    rows = {row["name"]: row for row in data["rows"]}
+    assert rows["planted, not balanced"]["kl"] > 2 * rows["planted, calibrated"]["kl"]
+    assert data["planted"]["sites"][0] in rows["planted, calibrated"]["balanced"]
+    assert data["function_change"]["kl"] < 1e-5
 
 
 def test_decode_speed_times_the_steps_and_compares_the_tokens(root, nano, monkeypatch):

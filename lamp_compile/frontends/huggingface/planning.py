@@ -14,7 +14,7 @@ from lamp_compile.frontends import linears
 from lamp_compile.frontends.huggingface import balance as balancing
 from lamp_compile.frontends.huggingface.sites import CALIBRATION, ProbedSite
 from lamp_compile.launch_plan import LaunchPlan
-from lamp_compile.plan import Plan, SitePlan, fingerprint
+from lamp_compile.plan import Plan, SitePlan, fingerprint, keep_last
 from lamp_compile.runtime import kernels
 from lamp_compile.runtime.cache_layers import LayerSpec
 from lamp_compile.runtime.controls import Controls
@@ -42,7 +42,9 @@ def make_plan(model: nn.Module, sites: Sites, wanted: Plan, balance: str) -> Pla
         raise OptionError(f"balance is {balance!r}", where="balance", fix=f"one of {', '.join(balancing.MODES)}")
     config: Any = model.config
     (template,) = wanted.sites
-    rows = tuple(_row(site, template, balance, config.get_text_config(decoder=True)) for site in sites)
+    text = config.get_text_config(decoder=True)
+    rows = tuple(_row(site, template, balance, text) for site in sites)
+    rows = keep_last(rows, wanted.preset)
     gains = {site.name: round(balancing.gain(*balancing.pooled(site, config)), 3) for site in sites if not site.reason}
     return replace(
         wanted,
@@ -50,7 +52,8 @@ def make_plan(model: nn.Module, sites: Sites, wanted: Plan, balance: str) -> Pla
         model=describe(model, sites),
         fingerprint=fingerprint(site.key for site in sites),
         provenance={
-            "calibration": CALIBRATION,
+            "calibration": "uncalibrated",
+            "balance_from": CALIBRATION,
             "balance": balance,
             "balance_threshold": balancing.THRESHOLD,
             "balance_gain": gains,

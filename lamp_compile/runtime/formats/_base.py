@@ -28,6 +28,8 @@ class Format:
         noise: ``(scale, mean square of the row, refined)`` -> variance of the rounding error per channel.
         plane_dtype: Element type of the planes.
         packed: Values per element of a plane; the head dimension must be a multiple of it.
+        worst: ``(scale, refined)`` -> the largest rounding error that a channel can have, in the scale's dtype; None
+            where nobody has said (``runtime/worst_case.py``).
     """
 
     name: str
@@ -40,6 +42,7 @@ class Format:
     noise: Callable[[Tensor, Tensor, bool], Tensor]
     plane_dtype: torch.dtype = torch.uint8
     packed: int = 1
+    worst: Callable[[Tensor, bool], Tensor] | None = None
 
     def plane_widths(self, channels: int) -> tuple[int, int]:
         """Elements per row of the high and the residual plane."""
@@ -53,6 +56,17 @@ class Format:
     def bits_per_value(self, head_dim: int, refined_share: float = 1.0) -> float:
         """Bits read per stored value when ``refined_share`` of the rows need their residual plane."""
         return self.high_bits + self.residual_bits * refined_share + self.scale_bits / head_dim
+
+
+def worst_of_steps(scale: Tensor, largest: int, below: float) -> Tensor:
+    """Largest error of rounding to ``largest`` steps of a stored fp16 scale, and ``below`` steps left out.
+
+    Half a step; where the scale is subnormal it may have been rounded down so far that the row's peak is cut off.
+    """
+    exponent = torch.where(scale == 0, -13, torch.frexp(scale).exponent).clamp_min(-13) - 1  # fp16 goes down to -14
+    spacing = torch.ldexp(torch.ones_like(scale), exponent - 10)
+    rounded = torch.maximum(scale * (0.5 + 2.0**-15), spacing * (largest / 2) * (1 + 2.0**-15))
+    return torch.where(scale.isfinite(), rounded + below * scale, torch.inf)
 
 
 PEAK_TO_MEAN_SQUARE = 7.5

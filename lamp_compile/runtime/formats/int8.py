@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lamp_compile.runtime.formats._base import Format, Rows, compute_dtype, mean_square_of_peak
+from lamp_compile.runtime.formats._base import Format, Rows, compute_dtype, mean_square_of_peak, worst_of_steps
 
 LARGEST = 127
 
@@ -32,4 +32,8 @@ def noise(scale: Tensor, mean_square: Tensor, refined: bool) -> Tensor:
     return scale * scale / 12
 
 
-FORMAT = Format("int8", 8, 0, 16, quantize, dequantize, mean_square, noise, plane_dtype=torch.int8)
+def worst(scale: Tensor, refined: bool) -> Tensor:
+    return worst_of_steps(scale, LARGEST, 0.0)
+
+
+FORMAT = Format("int8", 8, 0, 16, quantize, dequantize, mean_square, noise, plane_dtype=torch.int8, worst=worst)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lamp_compile.runtime.formats._base import Format, Rows, compute_dtype, mean_square_of_peak
+from lamp_compile.runtime.formats._base import Format, Rows, compute_dtype, mean_square_of_peak, worst_of_steps
 
 LARGEST = 119
 """The largest |q|: 16 * 7 + 7."""
@@ -65,4 +65,9 @@ def noise(scale: Tensor, mean_square: Tensor, refined: bool) -> Tensor:
     return step * step / 12
 
 
-FORMAT = Format("nested8", 4, 4, 16, quantize, dequantize, mean_square, noise, packed=2)
+def worst(scale: Tensor, refined: bool) -> Tensor:
+    """lo - HIGH_OFFSET lies in [-7.5, 7.5] steps."""
+    return worst_of_steps(scale, LARGEST, 0.0 if refined else 7.5)
+
+
+FORMAT = Format("nested8", 4, 4, 16, quantize, dequantize, mean_square, noise, packed=2, worst=worst)
