@@ -58,15 +58,19 @@ def compile(
         (``LinearPlan``), as ``quality.linears.calibrate`` chooses them on a text.
         **options: Fields of every site of the plan (``tau``, ``rule``, ``k_format``, ``guard_budget``, ...). For
         transformers decoders also ``control``, which starts the precision controller (``{"quality": 0.99}`` or other
-        fields of ``ControlPlan``), and ``shadow``, the share of steps that also run without approximation, to measure
-        the true error.
+        fields of ``ControlPlan``), ``shadow``, the share of steps that also run without approximation, to measure
+        the true error, and ``lookahead``, the file of a look-ahead network (``lamp-compile train-lookahead``).
 
     Raises:
         OptionError: An option is unknown or impossible.
         ModelError: The model is in training mode, has no attention, or holds weights that LAMP cannot run with.
         PlanError: The plan was made for another model.
     """
-    asked = linear_layers.parse(linears)
+    asked, lookahead = linear_layers.parse(linears), options.pop("lookahead", None)
+    if not isinstance(lookahead, str | Path | None):
+        raise OptionError(
+            f"lookahead is a {type(lookahead).__name__}", where="lookahead", fix="the path of a look-ahead network"
+        )
     target, shadow = control_plan.parse(options.pop("control", None)), options.pop("shadow", 0.0)
     choices = {"balance": balance, "linears": asked, "control": target, "shadow": shadow}
     _check_options(plan, preset, mode, inplace, choices, options)
@@ -80,13 +84,15 @@ def compile(
         fast = route.compile_model(
             model, plan=plan, wanted=wanted, mode=mode, inplace=inplace, fuel=fuel, balance=balance
         )
+        route.set_network(fast, lookahead)
         route.set_linears(fast, asked)
         if fast.lamp.mode != "eager":
             route.compile_decoding(fast, backend(plan=route.decode_plan(fast), controls=fast.lamp.controls))
         if fast.lamp.plan.control is not None:
             fast.lamp.control(fast.lamp.plan.control)
         return fast
-    for name, given in (("linears", asked != "never"), ("control", target is not None), ("shadow", shadow > 0)):
+    given_for = {"linears": asked != "never", "control": target is not None, "shadow": shadow > 0}
+    for name, given in {**given_for, "lookahead": lookahead is not None}.items():
         if given:
             raise OptionError(
                 f"{name} is for transformers decoders", where=type(model).__name__, fix=f"leave {name} out"

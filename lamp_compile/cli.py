@@ -22,11 +22,27 @@ from lamp_compile.commands import (
     rewrite,
     run,
     snapshot,
+    train_lookahead,
     tune,
 )
 from lamp_compile.errors import LampError
 
-COMMANDS = (run, explain, evaluate, frontier, compile, calibrate, export, rewrite, tune, bisect, diff, snapshot, doctor)
+COMMANDS = (
+    run,
+    explain,
+    evaluate,
+    frontier,
+    compile,
+    calibrate,
+    export,
+    rewrite,
+    tune,
+    train_lookahead,
+    bisect,
+    diff,
+    snapshot,
+    doctor,
+)
 LIGHT = ("doctor", "diff", "snapshot")
 """Commands that load no model of transformers."""
 EPILOG = "exit codes: 0 done, 1 error, 2 usage, 3 a limit was exceeded, or something differs"

@@ -17,6 +17,7 @@ from lamp_compile.errors import OptionError, PlanError
 from lamp_compile.ir import Floor
 from lamp_compile.launch_plan import LaunchPlan
 from lamp_compile.linear_plan import LinearPlan
+from lamp_compile.network_plan import LOOKAHEADS, NetworkPlan
 from lamp_compile.plan_fields import LARGEST, choice, each, jsonable, number, read_row
 
 PLAN_VERSION = 1
@@ -76,6 +77,10 @@ class SitePlan:
     exact_tier: str = "none"
     """Where keys and values are kept as they came, for floor 2: "host" is a copy in the host's memory."""
     guard: GuardPlan = GuardPlan()
+    lookahead: str = field(default="exact", kw_only=True)
+    """"exact" scores the high plane of every key; "network" lets the plan's network predict (one token at a time)."""
+    skip: float = field(default=0.0, kw_only=True)
+    """Softmax mass that a row may lose to sub-tiles that are not read; 0 reads all. With a network only."""
 
     @property
     def sixteen_bits(self) -> bool:
@@ -106,6 +111,20 @@ class SitePlan:
         for row in self.balance or ():
             for value in row:
                 number(value, "balance", where, above=0.0)
+        choice(self.lookahead, LOOKAHEADS, "lookahead", where)
+        number(self.skip, "skip", where, least=0.0, most=0.5)
+        if self.lookahead == "network" and self.rule != "energy":
+            raise PlanError(
+                f"a network predicts the energy rule's importance, this is {self.rule!r}",
+                where=where,
+                fix="rule energy",
+            )
+        if self.lookahead == "network" and self.exact_tier != "none":
+            raise PlanError(
+                "a network beside an exact copy on the host", where=where, fix="exact_tier none, or lookahead exact"
+            )
+        if self.skip and self.lookahead != "network":
+            raise PlanError(f"skip is {self.skip!r} without a network", where=where, fix="lookahead network, or skip 0")
         number(self.guard.budget, "guard.budget", where, above=0.0, infinite=True)
         number(self.guard.hysteresis, "guard.hysteresis", where, above=0.0, most=1.0)
         if not isinstance(self.guard.retry, bool):
@@ -125,6 +144,8 @@ class Plan:
     sites: tuple[SitePlan, ...]
     linears: tuple[LinearPlan, ...] = field(default=(), kw_only=True)
     """Linear layers looked at; layers without a row keep their weights."""
+    network: NetworkPlan | None = field(default=None, kw_only=True)
+    """The look-ahead network that rows with ``lookahead: "network"`` use."""
     model: str = ""
     """What it was made for, in words (class and sizes)."""
     fingerprint: str = ""
@@ -167,6 +188,15 @@ class Plan:
         for row in self.sites:
             row.validate()
         linear_plan.validate(self.linears)
+        if self.network is not None:
+            self.network.validate("plan, network")
+        for row in self.sites:
+            if row.lookahead == "network" and self.network is None:
+                raise PlanError(
+                    "a site with a network, and the plan names none",
+                    where=f"plan, site {row.name!r}",
+                    fix="compile(model, lookahead=FILE), or lookahead exact",
+                )
         for name, launch in self.launch.items():
             launch.validate(f"plan, launch on {name!r}")
         if self.control is not None:
@@ -227,6 +257,8 @@ class Plan:
         linears = linear_plan.read(data.get("linears", []), where)
         control = control_plan.read(data.get("control"), where)
         known = {"sites": sites, "linears": linears, "launch": cut, "control": control}
+        if data.get("network") is not None:
+            known["network"] = _row(NetworkPlan, data["network"], f"{where}, network")
         plan: Plan = _row(Plan, {**data, **known}, where)
         if not isinstance(plan.provenance, dict):
             raise PlanError("`provenance` must be an object", where=where, fix="see docs/plan.md")
@@ -259,7 +291,9 @@ KEPT = {"conservative": 1 / 16}
 text has said which are the most sensitive (``lamp-compile calibrate``)."""
 
 HOT = ("tau", "floor")
-SITE_OPTIONS = tuple(f.name for f in fields(SitePlan) if f.name not in ("name", "apply", "reason", "balance", "guard"))
+NO_OPTIONS = ("name", "apply", "reason", "balance", "guard", "lookahead", "skip")
+"""Fields of a row that are no options of ``compile``: they belong to one site, or need a network beside them."""
+SITE_OPTIONS = tuple(f.name for f in fields(SitePlan) if f.name not in NO_OPTIONS)
 GUARD_OPTIONS = tuple(f.name for f in fields(GuardPlan))
 
 

@@ -150,6 +150,13 @@ ORT_TOY = Tolerance(
 )
 """Logits of ``tests/ort/toy.py``; nearly all sub-tiles are refined."""
 
+NETWORK = {
+    "summaries": Tolerance(
+        2e-2, "means of 8 stored keys (0.7 % rms each), rounded to 11 bits, against the keys themselves"
+    ),
+    "share": Tolerance(2e-2, "tau is searched to 0.5 % of the refined share on two windows, and measured on others"),
+}
+"""Look-ahead networks."""
 ONNX = {
     "node": Tolerance(1e-5, "float32 in another order; values lose 1e-5 of a step to the zero points (nibbles.py)"),
     "state": Tolerance(1e-4, "a mean of squared errors: twice the relative error, over sums of 10^3 terms"),

@@ -38,6 +38,11 @@ class Measured:
 
         return Evaluation(self.model, self.windows, engine, on_window=on_window)
 
+    def network_engine(self, args: argparse.Namespace) -> CompiledEngine:
+        """The model with the look-ahead network of ``--lookahead``."""
+        options = {**_options.compile_options(args), "lookahead": args.lookahead}
+        return CompiledEngine(api.compile(self.model, mode="eager", **options))
+
     def engine(self, args: argparse.Namespace) -> CompiledEngine:
         """The model compiled as the command line says."""
         return CompiledEngine(api.compile(self.model, mode="eager", **_options.compile_options(args)))

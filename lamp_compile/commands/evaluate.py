@@ -37,6 +37,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--pairs", choices=("any", "slow"), default="any", help="RoPE pairs that the twin scales (default: any)"
     )
     parser.add_argument(
+        "--lookahead", metavar="FILE", help="measure this look-ahead network too, at the refined share of `lamp`"
+    )
+    parser.add_argument(
         "--tasks",
         action="append",
         choices=("all", *_plugins.names("quality/tasks")),
@@ -128,13 +131,18 @@ def _rows(args: argparse.Namespace) -> int:
     from lamp_compile.commands import _measure
     from lamp_compile.quality import evaluate, hard, rows
     from lamp_compile.quality.environment import environment
+    from lamp_compile.quality.network.row import lamp_network
 
     measured = _measure.prepare(args)
     wanted = list(rows.STANDARD)
     twins = [] if args.no_twin else [spec.on_twin(args.twin or DEFAULT_TWIN, args.pairs) for spec in rows.TWIN]
-    step = _output.progress((len(wanted) + len(twins)) * measured.windows.shape[0], "eval")
+    total = len(wanted) + len(twins) + (args.lookahead is not None)
+    step = _output.progress(total * measured.windows.shape[0], "eval")
     evaluation = measured.evaluation(args, step)
+    network = None if args.lookahead is None else measured.network_engine(args)
     done, notes = evaluation.measure_all(wanted), []
+    if network is not None:
+        done.append(lamp_network(evaluation, network))
     try:
         done += evaluation.measure_all(twins)
     except ModelError as error:

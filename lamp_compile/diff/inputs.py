@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lamp_compile.diff.sites import from_plan
 from lamp_compile.diff.snapshot import MAGIC, Snapshot
 from lamp_compile.errors import InputError
 from lamp_compile.plan import Plan
+from lamp_compile.plan_fields import jsonable
 
 MOST_TEXT = 2**28
 """Bytes of a snapshot or plan."""
@@ -99,7 +101,7 @@ def _text(path: Path) -> str:
 
 def _program(thing: Any, weights: bool) -> Program:
     if isinstance(thing, Plan):
-        return Program("plan", sites=from_plan(thing), facts=_launches(thing))
+        return Program("plan", sites=from_plan(thing), facts=_whole(thing))
     module = type(thing).__module__.split(".")[0]
     if module == "onnx":
         from lamp_compile.diff.readers.onnx_model import read_model
@@ -127,6 +129,12 @@ def _program(thing: Any, weights: bool) -> Program:
     )  # fmt: skip
 
 
-def _launches(plan: Plan) -> dict[str, str]:
-    """How kernels cut their work changes the order of sums."""
-    return {f"launch.{name}": launch.text() or "{}" for name, launch in plan.launch.items()}
+def _whole(plan: Plan) -> dict[str, str]:
+    """What a plan says of the model as a whole. How kernels cut their work changes the order of sums."""
+    facts = {f"launch.{name}": launch.text() or "{}" for name, launch in plan.launch.items()}
+    if plan.shadow:
+        facts["shadow"] = f"{plan.shadow:g}"
+    for name, part in (("control", plan.control), ("network", plan.network)):
+        if part is not None:
+            facts[name] = json.dumps(jsonable(asdict(part)), sort_keys=True)
+    return facts

@@ -10,7 +10,7 @@ from lamp_compile.plan import Plan
 
 SETTINGS = (
     "rule", "k_format", "v_format", "rotation", "query_bits", "tile", "subtile", "hysteresis", "guard_window",
-    "guard_hold", "launch", "exact",
+    "guard_hold", "guard_retry", "exact_tier", "lookahead", "skip", "launch", "exact",
 )  # fmt: skip
 HOT = ("tau", "floor", "budget")
 PRECISION = frozenset((*SETTINGS, *HOT, "window", "hold"))
@@ -28,7 +28,9 @@ _WORDS = {
     "balance": "balance of key channels",
     "budget": "guard's error budget", "guard_window": "guard's window", "guard_hold": "guard's hold",
     "hysteresis": "guard's hysteresis", "floor": "floor level", "tau": "tau", "launch": "launch of kernels",
-    "exact": "exact K and V at hand", "format": "format", "group": "group",
+    "exact": "exact K and V at hand", "guard_retry": "retry of a step whose guard rose", "exact_tier": "exact tier",
+    "lookahead": "look-ahead", "skip": "softmax mass that may be skipped", "format": "format",
+    "group": "group",
 }  # fmt: skip
 
 
@@ -42,7 +44,8 @@ def from_plan(plan: Plan) -> dict[str, dict[str, Any]]:
             row |= {name: _plain(getattr(site, name)) for name in ("tau", "floor")}
             guard = site.guard
             row |= {"budget": _plain(guard.budget), "hysteresis": guard.hysteresis}
-            row |= {"guard_window": guard.window, "guard_hold": guard.hold, "balance": site.balance is not None}
+            row |= {"guard_window": guard.window, "guard_hold": guard.hold, "guard_retry": guard.retry}
+            row["balance"] = site.balance is not None
             if site.balance is not None:
                 row["balance"] = [list(channels) for channels in site.balance]
         rows[site.name] = row

@@ -10,16 +10,21 @@ import torch
 from torch.fx import Graph, Node
 
 from lamp_compile.errors import PassError
+from lamp_compile.ir import AttentionSite
 from lamp_compile.passes.patterns._dialect import bind
 from lamp_compile.passes.patterns._values import Emitter
 from lamp_compile.runtime import fused_ops as _fused_ops  # noqa: F401  (registers the fused operators)
+from lamp_compile.runtime.network import ops as _network_ops  # noqa: F401  (and those of look-ahead networks)
 
 lamp = torch.ops.lamp
 OPS = {
     "attention": lamp.attention.default,
     "cached": lamp.attention.cached,
     "quantize": lamp.quantize.default,
+    "predicted": lamp.attention.predicted,
+    "predict": lamp.predict.default,
     "look_ahead": lamp.look_ahead.default,
+    "arbitrate": lamp.arbitrate.default,
     "select": lamp.select.default,
     "attend": lamp.attend.default,
     "guard": lamp.guard.default,
@@ -52,6 +57,17 @@ def the(graph: Graph, op: str, site: str, wanted_by: str) -> Node:
             fix="run the passes in order",
         )
     return node
+
+
+def meeting_point(graph: Graph, site: AttentionSite, wanted_by: str) -> Node:
+    """The attention operator of a site, before it is expanded.
+
+    Raises:
+        PassError: It is not there.
+    """
+    if site.cache is None:
+        return the(graph, "attention", site.name, wanted_by)
+    return lamp_nodes(graph, site.name).get("predicted") or the(graph, "cached", site.name, wanted_by)
 
 
 def outputs(node: Node, count: int, emit: Emitter) -> list[Node]:

@@ -34,6 +34,9 @@ def fuse(
             reasons[site.name] = kernel_notes.NO_CACHE
             continue
         nodes = lamp_nodes(program.graph, site.name)
+        if "arbitrate" in nodes:
+            reasons[site.name] = kernel_notes.PREDICTED
+            continue
         look_ahead, select, attend, guard = (nodes[name] for name in PARTS)
         looked, selected, attended, guarded = (bind(node) for node in (look_ahead, select, attend, guard))
         inputs = {**attended, "tau": selected["tau"], "floor": selected["floor"], "budget": guarded["budget"],

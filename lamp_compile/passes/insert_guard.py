@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from lamp_compile.ir import AttentionSite
-from lamp_compile.passes._nodes import OPS, outcome, outputs, sweep, the
+from lamp_compile.passes._nodes import OPS, meeting_point, outcome, outputs, sweep, the
 from lamp_compile.passes.capture import Program
 from lamp_compile.passes.hot_tensors import Wires
 from lamp_compile.passes.patterns._dialect import aten
@@ -36,8 +36,12 @@ def insert_guard(program: Program, sites: Iterable[AttentionSite], plan: Plan, w
             emit.call(aten.copy_.default, hot["state"], state)
             emit.call(aten.copy_.default, hot["stats"], stats)
             continue
-        cached = the(graph, "cached", site.name, "insert_guard")
-        for index, new in ((1, state), (2, stats)):
+        cached = meeting_point(graph, site, "insert_guard")
+        results = [state, stats]
+        if cached.target is OPS["predicted"]:
+            arbitrate = the(graph, "arbitrate", site.name, "insert_guard")
+            results += [outcome(arbitrate, index)[0] for index in (1, 2)]
+        for index, new in enumerate(results, start=1):
             for user in outcome(cached, index):
                 user.replace_all_uses_with(new)
                 graph.erase_node(user)

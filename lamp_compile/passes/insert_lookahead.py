@@ -8,7 +8,7 @@ from typing import Any
 from torch.fx import Node
 
 from lamp_compile.ir import AttentionSite
-from lamp_compile.passes._nodes import OPS, attributes, outputs, the
+from lamp_compile.passes._nodes import OPS, attributes, meeting_point, outputs
 from lamp_compile.passes.capture import Program
 from lamp_compile.passes.hot_tensors import Wires
 from lamp_compile.passes.patterns._dialect import aten, bind
@@ -16,14 +16,16 @@ from lamp_compile.passes.patterns._values import Emitter, tensor
 from lamp_compile.plan import Plan
 
 PLANES = ("k_high", "k_residual", "k_scale", "v_high", "v_residual", "v_scale")
+ARBITRATED = ("predicted", "history", "trust", "tau", "state", "limit", "margin", "lengths")
 SEEN = ("mask", "bias", "sinks", "start", "lengths", "block_table")
 
 
 def insert_lookahead(program: Program, sites: Iterable[AttentionSite], plan: Plan, wires: Wires) -> None:
-    """Add ``lamp::quantize`` (unless a cache holds planes) and ``lamp::look_ahead`` before each site's attention."""
+    """Add ``lamp::quantize`` (unless a cache holds planes) and ``lamp::look_ahead`` before each site's attention;
+    where a network has predicted the importance, ``lamp::arbitrate`` between the two."""
     for site in sites:
         row = plan.site(site.name)
-        attention = the(program.graph, "attention" if site.cache is None else "cached", site.name, "insert_lookahead")
+        attention = meeting_point(program.graph, site, "insert_lookahead")
         bound, emit = bind(attention), Emitter(attention)
         if site.cache is None:
             balance = wires.nodes(site, row)["balance"]
@@ -35,11 +37,16 @@ def insert_lookahead(program: Program, sites: Iterable[AttentionSite], plan: Pla
             keys = _keys(program, bound["k"], emit)
         else:
             balance, k_high, k_scale, keys = (bound[name] for name in ("balance", "k_high", "k_scale", "keys"))
-        emit.call(
+        exact = emit.call(
             OPS["look_ahead"], bound["q"], k_high, k_scale, balance, *(bound.get(name) for name in SEEN),
             **attributes(bound, "causal", "window", "scale", "softcap"), keys=keys, k_format=row.k_format,
             rotation=row.rotation, rule=row.rule, query_bits=row.query_bits, subtile=row.subtile, site=site.name,
         )  # fmt: skip
+        if attention.target is OPS["predicted"]:
+            emit.call(
+                OPS["arbitrate"], exact, *(bound[name] for name in ARBITRATED),
+                **attributes(bound, "keys", "trained", "skip", "subtile"), site=site.name,
+            )  # fmt: skip
 
 
 def _keys(program: Program, k: Node, emit: Emitter) -> Any:

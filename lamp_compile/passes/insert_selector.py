@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch.fx import Graph
+from torch.fx import Graph, Node
 
 from lamp_compile.ir import AttentionSite
-from lamp_compile.passes._nodes import OPS, attributes, outcome, outputs, sweep, the
+from lamp_compile.passes._nodes import OPS, attributes, lamp_nodes, meeting_point, outcome, outputs, sweep, the
 from lamp_compile.passes.capture import Program
 from lamp_compile.passes.hot_tensors import Wires
 from lamp_compile.passes.insert_lookahead import PLANES, SEEN
@@ -27,13 +27,14 @@ def insert_selector(program: Program, sites: Iterable[AttentionSite], plan: Plan
     graph = program.graph
     for site in sites:
         row = plan.site(site.name)
-        attention = the(graph, "attention" if site.cache is None else "cached", site.name, "insert_selector")
+        attention = meeting_point(graph, site, "insert_selector")
         look_ahead = the(graph, "look_ahead", site.name, "insert_selector")
         bound, looked, emit = bind(attention), bind(look_ahead), Emitter(attention)
         hot = wires.nodes(site, row)
         exact = site.cache is None
+        importance, skip_below = _importance(graph, site, look_ahead, emit)
         levels = emit.call(
-            OPS["select"], look_ahead, hot["tau"], hot["floor"], hot["state"], None, exact=exact, site=site.name
+            OPS["select"], importance, hot["tau"], hot["floor"], hot["state"], skip_below, exact=exact, site=site.name
         )
         attended = emit.call(
             OPS["attend"], bound["q"], *_planes(graph, site, bound), levels,
@@ -50,6 +51,16 @@ def insert_selector(program: Program, sites: Iterable[AttentionSite], plan: Plan
         for user in outcome(attention, 0):
             user.replace_all_uses_with(out)
             graph.erase_node(user)
+
+
+def _importance(graph: Graph, site: AttentionSite, look_ahead: Node, emit: Emitter) -> tuple[Node, Node | None]:
+    """What ``lamp::select`` acts on, and where it skips: the look-ahead's word, or what was made of it and of a
+    network's."""
+    arbitrate = lamp_nodes(graph, site.name).get("arbitrate")
+    if arbitrate is None:
+        return look_ahead, None
+    importance, _, _, *below = outputs(arbitrate, 4 if bind(arbitrate)["skip"] > 0 else 3, emit)
+    return importance, below[0] if below else None
 
 
 def _planes(graph: Graph, site: AttentionSite, bound: dict[str, Any]) -> list[Any]:

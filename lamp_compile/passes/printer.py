@@ -94,7 +94,9 @@ def _shape(found: Any) -> str:
 WIDTH = 108
 _VALUES = {
     "quantize": "planes",
+    "predict": "predicted",
     "look_ahead": "importance",
+    "arbitrate": "arbitrated",
     "select": "levels",
     "attend": "attended",
     "guard": "guarded",

@@ -66,7 +66,7 @@ def verify(program: Program, stage: str, expected: Iterable[Expected]) -> None:
     for item in expected:
         where = f"pass {stage}, site {item.site.name}"
         found = lamp_nodes(graph, item.site.name)
-        wanted = STAGES[stage][item.site.cache is not None]
+        wanted = _wanted(stage, item.site)
         found.pop("quantize", None) if "quantize" not in wanted else None
         if tuple(found) != wanted:
             raise _fault(f"expected the nodes {', '.join(wanted)}, found {', '.join(found) or 'none'}", where)
@@ -77,6 +77,15 @@ def verify(program: Program, stage: str, expected: Iterable[Expected]) -> None:
         _check_hot(found, where)
         if "guard" in found and item.site.cache is None:
             _check_written_back(found["guard"], where)
+
+
+def _wanted(stage: str, site: AttentionSite) -> tuple[str, ...]:
+    """The nodes of a site after a pass. A network predicts in front of them, and is arbitrated with the look-ahead."""
+    wanted = STAGES[stage][site.cache is not None]
+    if site.cache is None or "predicted" not in site.cache.nodes:
+        return wanted
+    named = {"cached": ("predicted",), "look_ahead": ("look_ahead", "arbitrate")}
+    return ("predict", *(name for op in wanted for name in named.get(op, (op,))))
 
 
 def _check_formats(found: dict[str, Node], where: str) -> None:
@@ -90,7 +99,7 @@ def _check_formats(found: dict[str, Node], where: str) -> None:
 
 
 def _check_output(item: Expected, found: dict[str, Node], where: str) -> None:
-    last = next(found[op] for op in ("fused_attention", "attend", "attention", "cached") if op in found)
+    last = next(found[op] for op in ("fused_attention", "attend", "attention", "cached", "predicted") if op in found)
     if item.value is None:
         return
     out = (

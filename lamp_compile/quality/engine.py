@@ -115,7 +115,8 @@ def _layer(made: LayerSpec, site: SitePlan) -> LayerSpec:
         return replace(made, controls=_controls(made, site))
     device = made.controls.tau.device
     balance = None if site.balance is None else torch.tensor(site.balance, dtype=torch.float32, device=device)
-    return LayerSpec(site, _controls(made, site), balance)
+    network = replace(made.network, skip=site.skip) if site.lookahead == "network" else None
+    return LayerSpec(site, _controls(made, site), balance, network=network)
 
 
 def _controls(made: LayerSpec, site: SitePlan) -> SiteControls:

@@ -35,6 +35,8 @@ class LayerSpec:
     """How kernels cut the work (``plan.LaunchPlan.text``)."""
     ledger: Ledger = field(default_factory=Ledger)
     """Where the model's counters are kept."""
+    network: Any = None
+    """The gate that predicts this site's importance (``network.layer.SiteNetwork``); None looks ahead exactly."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerSpec:
         """A copied cache still obeys its model's settings."""
@@ -66,7 +68,7 @@ class FloatLayer(GrowableLayer):
 class NestedLayer(GrowableLayer):
     """One layer's planes, scales, guard state and statistics. ``keys`` and ``values`` stay None."""
 
-    per_sequence = (*PLANES, "state", "stats")
+    per_sequence: tuple[str, ...] = (*PLANES, "state", "stats")
     reference_only = False
     """Attend by the reference everywhere: there every query decides for itself, in kernels those of a forward may share
     decisions."""

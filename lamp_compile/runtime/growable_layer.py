@@ -15,6 +15,9 @@ from lamp_compile.errors import CacheError
 from lamp_compile.runtime import capacity, layout
 from lamp_compile.runtime.allocation import allocate
 
+KEPT_FOR = {"state": "guard", "stats": "guard", **dict.fromkeys(("summary", "history", "trust"), "network")}
+"""Per-sequence tensors that are no keys or values, and what they are kept for."""
+
 
 def rounded_capacity(keys: int, tile: int = layout.TILE) -> int:
     """Keys to allocate for ``keys`` keys: whole tiles, few different sizes."""
@@ -215,5 +218,5 @@ class GrowableLayer(StaticLayer):  # type: ignore[misc]
         """Bytes of keys and values, scales included."""
         if not self.is_initialized:
             return 0
-        tensors = [getattr(self, name) for name in self.per_sequence if name not in ("state", "stats")]
+        tensors = [getattr(self, name) for name in self.per_sequence if name not in KEPT_FOR]
         return sum(t.numel() * t.element_size() for t in tensors)

@@ -14,9 +14,10 @@ from lamp_compile.errors import CacheError
 from lamp_compile.runtime import guard, layout
 from lamp_compile.runtime.allocation import allocate
 from lamp_compile.runtime.cache_layers import FloatLayer, LayerSpec, NestedLayer
-from lamp_compile.runtime.growable_layer import rounded_capacity
+from lamp_compile.runtime.growable_layer import KEPT_FOR, rounded_capacity
 from lamp_compile.runtime.insured_layer import InsuredLayer
 from lamp_compile.runtime.ledger import Ledger
+from lamp_compile.runtime.network.layer import NetworkLayer
 
 __all__ = ["CacheSpec", "FloatLayer", "LayerSpec", "NestedCache", "NestedLayer", "rounded_capacity"]
 
@@ -158,12 +159,12 @@ class NestedCache(Cache):  # type: ignore[misc]
         return self.nbytes * 8 / values if values else 0.0
 
     def memory(self) -> dict[str, int]:
-        """Bytes by what they are for: planes and scales by name, and everything the guard keeps."""
+        """Bytes by what they are for: planes and scales by name, what the guard keeps, what a network keeps."""
         found: dict[str, int] = {}
         for layer in self.layers:
             for name in layer.per_sequence if layer.is_initialized else ():
                 tensor = getattr(layer, name)
-                key = "guard" if name in ("state", "stats") else name
+                key = KEPT_FOR.get(name, name)
                 found[key] = found.get(key, 0) + tensor.numel() * tensor.element_size()
             if isinstance(layer, InsuredLayer) and layer.is_initialized:
                 found["host_copy"] = found.get("host_copy", 0) + layer.copy.nbytes
@@ -179,9 +180,14 @@ _LAYERS = {"none": NestedLayer, "host": InsuredLayer}
 
 def _new_layers(spec: CacheSpec, room: int) -> list[FloatLayer | NestedLayer]:
     return [
-        FloatLayer(room, f"layer {index}") if layer is None else _LAYERS[layer.plan.exact_tier](layer, room)
+        FloatLayer(room, f"layer {index}") if layer is None else _nested(layer, room)
         for index, layer in enumerate(spec.layers)
     ]
+
+
+def _nested(spec: LayerSpec, room: int) -> NestedLayer:
+    kind = _LAYERS[spec.plan.exact_tier] if spec.network is None else NetworkLayer
+    return kind(spec, room)
 
 
 def _site_report(layer: NestedLayer) -> dict[str, Any]:
@@ -200,4 +206,5 @@ def _site_report(layer: NestedLayer) -> dict[str, Any]:
         "floor": layer.state[..., guard.FLOOR].amax(0).tolist(),
         "error": layer.state[..., guard.ERROR].amax(0).sqrt().tolist(),
         "flags": guard.flag_names(sum(bits)),
+        **(layer.network_report() if isinstance(layer, NetworkLayer) else {}),
     }

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import lamp_compile
-from lamp_compile import GuardPlan, LinearPlan, Plan, SitePlan
+from lamp_compile import ControlPlan, GuardPlan, LinearPlan, Plan, SitePlan
 from lamp_compile.diff import sites
 from lamp_compile.launch_plan import LaunchPlan
 from lamp_compile.runtime import formats, lookahead
@@ -76,7 +76,7 @@ def test_every_field_of_a_site_is_compared() -> None:
     row = sites.from_plan(BASE)[NAMES[0]]
     known = set(row) | {"name", "reason", "guard"} | {"launch", "exact"}
     assert set(SitePlan.__dataclass_fields__) <= known
-    assert {f"guard_{f}" if f in ("window", "hold") else f for f in GuardPlan.__dataclass_fields__} <= known
+    assert {f"guard_{f}" if f in ("window", "hold", "retry") else f for f in GuardPlan.__dataclass_fields__} <= known
 
 
 def test_what_is_said_of_planes_is_so() -> None:
@@ -130,3 +130,11 @@ def test_from_files(tmp_path: Path) -> None:
     text = lamp_compile.snapshot(a).text()
     assert lamp_compile.snapshot(a) == lamp_compile.diff.snapshot.Snapshot.parse(text)
     assert json.loads(a.read_text())["sites"][0]["name"] in text
+
+
+def test_what_a_plan_says_of_the_whole_model_is_compared() -> None:
+    changed = replace(BASE, shadow=0.01, control=ControlPlan(error_budget=0.1))
+    said = str(lamp_compile.compare(BASE, changed).changes)
+    assert "shadow" in said
+    assert "error_budget" in said
+    assert not lamp_compile.compare(changed, changed).changes

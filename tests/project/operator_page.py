@@ -8,15 +8,17 @@ import textwrap
 from pathlib import Path
 
 from lamp_compile.runtime import fused_ops, linear, ops
+from lamp_compile.runtime.network import ops as network_ops
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "operators.md"
 
 HEAD = """\
 # Operators
 
-Generated from `lamp_compile/runtime/ops.py`, `fused_ops.py` and `linear.py` (`make golden`). What each operator of
-attention computes is defined by `lamp_compile/runtime/reference.py` and explained in [concepts](concepts.md). Importing
-`lamp_compile.runtime.fused_ops` registers those of attention, `lamp_compile.runtime.linear` the last two; a saved
+Generated from `lamp_compile/runtime/ops.py`, `fused_ops.py`, `network/ops.py` and `linear.py` (`make golden`). What
+each operator of attention computes is defined by `lamp_compile/runtime/reference.py` and explained in
+[concepts](concepts.md). Importing `lamp_compile.runtime.fused_ops` registers those of attention,
+`lamp_compile.runtime.network.ops` those of look-ahead networks, `lamp_compile.runtime.linear` the last two; a saved
 program that contains them needs these imports before it is loaded.
 
 Shapes: B batch, H query heads, G kv heads, S queries, N keys, D head size, Dv value size; storage tiles of
@@ -62,6 +64,14 @@ ABOUT = {
     "fused_attention": """`look_ahead`, `select`, `attend` and `guard` over a cache in one; gives the output and writes
         the guard's state and statistics in place. It stands in rewritten graphs where [kernels](kernels.md) apply;
         called anywhere else it runs the reference.""",
+    "summarize": """Summaries, in place, of the groups that `rows` new keys fell into, the first of them at
+        `positions`; `group` keys share one ([look-ahead networks](lookahead.md)).""",
+    "predict": """Importance of each sub-tile from queries, summaries and what was important before, float
+        `[B, G, S, T]`; -1 where no key is live. `seen` is the exact importance, for several rows at a time.""",
+    "arbitrate": """Whom to believe: the importance to act on, the new history and trust, and the importance at which
+        sub-tiles are skipped `[B, G]`.""",
+    "attention.predicted": """The meeting point over a cache where a network has predicted. Gives the output, the
+        guard's new state and statistics, the new history and trust.""",
     "linear_int8": """x `[..., K]` times INT8 weights `[N, K]` with scales `[N, groups]` over groups of inputs, plus
         bias `[N]`: `[..., N]` ([linears](linears.md)). With `dynamic` each row of x is rounded to 8 bits by a scale of
         its own, and there is one group.""",
@@ -73,7 +83,7 @@ ABOUT = {
 def page() -> str:
     """The page as it should be."""
     parts = [HEAD]
-    for name, schema in {**ops.SCHEMAS, **fused_ops.SCHEMAS, **linear.SCHEMAS}.items():
+    for name, schema in {**ops.SCHEMAS, **fused_ops.SCHEMAS, **network_ops.SCHEMAS, **linear.SCHEMAS}.items():
         inner, result = re.fullmatch(r"\((.*)\) -> (.*)", schema, re.DOTALL).groups()  # type: ignore[union-attr]
         about = textwrap.fill(" ".join(ABOUT[name].split()), 116)
         whole = re.sub(r"(?<=\w)(\??) (?=\w)", "\\1\N{NO-BREAK SPACE}", inner)  # lines break at commas only

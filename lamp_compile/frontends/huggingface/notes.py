@@ -36,6 +36,7 @@ def notes_for(spec: CacheSpec, sites: tuple[ProbedSite, ...], graphs: Iterable[R
     notes = list(ALWAYS)
     if any(feature.startswith("window") for site in sites for feature in site.features):
         notes.append(WINDOWS)
+    notes += _predicted(spec)
     if any(layer is not None and layer.plan.exact_tier == "host" for layer in spec.layers):
         notes.append(INSURED)
     notes += kernel_notes.notes({site.name: _why_no_kernel(spec, site) for site in sites})
@@ -43,9 +44,20 @@ def notes_for(spec: CacheSpec, sites: tuple[ProbedSite, ...], graphs: Iterable[R
     return tuple(dict.fromkeys(notes))
 
 
+def _predicted(spec: CacheSpec) -> list[str]:
+    """Which sites a network predicts."""
+    names = [layer.plan.name for layer in spec.layers if layer is not None and layer.network is not None]
+    if not names:
+        return []
+    return [f"a look-ahead network predicts {', '.join(names)} when one token is decoded; prompts, and slots "
+            "(generate_many), are looked at exactly"]  # fmt: skip
+
+
 def _why_no_kernel(spec: CacheSpec, site: ProbedSite) -> str | None:
     layer = spec.layers[site.layer]
     if layer is None or not kernel_notes.expected_on(site.device):
         return None
+    if layer.network is not None:
+        return kernel_notes.PREDICTED
     q = torch.empty(0, site.heads, 1, site.head_dim, dtype=site.dtype, device=site.device)
     return kernel_notes.why_not_plan(layer.plan, q, site.kv_heads, site.value_dim)

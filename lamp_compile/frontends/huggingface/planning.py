@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from lamp_compile.runtime.cache_layers import LayerSpec
 from lamp_compile.runtime.controls import Controls
 from lamp_compile.runtime.kv_cache import CacheSpec
 from lamp_compile.runtime.ledger import Ledger
+from lamp_compile.runtime.network.layer import SiteNetwork
 
 Sites = tuple[ProbedSite, ...]
 
@@ -134,8 +136,12 @@ def applied(plan: Plan, sites: Sites, fuel: int | None) -> tuple[ProbedSite, ...
     return tuple(wanted[:fuel])
 
 
-def make_spec(model: nn.Module, plan: Plan, sites: Sites, chosen: Sites, controls: Controls) -> CacheSpec:
-    """What each layer of a cache needs. Layers without an applied site keep float keys and values.
+def make_spec(
+    model: nn.Module, plan: Plan, sites: Sites, chosen: Sites, controls: Controls,
+    networks: Mapping[str, SiteNetwork] | None = None,
+) -> CacheSpec:  # fmt: skip
+    """What each layer of a cache needs, with the gates of sites that a network predicts. Layers without an applied site
+    keep float keys and values.
 
     Raises:
         ModelError: Two sites share one cache layer.
@@ -153,5 +159,6 @@ def make_spec(model: nn.Module, plan: Plan, sites: Sites, chosen: Sites, control
         factors = None if row.balance is None else torch.tensor(row.balance, dtype=torch.float32, device=site.device)
         launch = plan.launch.get(kernels.target_name(site.device), LaunchPlan()).text()
         hot = controls.get_or_create(row, site.kv_heads, site.device)
-        layers[site.layer] = LayerSpec(row, hot, factors, launch, ledger)
+        network = None if networks is None else networks.get(site.name)
+        layers[site.layer] = LayerSpec(row, hot, factors, launch, ledger, network)
     return CacheSpec(tuple(layers), plan.fingerprint, describe(model, sites), ledger=ledger)

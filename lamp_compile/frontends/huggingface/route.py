@@ -12,7 +12,7 @@ from transformers import CompileConfig, PreTrainedModel
 
 from lamp_compile.errors import ModelError
 from lamp_compile.frontends import linears
-from lamp_compile.frontends.huggingface import attention, planning
+from lamp_compile.frontends.huggingface import attention, networks, planning
 from lamp_compile.frontends.huggingface.compiled import Lamp, summary
 from lamp_compile.frontends.huggingface.control import Control
 from lamp_compile.frontends.huggingface.hooks import attach
@@ -94,7 +94,9 @@ def compile_model(
         mode = planning.mode_for(made, mode, device_type(fast))
         controls = Controls()
         chosen = planning.applied(made, sites, fuel)
-        spec = planning.make_spec(fast, made, sites, chosen, controls)
+        folder = Path(plan).parent if isinstance(plan, str | Path) else Path()
+        gates = networks.gates(made, sites, folder)
+        spec = planning.make_spec(fast, made, sites, chosen, controls, gates)
         if made.control is not None:
             Control(made.control, controls, spec, StepClock())  # before anything is changed: raises where it cannot be
     except BaseException:
@@ -103,6 +105,28 @@ def compile_model(
     attach(fast, Lamp(made, controls, spec, original, sites, refusals, mode))
     fast.generation_config.cache_implementation = None  # type: ignore[union-attr]
     return fast
+
+
+def set_network(fast: Any, file: str | Path | None) -> None:
+    """Let a look-ahead network predict at the sites that it serves; None leaves the model as its plan has it.
+
+    Args:
+        fast: A model of ``compile_model``, before anything of it is compiled.
+        file: Of the network.
+
+    Raises:
+        PlanError: The file is damaged or for another model.
+    """
+    if file is None:
+        return
+    lamp: Lamp = fast.lamp
+    plan = networks.with_network(lamp.plan, lamp.sites, file)
+    gates = networks.gates(plan, lamp.sites, Path())
+    layers = tuple(
+        None if layer is None else replace(layer, plan=plan.site(layer.plan.name), network=gates.get(layer.plan.name))
+        for layer in lamp.spec.layers
+    )
+    lamp.plan, lamp.spec = plan, replace(lamp.spec, layers=layers)
 
 
 def set_linears(fast: Any, asked: str | tuple[LinearPlan, ...]) -> None:

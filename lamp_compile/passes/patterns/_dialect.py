@@ -16,6 +16,7 @@ from torch import nn
 from torch.fx import Node
 
 from lamp_compile.runtime import ops  # noqa: F401  (registers torch.ops.lamp)
+from lamp_compile.runtime.network import ops as _network_ops  # noqa: F401  (attention.predicted)
 
 aten = torch.ops.aten
 _SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
@@ -51,7 +52,7 @@ _ROWS: tuple[tuple[str, tuple[str, ...], tuple[Any, ...]], ...] = (
         (torch._transformer_encoder_layer_fwd, aten._transformer_encoder_layer_fwd.default),
     ),
     ("flex_attention", (), (torch.ops.higher_order.flex_attention,)),
-    ("cached", (), (torch.ops.lamp.attention.cached,)),
+    ("cached", (), (torch.ops.lamp.attention.cached, torch.ops.lamp.attention.predicted)),
     ("matmul", _TWO, (torch.matmul, operator.matmul, "matmul", aten.matmul.default)),
     ("matmul", ("input", "mat2"), (torch.bmm, "bmm", aten.bmm.default)),
     ("baddbmm", ("input", "batch1", "batch2", "beta", "alpha"), (torch.baddbmm, "baddbmm", aten.baddbmm.default)),

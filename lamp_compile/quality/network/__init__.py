@@ -1,0 +1,1 @@
+"""Training and measuring look-ahead networks: distillation from the model's own attention on a user's text."""
