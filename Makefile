@@ -6,6 +6,7 @@
 #   PIP_ARGS=...             passed to pip, such as an index with CPU builds of torch
 #   MODEL=DIR TEXT=FILE      what the demo and the benchmarks run on
 #   ARGS=...                 passed to pytest
+#   WORKERS=2                test files that run at a time
 #   SEED=1 CASES=20000       what `make fuzz` runs: random calls of the CPU kernels under sanitizers
 #   SEED=1 ONNX_CASES=100000 what `make fuzz-onnx` runs: damaged ONNX files
 
@@ -15,6 +16,7 @@ CONSTRAINTS ?= constraints.txt
 MODEL ?= examples/models/nano
 TEXT ?= examples/data/walden.txt
 SEED ?= 1
+WORKERS ?= 2
 CASES ?= 20000
 ONNX_CASES ?= 100000
 
@@ -46,7 +48,7 @@ demo: $(STAMP)
 	$(BIN)/python examples/demo.py --model $(MODEL) --text $(TEXT)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .
