@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lamp_compile.commands import _options, _output
+from lamp_compile.control_plan import ControlPlan
 from lamp_compile.errors import InputError
 
 NAME, HELP = "calibrate", "measure on a text what each layer costs, and write the plan that makes the most of its bits"
@@ -29,6 +30,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-kl", type=_options.limit, metavar="X",
         help="fewest bits with at most this mean KL (default: least KL at the bits of the preset)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--quality", type=_options.share, metavar="Q",
+        help="let the plan's controller hold this agreement (0 to 1), by a relation measured on the text",
     )  # fmt: skip
     parser.add_argument("--heads", action="store_true", help="choose tau for every kv head, not for every layer")
     parser.add_argument(
@@ -53,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
     if args.linears not in (None, "never"):
         raise InputError("linear layers have a calibration of their own", where="--linears",
                          fix="`lamp-compile compile --linears-text`")  # fmt: skip
+    if args.quality is not None:
+        ControlPlan.of({"quality": args.quality, "relation": (0.0, 0.0, 1.0)}, "--quality")
     path = Path(args.output)
     if not path.resolve().parent.is_dir():
         raise InputError("the folder does not exist", where=str(path), fix="another path")
@@ -74,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
     step = _output.progress(calibrate.steps(task), "calibrate")
     done = calibrate.calibrate(_stepping(task, step))
     provenance = {**done.plan.provenance, "text_sha256": digest, **environment(args.device)}
-    plan = _write(done.plan, provenance, path)
+    chosen = done.plan if args.quality is None else _holding(measured.model, done.plan, first, args.quality)
+    plan = _write(chosen, provenance, path)
     if args.measurements is None:
         memory.forget()
     held = done.report["held_out"]
@@ -83,6 +91,8 @@ def run(args: argparse.Namespace) -> int:
         _output.print_json({**environment(args.device), **measured.describe(args), "plan": str(path), **done.report})
     else:
         print(summary(plan, done.report))
+        if plan.control is not None:
+            print(f"the controller holds {args.quality:.1%} agreement: estimated error {plan.control.error_limit:.3g}")
         print(f"wrote {path}")
         if over:
             print(f"over the limit: KL {held['calibrated']['kl']:.2e} on held-out text, --max-kl {args.max_kl:.2e}")
@@ -189,6 +199,33 @@ def _stepping(task: Any, step: Callable[[str], None]) -> Any:
     from dataclasses import replace
 
     return replace(task, on_step=step)
+
+
+def _holding(model: Any, plan: Any, windows: Any, quality: float) -> Any:
+    """The plan with a controller that holds ``quality``, by a relation measured with this plan on ``windows``.
+
+    Raises:
+        PlanError: Both planes everywhere do not reach it.
+        InputError: The guard would act first.
+    """
+    from dataclasses import replace
+    from math import inf
+
+    from lamp_compile import api
+    from lamp_compile.quality import relation
+
+    rows = [replace(row, guard=replace(row.guard, window=1, budget=inf)) for row in plan.sites]
+    meter = api.compile(model, mode="eager", plan=replace(plan, sites=tuple(rows), control=None))
+    fitted = relation.fit(list(relation.measure(model, meter, windows)))
+    control = ControlPlan.of({"quality": quality, "relation": fitted}, "--quality")
+    limit, budget = control.error_limit, min(row.guard.budget for row in plan.sites if row.apply)
+    if limit is not None and limit >= budget:
+        raise InputError(
+            f"{quality:g} allows an estimated error of {limit:.3g}, and the guard acts at {budget:g}",
+            where="--quality",
+            fix="a higher quality, or --set guard_budget=1",
+        )
+    return replace(plan, control=control)
 
 
 def _write(plan: Any, provenance: dict[str, Any], path: Path) -> Any:

@@ -11,11 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.project import calibration_page, cpu_page, decode_page, selection_page
+from tests.project import calibration_page, cpu_page, decode_page, onnx_page, selection_page
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE, KERNELS, README = ROOT / "docs" / "quality.md", ROOT / "docs" / "kernels.md", ROOT / "README.md"
+ONNX = ROOT / "docs" / "onnx.md"
 CPU, SELECTION = ROOT / "docs" / "cpu.md", ROOT / "docs" / "selection.md"
 BEGIN, END = "<!-- quality table: make golden -->", "<!-- end -->"
 
@@ -129,6 +130,11 @@ def cpu() -> str:
     return decode_page.filled(CPU.read_text(encoding="utf-8"), cpu_page.page(RESULTS), cpu_page.BEGIN)
 
 
+def onnx() -> str:
+    """docs/onnx.md with its table renewed."""
+    return decode_page.filled(ONNX.read_text(encoding="utf-8"), onnx_page.table(RESULTS), onnx_page.BEGIN)
+
+
 def selection() -> str:
     """docs/selection.md with its tables renewed."""
     text = decode_page.filled(
@@ -153,6 +159,7 @@ if __name__ == "__main__":
         README.write_text(readme(), encoding="utf-8")
         KERNELS.write_text(kernels(), encoding="utf-8")
         CPU.write_text(cpu(), encoding="utf-8")
+        ONNX.write_text(onnx(), encoding="utf-8")
         SELECTION.write_text(selection(), encoding="utf-8")
     else:
         sys.stdout.write(page())

@@ -19,6 +19,7 @@ def test_quality_page_and_readme_quote_the_committed_results() -> None:
     assert results_page.PAGE.read_text(encoding="utf-8") == results_page.page(), "run `make golden`"
     assert results_page.README.read_text(encoding="utf-8") == results_page.readme(), "run `make golden`"
     assert results_page.KERNELS.read_text(encoding="utf-8") == results_page.kernels(), "run `make golden`"
+    assert results_page.ONNX.read_text(encoding="utf-8") == results_page.onnx(), "run `make golden`"
     assert results_page.SELECTION.read_text(encoding="utf-8") == results_page.selection(), "run `make golden`"
     assert results_page.CPU.read_text(encoding="utf-8") == results_page.cpu(), "run `make golden`"
 

@@ -11,7 +11,7 @@ import torch
 import lamp_compile
 from lamp_compile import cli
 from lamp_compile.commands import calibrate as command
-from lamp_compile.errors import InputError, OptionError
+from lamp_compile.errors import InputError, OptionError, PlanError
 from lamp_compile.plan import Plan, SitePlan
 from lamp_compile.quality import calibrate, load, sensitivity
 from lamp_compile.quality.engine import CompiledEngine
@@ -181,6 +181,29 @@ def test_the_command_writes_a_plan_and_goes_on_where_it_was(nano, root, tmp_path
     with pytest.raises(InputError, match="no measurements"):
         command.Memory(out, "a plan given for measurements by mistake")
     assert out.read_text() == before
+
+
+def test_a_plan_can_hold_an_agreement_by_its_own_relation(model, windows, nano, root, tmp_path, capsys):
+    plan = lamp_compile.compile(model, mode="eager", guard_budget=1.0).lamp.plan
+    holding = command._holding(model, plan, windows, 0.9)
+    assert holding.control is not None
+    assert holding.control.quality == 0.9
+    base, start, slope = holding.control.relation
+    assert 0 < base < 0.1  # what both planes everywhere may cost, by the interval of so little text
+    assert holding.control.error_limit == pytest.approx(start + (0.1 - base) / slope)
+    assert [row.guard for row in holding.sites] == [row.guard for row in plan.sites]
+    assert Plan.from_json(holding.to_json()) == holding
+    fast = lamp_compile.compile(model, mode="eager", plan=holding)
+    assert fast.lamp.controller.status()["calibrated"] is True
+    fast.lamp.controller.stop()
+    with pytest.raises(PlanError, match="both planes everywhere"):
+        command._holding(model, plan, windows, 0.9999)
+    tight = replace(plan, sites=tuple(replace(s, guard=replace(s.guard, budget=start / 2)) for s in plan.sites))
+    with pytest.raises(InputError, match="the guard acts"):
+        command._holding(model, tight, windows, 0.9)
+    arguments = ["calibrate", str(nano), "--text", str(root / "examples/data/walden.txt"), "-o", str(tmp_path / "p")]
+    assert cli.main([*arguments, "--quality", "1"]) == 1
+    assert "quality" in capsys.readouterr().err
 
 
 def test_reports_say_what_a_plan_rests_on(model):

@@ -40,7 +40,7 @@ def decoder(graph: DecoderGraph, original: Any) -> dict[str, Any]:
         values = {"tau": plan.tau, "floor": plan.floor, "budget": plan.guard.budget}
         about |= {
             "heads": site.heads, "tile": plan.tile, "controls": {name: f"lamp.{index}.{name}" for name in FIELDS},
-            "plan": {name: _plain(value) for name, value in values.items()},
+            "plan": {**{name: _plain(value) for name, value in values.items()}, "window": plan.guard.window},
         }  # fmt: skip
         rows["sites"].append(about)
     return {

@@ -18,6 +18,8 @@ GUARD = ("state", "stats")
 MOST = 1 << 20
 """No size in an artifact is larger."""
 STATE_FIELDS, STATS_FIELDS = 4, 7
+GUARD_WINDOW = 16
+"""Where an artifact does not say."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Site:
         controls: Inputs of tau, floor and budget by name; none where keys stay in float.
         row: The site's row of inputs that all sites share, or None where each has its own.
         plan: What tau, floor and budget start at.
+        window: Steps of the guard's running mean.
     """
 
     name: str
@@ -66,6 +69,7 @@ class Site:
     controls: Mapping[str, str]
     row: int | None
     plan: Mapping[str, Sequence[float]]
+    window: int = GUARD_WINDOW
 
 
 @dataclass(frozen=True)
@@ -165,6 +169,7 @@ def _planes_site(row: Any) -> Site:
         _name(row["name"]), _size(row["heads"]), kv_heads, dim, value_dim, tile, buffers, controls,
         None if at is None else _size(at + 1) - 1,
         {name: per_head(row["plan"][name], kv_heads, f"{name} of the plan") for name in FIELDS},
+        _size(row["plan"].get("window", GUARD_WINDOW)),
     )  # fmt: skip
 
 

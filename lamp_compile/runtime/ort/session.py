@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lamp_compile.errors import CacheError, InputError
+from lamp_compile.control_plan import ControlPlan
+from lamp_compile.errors import CacheError, InputError, OptionError
 from lamp_compile.runtime.ort import artifact, opening, providers
 from lamp_compile.runtime.ort.buffers import Buffers
+from lamp_compile.runtime.ort.control import SessionControl
 from lamp_compile.runtime.ort.controls import Controls
 from lamp_compile.runtime.ort.statistics import SiteStatistics
 
@@ -77,6 +79,22 @@ class OrtSession:
         self._bound: tuple[int, int | None] | None = None
         self._small: dict[str, NDArray[np.int64]] = {}
         self._lengths = np.zeros(0, np.int64)
+        self._control: SessionControl | None = None
+
+    def control(self, **target: Any) -> SessionControl:
+        """Adjust tau of every site between steps, to hold a target; a context manager, at work at once.
+
+        Args:
+            **target: Fields of ``ControlPlan``: ``quality``, ``error_budget``, ``speed``, ``refined``, and limits.
+
+        Raises:
+            OptionError: Unknown or contradictory targets, or another controller is at work.
+            PlanError: Impossible values.
+        """
+        if self._control is not None and self._control.running:
+            raise OptionError("a controller is at work", where="OrtSession.control", fix="stop() it first")
+        self._control = SessionControl(self, ControlPlan.of(target))
+        return self._control
 
     def placement(self) -> dict[str, dict[str, int]]:
         """How many nodes of each operator run on each provider."""
@@ -145,6 +163,8 @@ class OrtSession:
         except Exception as error:  # what was written lies behind the lengths, where nobody looks
             raise InputError(opening.first_line(error), where="OrtSession.step") from error
         self._lengths[which] += ids.shape[1]
+        if self._control is not None:
+            self._control.stepped()
         found: NDArray[np.float32] = self._binding.get_outputs()[-1].numpy()[:, -1].copy()
         return found
 
