@@ -10,6 +10,7 @@ import pytest
 from onnx import helper
 
 from lamp_compile.errors import ModelError
+from lamp_compile.frontends.onnx import find
 from lamp_compile.frontends.onnx.rewrite import rewrite_onnx
 from tests import tolerances
 from tests.onnx import sessions
@@ -139,3 +140,13 @@ def test_an_operator_without_a_reader_is_reported() -> None:
     made.graph.node.add(op_type="PagedAttention", domain="com.microsoft", input=["out"], output=["other"], name="p")
     (refusal,) = rewrite_onnx(made).report.unclaimed
     assert refusal.reason == "there is no reader for com.microsoft.PagedAttention"
+
+
+@pytest.mark.parametrize("bound", ["MOST_HEADS", "MOST_CHANNELS"])
+def test_sizes_that_no_attention_has_are_refused(monkeypatch: pytest.MonkeyPatch, bound: str) -> None:
+    """A file may declare 2^31 heads; the settings of a site are initializers of that size."""
+    made = model("MultiHeadAttention", CROSS, ["out"], num_heads=H)
+    assert rewrite_onnx(made)[1].rewritten
+    monkeypatch.setattr(find, bound, 1)
+    with pytest.raises(ModelError, match="no attention is as large"):
+        rewrite_onnx(made)

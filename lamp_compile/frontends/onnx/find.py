@@ -31,6 +31,9 @@ _UNREAD = {
 _UNREAD[("ai.onnx.preview", "FlexAttention")] = "FlexAttention carries its mask and score change as graphs"
 _UNREAD[("", "LinearAttention")] = "linear attention has no softmax"
 
+MOST_HEADS, MOST_CHANNELS = 2**16, 2**12
+"""A site's settings and rotation are initializers of these sizes: what a file declares must not allocate them."""
+
 
 @dataclass(frozen=True)
 class Claimed:
@@ -115,6 +118,10 @@ def _first_outcome(graph: Graph, node: NodeProto, name: str, readers: list[OnnxP
             emit.undo()
             return Refusal(name, refuse.reason, refuse.fix, pattern.name, node.name)
         else:
+            if max(site.heads, site.kv_heads) > MOST_HEADS or max(site.head_dim, site.value_dim) > MOST_CHANNELS:
+                emit.undo()
+                sizes = f"{site.heads} heads over {site.kv_heads} of {site.head_dim} and {site.value_dim} channels"
+                return Refusal(name, f"{sizes}: no attention is as large", "", pattern.name, node.name)
             site.name = name
             return Claimed(site, tuple(emit.made), tuple(emit.following))
     return Refusal(name, "; ".join(missing), node=node.name)
