@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from lamp_compile.control_plan import ControlPlan
 from lamp_compile.errors import OptionError
@@ -95,6 +96,36 @@ class State:
     backed_off: int = 0
     bound: int = 0
     """Readings in which the error limit kept a site from following the goal."""
+
+
+def check_guard(target: ControlPlan, budgets: Sequence[float]) -> None:
+    """Raise OptionError where a guard, by its budget, would act before the target's error limit is reached."""
+    limit = target.error_limit
+    if limit is not None and limit >= min(budgets):
+        raise OptionError(
+            f"an error limit of {limit:.3g} contradicts the guard, which acts at {min(budgets):g}",
+            where="control",
+            fix="a smaller error_budget or higher quality, or a larger guard budget",
+        )
+
+
+def described(state: State, names: Sequence[str]) -> dict[str, Any]:
+    """JSON-ready: target, whether calibrated, counts, and by site (``names`` in the order of ``state.sites``) tau and
+    how it stands."""
+    target = state.target
+    return {
+        "target": {name: value for name, value in vars(target).items() if value is not None},
+        "error_limit": target.error_limit,
+        "calibrated": target.quality is None or target.relation is not None,
+        "readings": state.readings,
+        "rejected": state.rejected,
+        "backed_off": state.backed_off,
+        "limit_bound": state.bound,
+        "sites": {
+            name: {"tau": site.tau, "safe": site.safe, "verdict": site.verdict}
+            for name, site in zip(names, state.sites, strict=True)
+        },
+    }
 
 
 def initial(target: ControlPlan, taus: Sequence[float]) -> State:

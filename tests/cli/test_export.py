@@ -9,8 +9,8 @@ import pytest
 from lamp_compile import cli, onnx_export
 from lamp_compile.errors import LimitError
 
-pytest.importorskip("onnxruntime")
-pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime", reason="needs ONNX Runtime (extra: onnx-cpu)")
+pytest.importorskip("onnxscript", reason="exporting needs onnxscript (extra: onnx-cpu)")
 SHORT = ["--context", "64", "--max-tokens", "64"]
 
 

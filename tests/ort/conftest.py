@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
+pytest.importorskip("onnx", reason="ONNX artifacts need the onnx package (extra: onnx-cpu)")
+pytest.importorskip("onnxruntime", reason="needs ONNX Runtime (extra: onnx-cpu)")
 
 from lamp_compile.runtime.ort import _library
 from lamp_compile.runtime.ort.session import OrtSession

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
+pytest.importorskip("onnx", reason="ONNX artifacts need the onnx package (extra: onnx-cpu)")
+pytest.importorskip("onnxruntime", reason="needs ONNX Runtime (extra: onnx-cpu)")
 
 from tests.ort.toy import Toy, model
 from tests.tolerances import ORT_TOY

@@ -42,14 +42,7 @@ class Control:
             raise OptionError(
                 "no site has a residual plane to choose", where="control", fix="k_format or v_format nested8"
             )
-        limit = target.error_limit
-        budgets = [float(controls[name].budget.min()) for name in self._sites]
-        if limit is not None and limit >= min(budgets):
-            raise OptionError(
-                f"an error limit of {limit:.3g} contradicts the guard, which acts at {min(budgets):g}",
-                where="control",
-                fix="a smaller error_budget or higher quality, or a larger guard_budget",
-            )
+        controller.check_guard(target, [float(controls[name].budget.min()) for name in self._sites])
         self._start = {name: controls[name].tau.tolist() for name in self._sites}
         state = controller.initial(target, [_middle(self._start[name]) for name in self._sites])
         windows = {layer.plan.name: layer.plan.guard.window for layer in layers}
@@ -98,26 +91,15 @@ class Control:
 
     def status(self) -> dict[str, Any]:
         """JSON-ready: target, whether calibrated, and by site tau and how it stands."""
-        state = self.thread.state
         return {
             "status": self.thread.status,
-            "target": {k: v for k, v in vars(self.target).items() if v is not None},
-            "error_limit": self.target.error_limit,
-            "calibrated": self.target.quality is None or self.target.relation is not None,
-            "readings": state.readings,
-            "rejected": state.rejected,
-            "backed_off": state.backed_off,
-            "limit_bound": state.bound,
+            **controller.described(self.thread.state, self._sites),
             "set_back": self._reader.set_back,
             "unread": self._reader.unread,
             "times_dropped": self._clock.dropped,
             "deaths": self.thread.deaths,
             "lags": self.thread.lags,
             "error": self.thread.error,
-            "sites": {
-                name: {"tau": site.tau, "safe": site.safe, "verdict": site.verdict}
-                for name, site in zip(self._sites, state.sites, strict=True)
-            },
         }
 
     def _put(self, state: State) -> None:

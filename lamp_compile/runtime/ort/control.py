@@ -45,14 +45,7 @@ class SessionControl:
         self._sites = [site.name for site in session.artifact.planes]
         if not self._sites:
             raise OptionError("no site has planes to choose from", where="control", fix="a decoder's artifact")
-        limit = target.error_limit
-        budgets = [float(session.controls[name].budget.min()) for name in self._sites]
-        if limit is not None and limit >= min(budgets):
-            raise OptionError(
-                f"an error limit of {limit:.3g} contradicts the guard, which acts at {min(budgets):g}",
-                where="control",
-                fix="a smaller error_budget or higher quality, or a larger budget (controls.set)",
-            )
+        controller.check_guard(target, [float(session.controls[name].budget.min()) for name in self._sites])
         self._start = {name: session.controls[name].tau.copy() for name in self._sites}
         self.state = controller.initial(target, [_middle(self._start[name]) for name in self._sites])
         self._windows = {site.name: site.window for site in session.artifact.planes}
@@ -80,20 +73,8 @@ class SessionControl:
 
     def status(self) -> dict[str, Any]:
         """JSON-ready: target, whether calibrated, and by site tau and how it stands."""
-        return {
-            "status": "running" if self.running else "stopped",
-            "target": {name: value for name, value in vars(self.target).items() if value is not None},
-            "error_limit": self.target.error_limit,
-            "calibrated": self.target.quality is None or self.target.relation is not None,
-            "readings": self.state.readings,
-            "rejected": self.state.rejected,
-            "backed_off": self.state.backed_off,
-            "limit_bound": self.state.bound,
-            "sites": {
-                name: {"tau": site.tau, "safe": site.safe, "verdict": site.verdict}
-                for name, site in zip(self._sites, self.state.sites, strict=True)
-            },
-        }
+        status = "running" if self.running else "stopped"
+        return {"status": status, **controller.described(self.state, self._sites)}
 
     def stepped(self) -> None:
         """For the session: a step is done."""

@@ -10,18 +10,25 @@ from lamp_compile.frontends.onnx.bodies import certificate
 from lamp_compile.frontends.onnx.form import Form
 
 
-def gathered_keys() -> str:
-    """Products with the residual plane of some storage tiles only; zeros elsewhere."""
-    return """ResidualProductsOfSome (k_residual, query, hot) => (products) {
-  last = Constant<value_ints = [-1]>()
+def _some_tiles(plane: str) -> str:
+    """The storage tiles of a plane that ``hot`` names, and where they came from."""
+    return f"""  last = Constant<value_ints = [-1]>()
   one = Constant<value_ints = [1]>()
-  tail = Shape<start = 3>(k_residual)
+  tail = Shape<start = 3>({plane})
   tile_shape = Concat<axis = 0>(last, tail)
-  tiles = Reshape(k_residual, tile_shape)
+  tiles = Reshape({plane}, tile_shape)
   found = NonZero(hot)
   index = Reshape(found, last)
   some = Gather<axis = 0>(tiles, index)
-  per_head = Shape<start = 2, end = 3>(k_residual)
+"""
+
+
+def gathered_keys() -> str:
+    """Products with the residual plane of some storage tiles only; zeros elsewhere."""
+    return (
+        "ResidualProductsOfSome (k_residual, query, hot) => (products) {\n"
+        + _some_tiles("k_residual")
+        + """  per_head = Shape<start = 2, end = 3>(k_residual)
   owner = Div(index, per_head)
   queries = Gather<axis = 0>(query, owner)
   y = ai.lamp.NibbleProducts(some, queries)
@@ -37,6 +44,7 @@ def gathered_keys() -> str:
   out_shape = Concat<axis = 0>(heads, last, rows)
   products = Reshape(placed, out_shape)
 }"""
+    )
 
 
 def dense_keys() -> str:
@@ -53,16 +61,10 @@ def dense_keys() -> str:
 
 def gathered_values() -> str:
     """Weighted sums over the residual plane of some storage tiles only."""
-    return """ResidualSumsOfSome (v_residual, weight, hot) => (sums) {
-  last = Constant<value_ints = [-1]>()
-  one = Constant<value_ints = [1]>()
-  tail = Shape<start = 3>(v_residual)
-  tile_shape = Concat<axis = 0>(last, tail)
-  tiles = Reshape(v_residual, tile_shape)
-  found = NonZero(hot)
-  index = Reshape(found, last)
-  some = Gather<axis = 0>(tiles, index)
-  tile = Shape<start = 4>(v_residual)
+    return (
+        "ResidualSumsOfSome (v_residual, weight, hot) => (sums) {\n"
+        + _some_tiles("v_residual")
+        + """  tile = Shape<start = 4>(v_residual)
   rows = Shape<start = 1, end = 2>(weight)
   weight_lead = Shape<start = 0, end = 2>(weight)
   weight_shape = Concat<axis = 0>(weight_lead, last, tile)
@@ -91,6 +93,7 @@ def gathered_values() -> str:
   out_shape = Concat<axis = 0>(heads1, size)
   sums = Reshape(summed, out_shape)
 }"""
+    )
 
 
 def dense_values() -> str:
