@@ -176,16 +176,20 @@ def make_node(op: str, form: Form, inputs: Mapping[str, str], outputs: Sequence[
 
 def _texts(form: Form) -> list[str]:
     """Those that are called come first: the reference evaluator of the onnx package wants it so."""
-    parts = [
+    parts = [scores.SHAPES, scores.KEY_ROWS]
+    if form.mask or form.bias:
+        parts.append(scores.BY_GROUP)
+    parts += [
         nibbles.products(form), nibbles.sums(form), scores.prepare_query(form), scores.visible(form),
         scores.logits(form), scores.weights(form), scores.look_ahead(form), scores.select(form),
-        attend.dense_keys(), attend.dense_values(),
+        attend.dense_keys(), attend.dense_values(), attend.high_values(form),
     ]  # fmt: skip
     if form.guard == "if":
         parts += [attend.gathered_keys(), attend.gathered_values()]
-    parts += [attend.attend(form), guard.guard(form), store.pack(), store.encode(form, form.balance)]
-    if form.balance:
-        parts.append(store.encode(form, False))
+    parts += [attend.attend(form), guard.guard(form)]
+    if form.arithmetic == "float":
+        parts.append(store.pack())
+    parts.append(store.encode(form))
     if form.cache:
         return [*parts, store.append(form), whole.fused_attention(form)]
     return [*parts, store.key_tiles(form), store.quantize(form), whole.attention(form)]
