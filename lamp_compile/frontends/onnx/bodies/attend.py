@@ -150,7 +150,6 @@ _HOT_TILES = """
   hot_tile = Greater(tile_level, refined_above)
   hot_number = Cast<to = 1>(hot_tile)
   hot_share = ReduceMean<keepdims = 0>(hot_number)
-  any_hot = Greater(hot_share, zero)
   most = Constant<value = float {0.5}>()
   few_hot = Less(hot_share, most)
 """
@@ -171,19 +170,15 @@ def _weighing(form: Form) -> str:
         "ai.lamp.ResidualSumsOfSome(v_residual, WEIGHT, at)",
     )
     return f"""{_HOT_TILES}
-  p, stored_sums = If (any_hot) <
-    then_branch = refined () => (p_refined, sums_refined) {{
-      p_refined, sums_refined = If (few_hot) <
-        then_branch = by_tile () => (p_some, sums_some) {{
-          found = NonZero(hot_tile)
-          turned = Transpose<perm = [1, 0]>(found)
-          first = Constant<value_ints = [0]>()
-          at = Unsqueeze(turned, first)
-          {some}
-        }},
-        else_branch = whole_plane () => (p_every, sums_every) {{ {every} }}>
+  p, stored_sums = If (few_hot) <
+    then_branch = by_tile () => (p_some, sums_some) {{
+      found = NonZero(hot_tile)
+      turned = Transpose<perm = [1, 0]>(found)
+      first = Constant<value_ints = [0]>()
+      at = Unsqueeze(turned, first)
+      {some}
     }},
-    else_branch = high_only () => (p_cold, sums_cold) {{ {_arm(form, "cold", "", "")} }}>"""
+    else_branch = whole_plane () => (p_every, sums_every) {{ {every} }}>"""
 
 
 def _exact_parts(form: Form) -> tuple[str, str]:

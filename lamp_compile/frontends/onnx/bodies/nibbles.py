@@ -1,10 +1,10 @@
 """Products with one plane of nibbles: ``NibbleProducts`` for keys, ``NibbleSums`` for values.
 
 A byte holds two nibbles in two's complement, ``byte = 16 upper + rest`` with ``rest`` the lower one without its sign.
-In arithmetic that wraps at 256, ``16 byte`` is 16 times the lower nibble and ``byte - rest`` 16 times the upper one: 128
-added to either makes the unsigned number whose zero point is 128. ONNX Runtime's sums and products of bytes are
+In arithmetic that wraps at 256, ``16 byte`` is 16 times the lower nibble and ``byte - rest`` 16 times the upper one, in
+two's complement. ONNX Runtime's sums and products of bytes are
 vectorised, its bit operations are not: one of those takes as long as fifteen of these. Both operands of
-``MatMulInteger`` are unsigned: signed ones saturate on x86 machines without VNNI. Values are multiplied in float, since
+``MatMulInteger`` are unsigned, with zero point 128: signed ones saturate on x86 machines without VNNI. Values are multiplied in float, since
 rounding their weights to 8 bits costs 0.3 of a step.
 """
 
@@ -33,15 +33,12 @@ _NIBBLES_FLOAT = """
 
 _NIBBLES_BYTES = """
   sixteenfold = Constant<value = uint8 {16}>()
-  middle = Constant<value = uint8 {128}>()
   none = Constant<value = uint8 {0}>()
   sixteen = Constant<value = float {16.0}>()
-  low = Mul(plane, sixteenfold)
-  low_float = Cast<to = 1>(low)
-  rest = QuantizeLinear(low_float, sixteen, none)
-  raised = Add(plane, middle)
-  upper = Sub(raised, rest)
-  lower = Add(low, middle)
+  lower = Mul(plane, sixteenfold)
+  lower_float = Cast<to = 1>(lower)
+  rest = QuantizeLinear(lower_float, sixteen, none)
+  upper = Sub(plane, rest)
 """
 
 
@@ -60,8 +57,10 @@ def products(form: Form) -> str:
 }}"""
     return f"""NibbleProducts (plane, query) => (y) {{
   {_NIBBLES_BYTES}
+  middle = Constant<value = uint8 {{128}}>()
   offset = Constant<value = float {{128.0}}>()
-  nibbles = Concat<axis = -1>(upper, lower)
+  both = Concat<axis = 3>(upper, lower)
+  nibbles = Add(both, middle)
   shifted = Add(query, offset)
   bytes = Cast<to = 2>(shifted)
   columns = Transpose<perm = [0, 1, 3, 2]>(bytes)
@@ -86,9 +85,9 @@ def sums(form: Form) -> str:
 }}"""
     return f"""NibbleSums (plane, weight) => (y) {{
   {_NIBBLES_BYTES}
-  one = Constant<value = float {{1.0}}>()
-  nibbles = Concat<axis = 2>(upper, lower)
-  numbers = DequantizeLinear(nibbles, one, middle)
+  both = Concat<axis = 2>(upper, lower)
+  nibbles = Cast<to = 3>(both)
+  numbers = Cast<to = 1>(nibbles)
   columns = Transpose<perm = [0, 1, 3, 2]>(numbers)
   y = MatMul(weight, columns)
 }}"""

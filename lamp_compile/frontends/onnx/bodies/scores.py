@@ -120,6 +120,16 @@ def visible(form: Form) -> str:
     if form.mask:
         steps.append(f"allowed = ai.lamp.ByGroup(mask, q, k_scale)\n  live4 = And({live}, allowed)")
         live = "live4"
+    if form.causal == "bottom_right" and live == "live1":
+        steps.append(f"""subtile = Constant<value = int64 {{{form.subtile}}}>()
+  first_key = Range(zero, keys, subtile)
+  tiles = LessOrEqual(first_key, at)""")
+    else:
+        steps.append(f"""by_subtile = Constant<value_ints = [0, 0, 0, 0, -1, {form.subtile}]>()
+  number = Cast<to = 1>({live})
+  tiled = Reshape(number, by_subtile)
+  any = ReduceMax<keepdims = 0>(tiled, last)
+  tiles = Cast<to = 9>(any)""")
     body = "\n  ".join(steps)
     return f"""Visible{window} ({inputs}) => (live, tiles) {{
   zero = Constant<value = int64 {{0}}>()
@@ -135,11 +145,6 @@ def visible(form: Form) -> str:
   end = Unsqueeze(lengths, outer)
   {body}
   live = Identity({live})
-  by_subtile = Constant<value_ints = [0, 0, 0, 0, -1, {form.subtile}]>()
-  number = Cast<to = 1>(live)
-  tiled = Reshape(number, by_subtile)
-  any = ReduceMax<keepdims = 0>(tiled, last)
-  tiles = Cast<to = 9>(any)
 }}"""
 
 

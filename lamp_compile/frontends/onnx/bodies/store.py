@@ -37,7 +37,13 @@ _PACK_FLOAT = """
 
 def encode(form: Form) -> str:
     """Rows ``[.., D]``, rotated and balanced -> high, residual uint8 ``[.., D/2]``, scale ``[..]`` rounded to float16
-    (kept as float32), bit by bit as ``runtime/formats/nested8.py``. A NaN or infinity in a row goes into its scale."""
+    (float32 of that value without a cache), bit by bit as ``runtime/formats/nested8.py``. A NaN or infinity in a row goes into its scale."""
+    if not form.cache:
+        stored_scale = "scale = Squeeze(divisor, last)"
+    elif form.arithmetic == "integer":
+        stored_scale = "scale = Squeeze(divisor_half, last)"
+    else:
+        stored_scale = "scale0 = Squeeze(divisor, last)\n  scale = Cast<to = 10>(scale0)"
     return f"""Encode (x) => (high, residual, scale) {{
   last = Constant<value_ints = [-1]>()
   zero = Constant<value = float {{0.0}}>()
@@ -57,7 +63,7 @@ def encode(form: Form) -> str:
   whole = Round(steps)
   q = Clip(whole, smallest, largest)
   {_PACK_BYTES if form.arithmetic == "integer" else _PACK_FLOAT}
-  scale = Squeeze(divisor, last)
+  {stored_scale}
 }}"""
 
 
@@ -105,16 +111,13 @@ def _turned(form: Form) -> tuple[str, str]:
 _ENCODE_EACH = """k_rows = Flatten<axis = 3>(k_turned)
   v_rows = Flatten<axis = 3>(v_turned)
   k_bytes, k_rest, k_step = ai.lamp.Encode(k_rows)
-  v_bytes, v_rest, v_step = ai.lamp.Encode(v_rows)
-  k_half = Cast<to = 10>(k_step)
-  v_half = Cast<to = 10>(v_step)"""
+  v_bytes, v_rest, v_step = ai.lamp.Encode(v_rows)"""
 _ENCODE_BOTH = """both_turned = Concat<axis = 0>(k_turned, v_turned)
   both_rows = Flatten<axis = 3>(both_turned)
   bytes, rest, step = ai.lamp.Encode(both_rows)
-  half = Cast<to = 10>(step)
   k_bytes, v_bytes = Split<axis = 0, num_outputs = 2>(bytes)
   k_rest, v_rest = Split<axis = 0, num_outputs = 2>(rest)
-  k_half, v_half = Split<axis = 0, num_outputs = 2>(half)"""
+  k_step, v_step = Split<axis = 0, num_outputs = 2>(step)"""
 
 _COORDINATES = {
     "if": """
@@ -156,9 +159,7 @@ _CHANNELS = """
   one = Constant<value = int64 {1}>()
   second = Constant<value_ints = [1]>()
   along = Constant<value = int64[5] {0,0,0,1,0}>()
-  no_channel = Mul(b, zero)
-  value_places = Concat<axis = 0>(b, g, page, no_channel, key)
-  at_row = Transpose<perm = [1, 0]>(value_places)
+  AT_ROW
   at_rows = Unsqueeze(at_row, second)
   width1 = Shape<start = 1>(v_bytes)
   width = Squeeze(width1)
@@ -168,6 +169,14 @@ _CHANNELS = """
   at_value = Add(at_rows, steps)
 """
 """The same for every channel of a value, ``at_value [M, Dv/2, 5]``: batch, head, tile, channel, key in the tile."""
+_AT_ROW = {
+    "if": """apart = Constant<value = int64[4,5] {1,0,0,0,0, 0,1,0,0,0, 0,0,1,0,0, 0,0,0,0,1}>()
+  at_row = MatMul(at_key, apart)""",
+    "select": """no_channel = Mul(b, zero)
+  value_places = Concat<axis = 0>(b, g, page, no_channel, key)
+  at_row = Transpose<perm = [1, 0]>(value_places)""",
+}
+"""CUDA has no product of integer matrices."""
 
 
 def append(form: Form) -> str:
@@ -182,13 +191,13 @@ def append(form: Form) -> str:
   lead = Shape<start = 0, end = 3>(k)
   {_COORDINATES[form.guard].strip()}
   {_PLACES.strip()}
-  {_CHANNELS.strip()}
+  {_CHANNELS.replace("AT_ROW", _AT_ROW[form.guard]).strip()}
   k_high_new = ScatterND(k_high, at_key, k_bytes)
   k_residual_new = ScatterND(k_residual, at_key, k_rest)
-  k_scale_new = ScatterND(k_scale, at_scale, k_half)
+  k_scale_new = ScatterND(k_scale, at_scale, k_step)
   v_high_new = ScatterND(v_high, at_value, v_bytes)
   v_residual_new = ScatterND(v_residual, at_value, v_rest)
-  v_scale_new = ScatterND(v_scale, at_scale, v_half)
+  v_scale_new = ScatterND(v_scale, at_scale, v_step)
 }}"""
 
 
