@@ -78,6 +78,7 @@ class OrtSession:
         self._binding: Any = self.raw.io_binding()
         self._bound: tuple[int, int | None] | None = None
         self._small: dict[str, NDArray[np.int64]] = {}
+        self._last = np.array([-1], np.int64)
         self._lengths = np.zeros(0, np.int64)
         self._control: SessionControl | None = None
 
@@ -221,6 +222,8 @@ class OrtSession:
         if same and self._on_host:  # the session reads these very arrays
             return
         arrays = {**{names[name]: values for name, values in self._small.items()}, **self.controls.inputs}
+        if self.artifact.logits_from:
+            arrays[self.artifact.logits_from] = self._last
         for name, array in arrays.items():
             # Not bind_cpu_input: that knows no inputs with defaults.
             self._binding.bind_ortvalue_input(name, providers.onnxruntime().OrtValue.ortvalue_from_numpy(array))

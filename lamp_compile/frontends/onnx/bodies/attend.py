@@ -104,31 +104,21 @@ def high_values(form: Form) -> str:
 
 def _arm(form: Form, name: str, keys: str, values: str) -> str:
     """Nodes from the scores of the high plane to ``p_<name>`` and ``sums_<name>``; ``keys`` and ``values`` read the
-    residual planes, or nothing where they are empty. Axes are constants of their own: inference of shapes does not see
-    those around a branch."""
+    residual planes. Axes are constants of their own: inference of shapes does not see those around a branch."""
     capped = "<softcap: float = @softcap>" if form.softcap else ""
     added = (", bias" if form.bias else "") + (", sinks" if form.sinks else "")
     added += "" if form.cache else ", is_exact"
-    stored = "scores"
-    text = ""
-    if keys:
-        stored = f"stored_{name}"
-        text = f"""rest_{name} = {keys}
+    chosen = f"Identity(stored_{name})" if form.cache else f"Where(is_exact, exact_scores, stored_{name})"
+    high = f"ai.lamp.HighValues{capped}(y_{name}, live, v_high, v_scale5, row_shape{added})"
+    return f"""rest_{name} = {keys}
   rest_whole_{name} = Mul(rest_{name}, sixteenth)
   rest_even_{name} = Add(rest_whole_{name}, half)
   rest_scaled_{name} = Mul(rest_even_{name}, unit)
   rest_scores_{name} = Reshape(rest_scaled_{name}, grouped)
   refined_{name} = Add(scores, rest_scores_{name})
-  {stored} = Where(hot, refined_{name}, scores)
-  """
-    if not form.cache:
-        text += f"y_{name} = Where(is_exact, exact_scores, {stored})\n  "
-        stored = f"y_{name}"
-    planes = "live, v_high, v_scale5, row_shape"
-    if not keys:
-        call = f"ai.lamp.HighValues{capped}({stored}, {planes}{added})"
-        return f"{text}p_{name}, weighted_{name}, sums_{name} = {call}"
-    return f"""{text}p_{name}, weighted_{name}, high_{name} = ai.lamp.HighValues{capped}({stored}, {planes}{added})
+  stored_{name} = Where(hot, refined_{name}, scores)
+  y_{name} = {chosen}
+  p_{name}, weighted_{name}, high_{name} = {high}
   hot_weighted_{name} = Where(hot, weighted_{name}, zero)
   weight_{name} = Reshape(hot_weighted_{name}, row_shape)
   rest_sums_{name} = {values.replace("WEIGHT", f"weight_{name}")}
@@ -153,14 +143,12 @@ _HOT_TILES = """
   most = Constant<value = float {0.5}>()
   few_hot = Less(hot_share, most)
 """
-"""Storage tiles ``[B, G, P]`` that some query refines, and whether there are any, or fewer than half."""
+"""Storage tiles ``[B, G, P]`` that some query refines, and whether these are fewer than half."""
 
 
 def _weighing(form: Form) -> str:
     """Nodes that make ``p`` and ``stored_sums``."""
-    every = _arm(
-        form, "every", "ai.lamp.ResidualProducts(k_residual, query)", "ai.lamp.ValueSums(v_residual, WEIGHT)"
-    )
+    every = _arm(form, "every", "ai.lamp.ResidualProducts(k_residual, query)", "ai.lamp.ValueSums(v_residual, WEIGHT)")
     if form.guard == "select":
         return f"{every}\n  p = Identity(p_every)\n  stored_sums = Identity(sums_every)"
     some = _arm(

@@ -23,8 +23,8 @@ def _with_query(form: Form) -> str:
 
 
 def estimate(form: Form) -> str:
-    """The squared error estimate of each row, ``[B, G, R, 1]``: weights times features of the stored rows, as two matrix
-    products. Its three sums are ``relative * square``, ``value_part`` and ``absolute``."""
+    """The squared error estimate of each row, ``[B, G, R, 1]``: weights times features of the stored rows, as two
+    matrix products. Its three sums are ``relative * square``, ``value_part`` and ``absolute``."""
     stored = "hot_factor" if form.cache else "stored_factor"
     exact = "" if form.cache else "\n  stored_factor = Where(is_exact, zero, hot_factor)"
     return f"""twelfth = Constant<value = float {{{1 / 12!r}}}>()

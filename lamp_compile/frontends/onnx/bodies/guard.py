@@ -14,8 +14,8 @@ def _pooled(form: Form, x: str, axes: list[int], name: str) -> str:
 
 
 def guard(form: Form) -> str:
-    """State ``[B, G, 4]`` and statistics ``[B, G, 7]`` after this step. A row of no weight saw no key. Errors are finite
-    only where outputs are, because they have the size of the output in them."""
+    """State ``[B, G, 4]`` and statistics ``[B, G, 7]`` after this step. A row of no weight saw no key. An estimate is
+    finite only where its output is, because the size of the output is in it."""
     missing = """
   needs_exact = GreaterOrEqual(effective, two)
   missing_new = Where(needs_exact, two, had_missing)

@@ -48,8 +48,8 @@ KEY_ROWS = """KeyRows (plane) => (rows) {
 
 
 def prepare_query(form: Form) -> str:
-    """Query ``[B, H, S, D]`` -> ``[B, G, R, D]``, balanced, rotated, in whole steps where it is rounded to 8 bits; half of
-    each row's sum; and ``factor``: a step times the scale of scores (that scale where it is not rounded)."""
+    """Query ``[B, H, S, D]`` -> ``[B, G, R, D]``, balanced, rotated, in whole steps where it is rounded to 8 bits;
+    half of each row's sum; and ``factor``: a step times the scale of scores (that scale where it is not rounded)."""
     inputs = "q, k_scale, by_group" + (", rotate_k" if form.rotation else "") + (", balance" if form.balance else "")
     balanced = "ratio0 = Unsqueeze(balance, minus_two)\n  x2 = Mul(x1, ratio0)" if form.balance else "x2 = Identity(x1)"
     turned = "x3 = MatMul(x2, rotate_k)" if form.rotation else "x3 = Identity(x2)"
@@ -93,8 +93,8 @@ def prepare_query(form: Form) -> str:
 
 
 def visible(form: Form) -> str:
-    """Which key each query sees, boolean, broadcastable to ``[B, G, H / G, S, N]`` with all N columns; and which sub-tile
-    holds any such key, ``[.., T]``."""
+    """Which key each query sees, boolean, broadcastable to ``[B, G, H / G, S, N]`` with all N columns; and which
+    sub-tile holds any such key, ``[.., T]``."""
     inputs = "q, k_scale, lengths" + (", start" if form.start else "") + (", mask" if form.mask else "")
     window = " <window: int = 0>" if form.window else ""
     steps = ["live0 = Less(key, end)"]
@@ -258,8 +258,8 @@ def look_ahead(form: Form) -> str:
 
 
 def select(form: Form) -> str:
-    """Importance, tau, floor and state -> precision of each sub-tile, float ``[B, G, S, T]`` (``ir.Precision``). A raised
-    level refines whatever is live: it takes the place of tau by a number between that of dead sub-tiles and 0."""
+    """Importance, tau, floor and state -> precision of each sub-tile, float ``[B, G, S, T]`` (``ir.Precision``). A
+    raised level refines whatever is live: it takes the place of tau by a number between that of dead sub-tiles and 0."""
     exact = """
   two = Constant<value = float {2.0}>()
   called = GreaterOrEqual(level1, two)

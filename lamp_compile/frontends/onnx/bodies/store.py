@@ -36,8 +36,9 @@ _PACK_FLOAT = """
 
 
 def encode(form: Form) -> str:
-    """Rows ``[.., D]``, rotated and balanced -> high, residual uint8 ``[.., D/2]``, scale ``[..]`` rounded to float16
-    (float32 of that value without a cache), bit by bit as ``runtime/formats/nested8.py``. A NaN or infinity in a row goes into its scale."""
+    """Rows ``[.., D]``, rotated and balanced -> high, residual uint8 ``[.., D/2]``, scale ``[..]`` rounded to
+    float16 (float32 of that value without a cache), bit by bit as ``runtime/formats/nested8.py``. A NaN or infinity in a
+    row goes into its scale."""
     if not form.cache:
         stored_scale = "scale = Squeeze(divisor, last)"
     elif form.arithmetic == "integer":
@@ -138,8 +139,8 @@ _COORDINATES = {
   g = Mod(head, heads)
   b = Div(head, heads)""",
 }
-"""Batch, kv head and row of each of the M = B * G * n rows, ``[1, M]``; "select" without an output whose size depends on
-numbers, which a CUDA graph cannot hold."""
+"""Batch, kv head and row of each of the M = B * G * n rows, ``[1, M]``; "select" without an output whose size
+depends on numbers, which a CUDA graph cannot hold."""
 
 _PLACES = """
   first = Gather(positions, b)
