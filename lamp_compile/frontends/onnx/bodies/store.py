@@ -37,8 +37,8 @@ _PACK_FLOAT = """
 
 def encode(form: Form) -> str:
     """Rows ``[.., D]``, rotated and balanced -> high, residual uint8 ``[.., D/2]``, scale ``[..]`` rounded to
-    float16 (float32 of that value without a cache), bit by bit as ``runtime/formats/nested8.py``. A NaN or infinity in a
-    row goes into its scale."""
+    float16 (float32 of that value without a cache), bit by bit as ``runtime/formats/nested8.py``. A NaN or infinity in
+    a row goes into its scale."""
     if not form.cache:
         stored_scale = "scale = Squeeze(divisor, last)"
     elif form.arithmetic == "integer":
