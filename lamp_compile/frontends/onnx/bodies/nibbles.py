@@ -1,11 +1,11 @@
 """Products with one plane of nibbles: ``NibbleProducts`` for keys, ``NibbleSums`` for values.
 
 A byte holds two nibbles in two's complement, ``byte = 16 upper + rest`` with ``rest`` the lower one without its sign.
-In arithmetic that wraps at 256, ``16 byte`` is 16 times the lower nibble and ``byte - rest`` 16 times the upper one, in
-two's complement. ONNX Runtime's sums and products of bytes (it has them from 1.21 on) are vectorised, its bit operations
-are not: one of those takes as long as fifteen of these. Both operands of ``MatMulInteger`` are unsigned, with zero point
-128: signed ones saturate on x86 machines without VNNI. Values are multiplied in float, since rounding their weights to
-8 bits costs 0.3 of a step.
+In arithmetic that wraps at 256, ``16 byte`` is 16 times the lower nibble and ``byte - rest`` 16 times the upper one,
+in two's complement. ONNX Runtime's sums and products of bytes (it has them from 1.21 on) are vectorised, its bit
+operations are not: one of those takes as long as fifteen of these. Both operands of ``MatMulInteger`` are unsigned,
+with zero point 128: signed ones saturate on x86 machines without VNNI. Values are multiplied in float, since rounding
+their weights to 8 bits costs 0.3 of a step.
 """
 
 from __future__ import annotations

@@ -259,7 +259,7 @@ def look_ahead(form: Form) -> str:
 
 def select(form: Form) -> str:
     """Importance, tau, floor and state -> precision of each sub-tile, float ``[B, G, S, T]`` (``ir.Precision``). A
-    raised level refines whatever is live: it takes the place of tau by a number between that of dead sub-tiles and 0."""
+    raised level refines whatever is live: a number between that of dead sub-tiles and 0 takes the place of tau."""
     exact = """
   two = Constant<value = float {2.0}>()
   called = GreaterOrEqual(level1, two)
