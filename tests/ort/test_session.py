@@ -74,18 +74,48 @@ def test_planes_stay_in_place(session: OrtSession) -> None:
     """The buffers bound as inputs are the outputs, at one address over all steps; nothing behind the rows changes."""
     session.start(1, capacity=128)
     session.prefill([words(1, 40)])
-    before, binding = addresses(session), session._binding
+    before, binding = addresses(session), None
     held = {name: value.numpy().copy() for name, value in session.planes(SITES[0]).items()}
     for token in words(2, 5):
         session.step([[token]])
+        binding = binding or session._bound.binding
     assert addresses(session) == before
-    assert session._binding is binding
+    assert session._bound.binding is binding
     assert set(before.values()) <= {v.data_ptr() for v in binding.get_outputs()}
     after = {name: value.numpy() for name, value in session.planes(SITES[0]).items()}
     old, new = held["k_high"].reshape(1, 2, 128, -1), after["k_high"].reshape(1, 2, 128, -1)
     assert np.array_equal(old[:, :, :40], new[:, :, :40])
     assert (new[:, :, 40:45] != 0).any((1, 3)).all()
     assert not new[:, :, 45:].any()
+
+
+def test_steps_of_fixed_shapes(session: OrtSession) -> None:
+    """What a CUDA graph is recorded from, here on the CPU: the same logits, and recording is no step of the guard."""
+    rows, logits, seen = words(1, 70), [], []
+    for graph in (False, True):
+        session.start(2, capacity=96)
+        session.graph = graph
+        session.prefill([rows, rows[:50]])
+        for token in (3, 4):
+            last = session.step([[token], [token]])
+        for token in range(40):  # it grows
+            last = session.step([[token], [token]])
+        session.reorder([1, 0])
+        session.controls.set(tau=1e9)
+        last = session.step([[5], [6]])
+        session.reorder([0])
+        logits.append(np.concatenate([last.ravel(), session.step([[7]]).ravel()]))
+        seen.append(session.statistics()[SITES[0]])
+        assert (session._captured is not None) == graph
+        session.controls.set(tau=session.artifact.planes[0].plan["tau"][0])
+    session.graph = False
+    assert np.abs(logits[0] - logits[1]).max() < 1e-4 * np.abs(logits[0]).max()
+    assert all(np.array_equal(getattr(seen[0], field), getattr(seen[1], field)) for field in statistics.STATS)
+
+
+def test_graphs_are_for_cuda(artifact: Path) -> None:
+    with pytest.raises(OptionError, match="captures no graphs"):
+        OrtSession(artifact, graph=True)
 
 
 def test_dlpack(session: OrtSession) -> None:
