@@ -14,7 +14,7 @@ import torch
 import lamp_compile
 from lamp_compile.errors import CacheError, InputError, OptionError
 from lamp_compile.runtime import guard
-from lamp_compile.runtime.ort import _library, providers, statistics
+from lamp_compile.runtime.ort import _library, statistics
 from lamp_compile.runtime.ort import artifact as artifacts
 from lamp_compile.runtime.ort.session import OrtSession
 from tests.ort.toy import Toy, metadata, write
@@ -111,11 +111,6 @@ def test_steps_of_fixed_shapes(session: OrtSession) -> None:
     session.graph = False
     assert np.abs(logits[0] - logits[1]).max() < 1e-4 * np.abs(logits[0]).max()
     assert all(np.array_equal(getattr(seen[0], field), getattr(seen[1], field)) for field in statistics.STATS)
-
-
-def test_graphs_are_for_cuda(artifact: Path) -> None:
-    with pytest.raises(OptionError, match="captures no graphs"):
-        OrtSession(artifact, graph=True)
 
 
 def test_dlpack(session: OrtSession) -> None:
@@ -303,48 +298,6 @@ def test_no_memory_leaves_the_session_as_it_was(session: OrtSession) -> None:
 
 
 # What is asked for is what runs
-
-
-def test_a_missing_provider_is_an_error(artifact: Path) -> None:
-    available = providers.onnxruntime().get_available_providers()
-    for word, name in (("cuda", providers.CUDA), ("migraphx", providers.MIGRAPHX), ("amd", providers.MIGRAPHX)):
-        if name not in available:
-            with pytest.raises(OptionError, match=name):
-                OrtSession(artifact, provider=word)
-    with pytest.raises(OptionError, match="unknown provider"):
-        OrtSession(artifact, provider="tpu")
-
-
-def test_rocm_is_migraphx_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    ort = providers.onnxruntime()
-    monkeypatch.setattr(ort, "get_available_providers", lambda: [providers.MIGRAPHX, providers.CPU])
-    with pytest.warns(UserWarning, match="MIGraphX"):
-        found = providers.resolve("rocm")
-    assert (found.name, found.note != "") == (providers.MIGRAPHX, True)
-    assert providers.resolve("amd").note == ""
-
-
-@pytest.mark.parametrize("strict", [True, False])
-def test_a_provider_that_does_not_come_up_is_an_error(
-    artifact: Path, monkeypatch: pytest.MonkeyPatch, strict: bool
-) -> None:
-    """ONNX Runtime itself would warn and give a session on the CPU."""
-    ort = providers.onnxruntime()
-    if providers.CUDA in ort.get_available_providers():
-        pytest.skip("this onnxruntime has the CUDA provider that the test needs to be without")
-    monkeypatch.setattr(ort, "get_available_providers", lambda: [providers.CUDA, providers.CPU])
-    with pytest.warns(UserWarning, match="available provider"), pytest.raises(OptionError, match=providers.CUDA):
-        OrtSession(artifact, provider="cuda", strict=strict)
-
-
-def test_native_is_an_error_where_it_cannot_be(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_library, "why_not", lambda: "none was compiled")
-    with pytest.raises(OptionError, match="none was compiled"):
-        OrtSession(artifact, native=True)
-    with pytest.warns(UserWarning, match="portable body"):
-        session = OrtSession(artifact)
-    assert not session.native
-    assert "portable body" in session.notes[0]
 
 
 def test_a_node_that_the_kernel_refuses(tmp_path: Path, native_operators: None) -> None:
