@@ -38,7 +38,7 @@ class BoundStep:
         place: Where the session's tensors lie.
         rows: Tokens of each sequence.
         sequence: The only one that takes part; None for all.
-        fixed_logits: Logits go to memory of ours on the device, as captured graphs need it.
+        fixed: Small inputs and logits lie in memory of ours on the device, as captured graphs need it.
 
     Attributes:
         key: ``(rows, sequence)``.
@@ -47,7 +47,7 @@ class BoundStep:
 
     def __init__(
         self, raw: Any, artifact: Artifact, buffers: Buffers, settings: Mapping[str, NDArray[Any]], place: Place,
-        key: tuple[int, int | None], fixed_logits: bool = False,
+        key: tuple[int, int | None], fixed: bool = False,
     ) -> None:  # fmt: skip
         self.key, self.binding, self._raw, self._place = key, raw.io_binding(), raw, place
         rows, sequence = key
@@ -59,14 +59,13 @@ class BoundStep:
         self._arrays = {names["tokens"]: self._tokens, names["slots"]: self._slots, **settings}
         self._sent: dict[str, NDArray[Any]] = {}
         self._values: dict[str, Any] = {}
-        for name, array in self._arrays.items():
-            # Not bind_cpu_input: that knows no inputs with defaults.
-            self._values[name] = self._value(array)
-            self.binding.bind_ortvalue_input(name, self._values[name])
-            self._sent[name] = array.copy()
         self._logits = None
-        if fixed_logits:
-            self._logits = self._value(np.zeros((batch, rows, vocabulary(raw, artifact)), np.float32))
+        if fixed:
+            self._values = {name: self._on_device(array) for name, array in self._arrays.items()}
+        for name, array in self._arrays.items():
+            self._bind(name, array)
+        if fixed:
+            self._logits = self._on_device(np.zeros((batch, rows, vocabulary(raw, artifact)), np.float32))
             self.binding.bind_ortvalue_output(artifact.logits, self._logits)
         else:
             self.binding.bind_output(artifact.logits, "cpu")
@@ -84,11 +83,22 @@ class BoundStep:
     def _send(self) -> None:
         """What changed since it was sent, to the device."""
         for name, array in self._arrays.items():
-            if not np.array_equal(array, self._sent[name]):
+            if np.array_equal(array, self._sent[name]):
+                continue
+            if name in self._values:
                 self._values[name].update_inplace(array)
                 self._sent[name] = array.copy()
+            else:
+                self._bind(name, array)
 
-    def _value(self, array: NDArray[Any]) -> Any:
+    def _bind(self, name: str, array: NDArray[Any]) -> None:
+        # ONNX Runtime copies to where the input is read, here and now: what is read on the CPU (a length that shapes
+        # have) would not follow a tensor on the device. Not bind_cpu_input: that knows no inputs with defaults.
+        value = self._values.get(name) or onnxruntime().OrtValue.ortvalue_from_numpy(array)
+        self.binding.bind_ortvalue_input(name, value)
+        self._sent[name] = array.copy()
+
+    def _on_device(self, array: NDArray[Any]) -> Any:
         make: Callable[..., Any] = onnxruntime().OrtValue.ortvalue_from_numpy
         return make(array) if self._place.on_host else make(array, self._place.device, self._place.number)
 
@@ -111,7 +121,7 @@ def captured(
     Raises:
         InputError: The vocabulary's size is not known beforehand.
     """
-    step = BoundStep(opened, artifact, buffers, settings, place, (1, None), fixed_logits=True)
+    step = BoundStep(opened, artifact, buffers, settings, place, (1, None), fixed=True)
     held = buffers.snapshot(GUARD)
     behind = np.full(buffers.batch, buffers.capacity - 1, np.int64)
     try:
