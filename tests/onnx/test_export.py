@@ -129,7 +129,7 @@ def test_a_session_computes_the_last_logits_alone(exported) -> None:
     opened = lamp_compile.OrtSession(exported[2].path, native=False)
     opened.start(2)
     last = opened.step(TEXT.numpy())
-    assert opened._binding.get_outputs()[-1].shape() == [2, 1, 64]
+    assert opened._bound.binding.get_outputs()[-1].shape() == [2, 1, 64]
     every, _ = step(session(exported[2].path), TEXT, [0, 0], empty(exported[1], 2, 64))
     assert relative(last, every[:, -1]) < ONNX["node"].relative
 
