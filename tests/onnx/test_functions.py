@@ -35,6 +35,8 @@ CASES = {
     "bf16 query in float": (Form(query_bits=16, arithmetic="float"), {}),
     "float query": (Form(query_bits=0, guard="select"), {}),
     "large tiles": (Form(tile=64, subtile=16, window=True), {"window": 50}),
+    "newest key alone in its sub-tile": (Form(), {"lengths": (97, 33)}),
+    "sub-tile just behind": (Form(), {"lengths": (96, 32)}),
     "everything": (Form(**EVERYTHING), {"softcap": 3.0}),
     "one column": (Form(mask="column", causal="top_left"), {}),
 }
@@ -44,7 +46,7 @@ def relative(got: np.ndarray, wanted: torch.Tensor) -> float:
     return float(np.linalg.norm(got - wanted.numpy()) / max(1e-30, np.linalg.norm(wanted.numpy())))
 
 
-def cached(form: Form, tau=0.1, floor=0.0, window=0, softcap=0.0):
+def cached(form: Form, tau=0.1, floor=0.0, window=0, softcap=0.0, lengths=(N - 20, N - 60)):
     """Inputs of a FusedAttention node, its attributes, and what the reference gives."""
     q, k, v = torch.randn(B, H, S, D), torch.randn(B, G, N - 20, D), torch.randn(B, G, N - 20, DV)
     q[:, :, :, :] += 2 * k[:, :1, 5:6]  # one key that matters
@@ -61,7 +63,7 @@ def cached(form: Form, tau=0.1, floor=0.0, window=0, softcap=0.0):
     planes = torch.ops.lamp.quantize(
         k, v, given["balance"], k_format="nested8", v_format="nested8", rotation=kind, tile=form.tile, site=""
     )
-    lengths = torch.tensor([N - 20, N - 60])
+    lengths = torch.tensor(lengths)
     hot = (torch.full((G,), tau), torch.full((G,), floor), torch.full((G,), 0.01))
     state, stats = guard.new_state(B, G), guard.new_stats(B, G)
     state[0, 0] = torch.tensor([0.0, 1.0, 2.0, 1.0])
