@@ -17,8 +17,8 @@ from onnx.reference import ReferenceEvaluator
 
 import lamp_compile
 from lamp_compile.errors import ExportError, InputError, LimitError, ModelError, OptionError
-from lamp_compile.frontends.onnx import targets, verify
-from lamp_compile.frontends.onnx.decoder import DecoderGraph
+from lamp_compile.frontends.onnx.exporting import targets, verify
+from lamp_compile.frontends.onnx.exporting.decoder import DecoderGraph
 from lamp_compile.frontends.onnx.form import Form
 from tests.tolerances import ONNX
 
@@ -363,7 +363,7 @@ def test_bad_input(change, error, message, tmp_path, monkeypatch) -> None:
 
 
 def test_missing_packages_are_named(tmp_path, monkeypatch) -> None:
-    from lamp_compile.frontends.onnx import export
+    from lamp_compile.frontends.onnx.exporting import export
 
     monkeypatch.setattr(export, "PACKAGES", ("a_package_that_is_not_there",))
     with pytest.raises(InputError, match=r"lamp_compile\[onnx-cpu\]"):

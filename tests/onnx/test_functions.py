@@ -10,7 +10,8 @@ from onnx import checker
 from onnx.reference import ReferenceEvaluator
 
 from lamp_compile.errors import OptionError
-from lamp_compile.frontends.onnx import functions, targets
+from lamp_compile.frontends.onnx import functions
+from lamp_compile.frontends.onnx.exporting import targets
 from lamp_compile.frontends.onnx.form import Form
 from lamp_compile.runtime import guard
 from lamp_compile.runtime.attend_in_parts import attend_in_parts
@@ -193,7 +194,7 @@ def test_append_writes_the_same_bytes_in_place(form: Form) -> None:
     ids=["if", "select"],
 )
 def test_uncached_attention(form: Form, floor: float) -> None:
-    from lamp_compile.frontends.onnx import torch_ops  # noqa: F401
+    from lamp_compile.frontends.onnx.exporting import torch_ops  # noqa: F401
 
     rows = 40
     q, k, v = torch.randn(B, H, rows, D) * 2, torch.randn(B, G, rows, D), torch.randn(B, G, rows, DV)

@@ -10,12 +10,12 @@ import torch
 from torch.export import Dim
 
 from lamp_compile.errors import ModelError
-from lamp_compile.frontends.onnx import describe, finish, kept_logits, trace
-from lamp_compile.frontends.onnx import verify as verification
-from lamp_compile.frontends.onnx.decoder import DecoderGraph
-from lamp_compile.frontends.onnx.export import Artifact, token_ids
-from lamp_compile.frontends.onnx.targets import Target
-from lamp_compile.frontends.onnx.translate import Translation
+from lamp_compile.frontends.onnx.exporting import describe, finish, kept_logits, trace
+from lamp_compile.frontends.onnx.exporting import verify as verification
+from lamp_compile.frontends.onnx.exporting.decoder import DecoderGraph
+from lamp_compile.frontends.onnx.exporting.export import Artifact, token_ids
+from lamp_compile.frontends.onnx.exporting.targets import Target
+from lamp_compile.frontends.onnx.exporting.translate import Translation
 from lamp_compile.runtime.ort import artifact
 
 TRACED = {"batch": 2, "tokens": 5, "capacity": 96, "kept": 3}

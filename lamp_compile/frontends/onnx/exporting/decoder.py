@@ -19,7 +19,7 @@ from lamp_compile.frontends.huggingface import attention
 from lamp_compile.frontends.huggingface.compiled import Lamp
 from lamp_compile.frontends.huggingface.sites import ProbedSite
 from lamp_compile.frontends.huggingface.slots import why_masked
-from lamp_compile.frontends.onnx import torch_ops as _torch_ops  # noqa: F401  (registers torch.ops.lamp_onnx)
+from lamp_compile.frontends.onnx.exporting import torch_ops as _torch_ops  # noqa: F401  (registers torch.ops.lamp_onnx)
 from lamp_compile.frontends.onnx.form import check_row
 from lamp_compile.frontends.structure import structural_copy
 from lamp_compile.runtime import guard

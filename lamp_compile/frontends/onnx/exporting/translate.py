@@ -44,7 +44,7 @@ class Translation:
         """The custom translation table for ``torch.onnx.export``."""
         import torch
 
-        from lamp_compile.frontends.onnx import torch_ops as _torch_ops  # noqa: F401  (registers the operators)
+        from lamp_compile.frontends.onnx.exporting import torch_ops as _torch_ops  # noqa: F401  (registers the operators)
 
         ops = torch.ops.lamp_onnx
         return {getattr(ops, name).default: self._translator(name) for name in _CALLED}

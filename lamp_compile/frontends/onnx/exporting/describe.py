@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lamp_compile.frontends.onnx import kept_logits
-from lamp_compile.frontends.onnx.decoder import DecoderGraph, PlaneLayer
+from lamp_compile.frontends.onnx.exporting import kept_logits
+from lamp_compile.frontends.onnx.exporting.decoder import DecoderGraph, PlaneLayer
 from lamp_compile.runtime.hot_values import FIELDS
 from lamp_compile.runtime.ort import artifact
 
