@@ -6,7 +6,8 @@ attention is several times faster than kernels made for a few rows over many key
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -51,9 +52,8 @@ def is_one(layer: NestedLayer, k: Tensor, v: Tensor, empty: bool) -> bool:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None,
-    *, causal: str, window: int, scale: float, softcap: float,
-) -> Tensor | None:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, how: Mapping[str, Any]
+) -> Tensor | None:
     """Attention of q ``[B, H, S, D]`` over keys and values ``[B, G, S, D]``; None where torch has no fast form of it.
 
     Args:
@@ -62,17 +62,17 @@ def attend(
         v: Values.
         mask: Boolean, ``[B, 1, S, keys]`` with as many keys or more; a row that sees none gives 0.
         sinks: Logits in the softmax's denominator.
-        causal: "" for none.
-        window: Newest keys that a row sees; 0 for all.
-        scale: On scores.
-        softcap: On scores; 0 for none.
+        how: ``causal`` ("" for none), ``window`` (newest keys that a row sees, 0 for all), ``scale`` and ``softcap`` (0
+            for none).
     """
     rows = q.shape[2]
-    if sinks is not None or softcap or k.shape[2] != rows or (mask is None and 0 < window < rows):
+    scale, short = how["scale"], 0 < how["window"] < rows
+    if sinks is not None or how["softcap"] or k.shape[2] != rows or (mask is None and short):
         return None
     if mask is None:
         grouped = q.shape[1] != k.shape[1]
-        out = functional.scaled_dot_product_attention(q, k, v, is_causal=bool(causal), scale=scale, enable_gqa=grouped)
+        causal = bool(how["causal"])
+        out = functional.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
         return inference_only(out, q)
     if mask.shape[1:3] != (1, rows) or mask.shape[3] < rows or mask.shape[0] * rows * rows > MOST_MASK:
         return None

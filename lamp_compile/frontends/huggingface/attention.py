@@ -84,7 +84,7 @@ def lamp_attention(
     }
     sinks, out = kwargs.get("s_aux"), None
     if key.fresh is not None and bias is None:
-        out = prompt.attend(query, key.fresh, value.fresh, mask, sinks, **how)
+        out = prompt.attend(query, key.fresh, value.fresh, mask, sinks, how)
     if out is None:
         out = key.layer.attend(query, mask, bias, sinks, **how)
     return out.transpose(1, 2).contiguous(), None
