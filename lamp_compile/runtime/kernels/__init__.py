@@ -220,7 +220,8 @@ def why_not_summarize(planes: tuple[Tensor, ...], summary: Tensor, rows: int, gr
     """Why summaries of new keys cannot be made by a kernel, or None. ``planes`` are those of the keys."""
     if planes[0].device.type != "cpu" or rows != 1:
         return "kernels summarise one new key, on a CPU"
-    if reason := cpu.why_not():
+    reason: str | None = cpu.why_not()
+    if reason:
         return reason
     if k_format != FORMAT or 2 * planes[0].shape[4] > LARGEST_DIM or planes[0].shape[3] % 32:
         return f"kernels summarise {FORMAT} of up to {LARGEST_DIM} channels, in tiles of 32 keys"
