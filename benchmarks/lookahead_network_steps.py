@@ -3,8 +3,8 @@ read, and what it costs in quality, against the exact look-ahead in the same run
 
     python benchmarks/lookahead_network_steps.py MODEL TEXT --network FILE --context 4096 --part speed --out FILE
 
-for each of the parts (speed, quality, retrieval) and contexts; an output that is there already is added to. Every step
-decodes real text, which is forced, with the kernels that serve users; the end of TEXT is taken, which training held
+for each of the parts (speed, quality, retrieval, audit) and contexts; an output that is there already is added to.
+Every step decodes real text, which is forced, with the kernels that serve users; the end of TEXT is taken, which training held
 out. "core" is the compiled attention alone with whatever the caches hold after the linear layers, "call" is with the
 operator around it. Ways take turns, sixteen steps at a time: one that skips nothing and fifteen that may.
 """
@@ -30,18 +30,24 @@ from torch import Tensor
 
 import lamp_compile
 from lamp_compile.errors import LampError
+from lamp_compile.ir import Precision
 from lamp_compile.quality import load, windows
 from lamp_compile.quality.environment import environment, write_json
 from lamp_compile.quality.network import row as network_row
 from lamp_compile.quality.network import session
-from lamp_compile.runtime import guard
+from lamp_compile.runtime import guard, reference
+from lamp_compile.runtime.arguments import Scores, Visibility
 from lamp_compile.runtime.kernels.cpu import _library
 from lamp_compile.runtime.network import audit, files
+from lamp_compile.runtime.network import ops as network_ops
+from lamp_compile.runtime.network.layer import NetworkLayer
 
 SKIPS = (0.02, 0.05, 0.1, 0.2)
 EXACT, NETWORK = "exact look-ahead", "network"
 BURST = audit.WINDOW
 WARM = 2 * audit.WINDOW
+HOT = 0.01
+"""Importance above which the audit's numbers are compared."""
 FACT, CUE, DEPTHS = 12, 8, 4
 
 
@@ -123,7 +129,7 @@ def ways(model: Any, network: Path, tau: float, mode: str, names: tuple[str, ...
 
 def shares(way: Way, before: list[Tensor], layers: list[int], keys: int) -> dict[str, float]:
     """Of the steps since ``before``, at the sites that the network serves: shares of sub-tiles read and refined, and
-    bytes read a step and layer, with those of summaries and history, and as a share of the exact look-ahead's."""
+    bytes read a step and layer, with those of the network where it was asked, and the share of steps where it was."""
     live = refined = seen = 0.0
     planes = extra = 0.0
     for index in layers:
@@ -138,14 +144,11 @@ def shares(way: Way, before: list[Tensor], layers: list[int], keys: int) -> dict
             heads, tiles = layer.summary.shape[1], -(-keys // layer.plan.subtile)
             extra += heads * (2 * layer.summary.shape[3] * -(-keys // layer.network.group) + 2 * 8 * tiles)
             extra += sum(w.numel() * w.element_size() for w in layer._now)
-    return {"read": live / seen, "refined": refined / seen, "bytes": (planes + extra) / len(layers),
-            "bytes_network": extra / len(layers)}  # fmt: skip
-
-
-def predicted(way: Way) -> dict[str, float]:
-    """Share of the steps that went by the network's word, at the sites that it serves."""
     found = [site["predicted_share"] for site in way.cache.guard_report() if "predicted_share" in site]
-    return {"predicted": statistics.fmean(found) if found else 0.0}
+    share = statistics.fmean(found) if found else 0.0
+    extra *= share
+    return {"predicted": share, "read": live / seen, "refined": refined / seen, "bytes": (planes + extra) / len(layers),
+            "bytes_network": extra / len(layers)}  # fmt: skip
 
 
 def speed(made: list[Way], ids: Tensor, context: int, rounds: int, layers: list[int]) -> list[dict[str, Any]]:
@@ -168,7 +171,7 @@ def speed(made: list[Way], ids: Tensor, context: int, rounds: int, layers: list[
         row |= {"core_mean_us": statistics.fmean(way.core_us), "steps": len(way.step_ms)}
         if way.call_us:
             row["call_us"] = statistics.median(way.call_us)
-        row |= shares(way, before[way.name], layers, keys) | predicted(way)
+        row |= shares(way, before[way.name], layers, keys)
         done.append(row)
     _of_the_first(done, "read")
     first = dict(done[0])
@@ -227,7 +230,7 @@ def quality(made: list[Way], model: Any, picked: Tensor, steps: int, layers: lis
             before = [layer.stats.clone() for layer in way.cache.layers]
             got = torch.stack([way.step(ids[:, i : i + 1]) for i in range(context - steps, context)])[:-1]
             held[way.name].append(torch.stack(_losses(truth[1:], got.log_softmax(-1))))
-            counts[way.name].append(shares(way, before, layers, context - steps // 2) | predicted(way))
+            counts[way.name].append(shares(way, before, layers, context - steps // 2))
     for way in made:
         kl, agrees = torch.cat(held[way.name], dim=1)
         rows[way.name] = {"name": f"{way.name}, {context} tokens", "way": way.name, "part": "quality",
@@ -270,6 +273,40 @@ def _retrieved(way: Way, ids: Tensor) -> float:
     return float(logits.log_softmax(-1)[CUE - 1 :].gather(1, ids[0, -FACT + CUE :, None]).mean())
 
 
+def audited(way: Way, ids: Tensor, context: int, steps: int) -> list[dict[str, Any]]:
+    """How far the importances of the audit are from the exact look-ahead's, and both from those of both planes, where
+    these are above 0.01."""
+    found: list[Tensor] = []
+    run = NetworkLayer._run
+
+    def watched(layer: Any, q: Tensor, seen: tuple[Tensor | None, ...], options: dict[str, Any]) -> Tensor:
+        out = run(layer, q, seen, options)
+        if q.shape[2] > 1:
+            return out
+        exact = network_ops.exact_importance(q, layer.planes, (layer.balance, *seen), options)
+        visible = Visibility(options["keys"], *seen[:5], options["causal"], options["window"])
+        how = (options["scale"] or q.shape[3] ** -0.5, options["softcap"], options["rotation"], options["query_bits"])
+        levels = torch.full(exact.shape, int(Precision.BOTH), dtype=torch.uint8)
+        both = reference.final_importance(
+            q, layer.planes[:3], levels, layer.balance, visible, Scores(*how), options["k_format"], options["subtile"]
+        )
+        mine = layer.history[:, :, None, :, 0]
+        found.append(torch.stack((mine, exact, both))[:, both > HOT])
+        return out
+
+    way.begin(ids[:, :context], context + steps)
+    NetworkLayer._run = watched  # type: ignore[method-assign]
+    try:
+        for i in range(context, context + steps):
+            way.step(ids[:, i : i + 1])
+    finally:
+        NetworkLayer._run = run  # type: ignore[method-assign]
+    mine, exact, both = torch.cat(found, dim=1)
+    gaps = {"audit_to_exact": (mine, exact), "audit_to_both": (mine, both), "exact_to_both": (exact, both)}
+    row = {name: float(((a - b).abs() / both).mean()) for name, (a, b) in gaps.items()}
+    return [{"name": f"audit, {context} tokens", "part": "audit", "context": context, "sub_tiles": both.numel(), **row}]
+
+
 def equal_tau(model: Any, network: Path, ids: Tensor, steps: int, layers: list[int]) -> float:
     """tau at which the network refines as many sub-tiles as the exact look-ahead, at the sites that it serves."""
     context, tau = ids.shape[1], 0.01
@@ -292,8 +329,8 @@ def equal_tau(model: Any, network: Path, ids: Tensor, steps: int, layers: list[i
 def add(out: Path, head: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """Write the rows beside those of other runs into the same file."""
     data = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {**head, "rows": []}
-    keys = {(row["part"], row["context"], row.get("mode")) for row in rows}
-    kept = [row for row in data["rows"] if (row["part"], row["context"], row.get("mode")) not in keys]
+    keys = [(row["part"], row["context"], row["mode"], row["rank"]) for row in rows]
+    kept = [row for row in data["rows"] if (row["part"], row["context"], row["mode"], row["rank"]) not in keys]
     write_json(out, {**data, "rows": [*kept, *rows]})
 
 
@@ -304,7 +341,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("text")
     parser.add_argument("--network", type=Path, required=True)
     parser.add_argument("--context", type=int, default=4096)
-    parser.add_argument("--part", choices=("speed", "quality", "retrieval"), default="speed")
+    parser.add_argument("--part", choices=("speed", "quality", "retrieval", "audit"), default="speed")
     parser.add_argument("--mode", default="eager", help="of lamp_compile.compile, for speed")
     parser.add_argument("--tau", type=float, help="of the sites that the network serves; found when left out")
     parser.add_argument("--windows", type=int, default=4)
@@ -326,16 +363,19 @@ def main(argv: list[str] | None = None) -> int:
     made = ways(model, args.network, tau, args.mode)
     if args.part == "speed":
         rows = speed(made, tail[None], args.context, args.rounds, layers)
+    elif args.part == "audit":
+        rows = audited(next(way for way in made if way.name == NETWORK), tail[None], args.context, 2 * BURST)
     elif args.part == "retrieval":
         rows = retrieval(made, picked[:1], int(model.config.vocab_size))
     else:
         rows = quality(made, model, picked, min(args.steps, args.context // 2), layers)
     for row in rows:
-        row |= {"tau": tau, "mode": args.mode, "threads": args.threads}
+        row |= {"rank": about.rank, "tau": tau, "mode": args.mode, "threads": args.threads}
+        row["name"] += f", rank {about.rank}"
         print({key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
     if args.out:
         head = {**environment("cpu"), **describe(), "model": Path(args.model).name, "text": Path(args.text).name}
-        network = {name: getattr(about, name) for name in ("rank", "group", "subtile", "trained", "seed")}
+        network = {name: getattr(about, name) for name in ("group", "subtile", "trained", "seed")}
         add(args.out, {**head, "network": {**network, "served": network_row.served(plan)}}, rows)
     return 0
 
