@@ -18,8 +18,8 @@ struct Run {
   int count;      // sub-tiles
   const uint8_t *k_high[RUN], *k_residual[RUN], *v_high[RUN], *v_residual[RUN];
   Vf k_scale[RUN][2], v_scale[RUN][2];
-  Vf k_square[RUN][2], v_square[RUN][2], both_square[RUN][2];  // of the scales, and of their product
-  Vf cut[RUN][2];
+  Vf k_square[RUN][2], v_square[RUN][2];  // of the scales
+  Vf cut[RUN][2];  // where weights are cut
   uint32_t v_spoilt[RUN];                                      // keys whose value has no finite scale
   bool any_spoilt;
   float factor[MOST_ROWS];                                     // from the chunk's weights to the row's
@@ -93,11 +93,28 @@ LAMP_APART void decide(const Work &work, Run &run, float *partial) {
   }
 }
 
+// Scales that are not finite become 0. Of a key they have spoilt its scores already; of a value they spoil the rows that
+// weigh it.
+LAMP_APART void leave_out_bad(Run &run) {
+  for (int t = 0; t < run.count; t++)
+    for (int h = 0; h < 2; h++) {
+      const Vi known = finite(run.v_scale[t][h]);
+      for (int i = 0; i < LANES; i++)
+        if (!known[i]) run.v_spoilt[t] |= 1u << (h * LANES + i);
+      run.any_spoilt |= any(~known);
+      run.k_scale[t][h] = select(finite(run.k_scale[t][h]), run.k_scale[t][h], splat(0.0f));
+      run.v_scale[t][h] = select(known, run.v_scale[t][h], splat(0.0f));
+      run.k_square[t][h] = run.k_scale[t][h] * run.k_scale[t][h];
+      run.v_square[t][h] = run.v_scale[t][h] * run.v_scale[t][h];
+    }
+}
+
 LAMP_APART void open_run(const Work &work, int64_t first, int64_t end, Run &run) {
   const LampPlanes &planes = work.call->planes;
   run.first = first;
   run.count = 0;
   run.any_spoilt = false;
+  Vf bad = splat(0.0f);
   for (int64_t j = first; j < first + RUN_KEYS && j < end; j += SUBTILE) {
     const Place place = place_of(planes, work.rows.b, work.rows.g, j);
     fetch(planes.v_scale +
@@ -112,18 +129,13 @@ LAMP_APART void open_run(const Work &work, int64_t first, int64_t end, Run &run)
     for (int h = 0; h < 2; h++) {
       const Vf k = halves(planes.k_scale + scale_at(planes, place) + h * LANES);
       const Vf v = halves(planes.v_scale + scale_at(planes, place) + h * LANES);
-      // What is not finite has spoilt its scores already; as a value it spoils the rows that weigh it.
-      run.k_scale[t][h] = select(finite(k), k, splat(0.0f));
-      run.v_scale[t][h] = select(finite(v), v, splat(0.0f));
-      run.k_square[t][h] = run.k_scale[t][h] * run.k_scale[t][h];
-      run.v_square[t][h] = run.v_scale[t][h] * run.v_scale[t][h];
+      run.k_scale[t][h] = k;
+      run.v_scale[t][h] = v;
+      run.k_square[t][h] = k * k;
+      run.v_square[t][h] = v * v;
       run.cut[t][h] = dither(j + h * LANES);
-      run.both_square[t][h] = run.k_square[t][h] * run.v_square[t][h];
-      if (any(~finite(v))) {
-        run.any_spoilt = true;
-        for (int i = 0; i < LANES; i++)
-          if (!finite(v)[i]) run.v_spoilt[t] |= 1u << (h * LANES + i);
-      }
+      bad += k * splat(0.0f) + v * splat(0.0f);  // NaN for NaN and infinity
     }
   }
+  if (any(bad != bad)) leave_out_bad(run);
 }

@@ -73,83 +73,89 @@ LAMP_INLINE bool spoilt(const Run &run, int t, int h, Vf p) {
   return false;
 }
 
+// What the certificate sums, and the weights themselves; in two parts, so that additions need not wait for each other.
+struct Sums {
+  Vf weight[2], value_weight[2], hard[2], soft[2], value[2], both[2], both_soft[2], most[2];
+};
+
+LAMP_INLINE void clear(Sums &sums) {
+  for (int h = 0; h < 2; h++)
+    sums.weight[h] = sums.value_weight[h] = sums.hard[h] = sums.soft[h] = sums.value[h] = sums.both[h] =
+        sums.both_soft[h] = sums.most[h] = splat(0.0f);
+}
+
+// Sixteen keys of weight p; gives back the weight of their values.
+LAMP_INLINE Vf add_weights(const Run &run, int t, int h, Vf p, Sums &sums) {
+  const Vf w = p * run.v_scale[t][h], soft = p * run.k_square[t][h], hard = p * soft;
+  sums.weight[h] += p;
+  sums.value_weight[h] += w;
+  sums.hard[h] += hard;
+  sums.soft[h] += soft;
+  sums.value[h] += w * w;
+  sums.both[h] += hard * run.v_square[t][h];
+  sums.both_soft[h] += soft * run.v_square[t][h];
+  sums.most[h] = larger(w, sums.most[h]);
+  return w;
+}
+
+// Of weights times `factor`, with `noise` times the rounding of the high plane alone.
+LAMP_INLINE void add_sums(const Sums &sums, Vf factor, Vf noise, Vf *to) {
+  const Vf squared = factor * factor * noise;
+  to[WEIGHT] += (sums.weight[0] + sums.weight[1]) * factor;
+  to[SCORES_HARD] += (sums.hard[0] + sums.hard[1]) * squared;
+  to[SCORES_SOFT] += (sums.soft[0] + sums.soft[1]) * factor;
+  to[VALUE_HARD] += (sums.value[0] + sums.value[1]) * squared;
+  to[BOTH_HARD] += (sums.both[0] + sums.both[1]) * squared;
+  to[BOTH_SOFT] += (sums.both_soft[0] + sums.both_soft[1]) * factor;
+}
+
 // Weights of row r, the i-th of its block, in the sub-tiles that are not refined for it. PLAIN: nothing is spoilt, and
 // the block's rows agree on what is refined.
 template <bool PLAIN>
-LAMP_APART void weigh_cold(const Work &work, const Run &run, const Block &block, int i, int r, Cold &cold, Vf *sums,
-                            float &poison) {
+LAMP_APART void weigh_cold(const Work &work, const Run &run, const Block &block, int i, int r, Cold &cold, Vf *to,
+                           float &poison) {
   const float *z = work.z + r * work.span + (run.first - work.rows.from);
-  const Vf factor = splat(run.factor[r]), zero = splat(0.0f);
-  Vf weight = zero, hard = zero, soft = zero, value = zero, both = zero, both_soft = zero, all = zero, most = zero;
+  const Vf factor = splat(run.factor[r]);
+  Sums sums;
+  clear(sums);
   for (int n = 0; n < block.cold_count; n++) {
     const int t = block.cold[n];
-    float *to = cold.weight[i] + n * SUBTILE;
-    if (!PLAIN && block.refined[t][i]) {
-      store(to, zero);
-      store(to + LANES, zero);
-      continue;
-    }
+    float *weight = cold.weight[i] + n * SUBTILE;
     for (int h = 0; h < 2; h++) {
-      const Vf p = load(z + t * SUBTILE + h * LANES), w = p * run.v_scale[t][h], square = p * p;
-      store(to + h * LANES, w);
-      weight += p;
-      hard += square * run.k_square[t][h];
-      soft += p * run.k_square[t][h];
-      value += square * run.v_square[t][h];
-      both += square * run.both_square[t][h];
-      both_soft += p * run.both_square[t][h];
-      all += w;
-      most = larger(w, most);
-      if (!PLAIN && run.v_spoilt[t] && spoilt(run, t, h, p * factor)) poison = 1;
+      const Vf p = load(z + t * SUBTILE + h * LANES);
+      const bool mine = PLAIN || !block.refined[t][i];
+      store(weight + h * LANES, mine ? add_weights(run, t, h, p, sums) : splat(0.0f));
+      if (!PLAIN && mine && run.v_spoilt[t] && spoilt(run, t, h, p * factor)) poison = 1;
     }
   }
-  const Vf squared = factor * factor;
-  sums[WEIGHT] += weight * factor;
-  sums[CORRECTION] -= splat(0.5f) * all * factor;  // the high plane reads (16 hi - 1/2) s: half a step off every channel
-  sums[SCORES_HARD] += hard * squared;
-  sums[SCORES_SOFT] += soft * factor;
-  sums[VALUE_HARD] += value * squared;
-  sums[BOTH_HARD] += both * squared;
-  sums[BOTH_SOFT] += both_soft * factor;
-  cold.most[i] = largest(most);
+  add_sums(sums, factor, splat(1.0f), to);
+  // The high plane reads (16 hi - 1/2) s: half a step off every channel.
+  to[CORRECTION] -= splat(0.5f) * (sums.value_weight[0] + sums.value_weight[1]) * factor;
+  cold.most[i] = largest(larger(sums.most[0], sums.most[1]));
 }
 
 // The same in those that are, with what refinement adds to the scores.
 LAMP_APART void weigh_hot(const Work &work, const Run &run, const Block &block, int i, int r, const float *differences,
-                           Hot &hot, Vf *sums, float &poison) {
+                          Hot &hot, Vf *to, float &poison) {
   const float *z = work.z + r * work.span + (run.first - work.rows.from);
-  const Vf factor = splat(run.factor[r]), zero = splat(0.0f);
-  const Vf noise = splat(1.0f / 256.0f);  // of both planes, over that of the high plane alone
-  Vf weight = zero, hard = zero, soft = zero, value = zero, both = zero, both_soft = zero, most = zero;
+  const Vf factor = splat(run.factor[r]);
+  Sums sums;
+  clear(sums);
   for (int n = 0; n < block.hot_count; n++) {
     const int t = block.hot[n];
-    float *to = hot.weight[i] + (hot.count + n) * SUBTILE;
-    if (!block.refined[t][i]) {
-      store(to, zero);
-      store(to + LANES, zero);
-      continue;
-    }
+    float *weight = hot.weight[i] + (hot.count + n) * SUBTILE;
     for (int h = 0; h < 2; h++) {
+      if (!block.refined[t][i]) {
+        store(weight + h * LANES, splat(0.0f));
+        continue;
+      }
       Vf p = load(z + t * SUBTILE + h * LANES) * factor;
       if (work.level < 1) p *= exp2(smaller(splat(127.0f), load(differences + (n * 4 + i) * SUBTILE + h * LANES)));
-      const Vf w = p * run.v_scale[t][h], square = p * p * noise;
-      store(to + h * LANES, w);
-      weight += p;
-      hard += square * run.k_square[t][h];
-      soft += p * run.k_square[t][h];
-      value += square * run.v_square[t][h];
-      both += square * run.both_square[t][h];
-      both_soft += p * run.both_square[t][h];
-      most = larger(w, most);
+      store(weight + h * LANES, add_weights(run, t, h, p, sums));
       if (run.v_spoilt[t] && spoilt(run, t, h, p)) poison = 1;
     }
   }
-  sums[WEIGHT] += weight;
-  sums[SCORES_HARD] += hard;
-  sums[SCORES_SOFT] += soft;
-  sums[VALUE_HARD] += value;
-  sums[BOTH_HARD] += both;
-  sums[BOTH_SOFT] += both_soft;
-  const float here = largest(most);
+  add_sums(sums, splat(1.0f), splat(1.0f / 256.0f), to);
+  const float here = largest(larger(sums.most[0], sums.most[1]));
   if (here > hot.most[i]) hot.most[i] = here;
 }
