@@ -53,9 +53,9 @@ template <int HALF>
 LAMP_INLINE void sixteen_of_four(const uint8_t *at, __m512i *to) {
   __m512i pair[2];
   for (int i = 0; i < 2; i++)
-    pair[i] = _mm512_mask_broadcast_i64x4(
-        _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)(at + 8 * i * HALF))), 0xf0,
-        _mm256_loadu_si256((const __m256i *)(at + 8 * i * HALF + 4 * HALF)));
+    pair[i] =
+        _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)(at + 8 * i * HALF))),
+                           _mm256_loadu_si256((const __m256i *)(at + 8 * i * HALF + 4 * HALF)), 1);
   to[0] = _mm512_shuffle_i32x4(pair[0], pair[1], 0x88);
   to[1] = _mm512_shuffle_i32x4(pair[0], pair[1], 0xdd);
 }
