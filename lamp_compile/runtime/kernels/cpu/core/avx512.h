@@ -53,9 +53,8 @@ template <int HALF>
 LAMP_INLINE void sixteen_of_four(const uint8_t *at, __m512i *to) {
   __m512i pair[2];
   for (int i = 0; i < 2; i++)
-    pair[i] =
-        _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)(at + 8 * i * HALF))),
-                           _mm256_loadu_si256((const __m256i *)(at + 8 * i * HALF + 4 * HALF)), 1);
+    pair[i] = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)(at + 8 * i * HALF))),
+                                 _mm256_loadu_si256((const __m256i *)(at + 8 * i * HALF + 4 * HALF)), 1);
   to[0] = _mm512_shuffle_i32x4(pair[0], pair[1], 0x88);
   to[1] = _mm512_shuffle_i32x4(pair[0], pair[1], 0xdd);
 }
@@ -226,28 +225,27 @@ LAMP_INLINE void all_channels(int64_t stride, int half, int32_t *out, Multiply m
 template <int ROWS, bool TOGETHER>
 LAMP_APART void values_of(const uint8_t *const *tiles, const uint8_t *const *next, int count, int64_t stride, int half,
                           const uint8_t *w, int32_t *out) {
-  all_channels<ROWS>(
-      TOGETHER ? SUBTILE : stride, half, out,
-      [&](const int64_t *at, __m512i(*upper)[ROWS], __m512i(*lower)[ROWS]) LAMP_LAMBDA {
-        const __m512i mask = _mm512_set1_epi8((char)0xf0);
-        for (int t = 0; t < count; t++) {
-          __m512i high[2], low[2];
-          for (int i = 0; i < 2; i++) {
-            const __m512i bytes = two_channels<TOGETHER>(tiles[t] + at[i], stride);
-            __builtin_prefetch(next[t] + at[i]);
-            high[i] = _mm512_and_si512(bytes, mask);
-            low[i] = _mm512_and_si512(_mm512_slli_epi16(bytes, 4), mask);
-          }
-          for (int r = 0; r < ROWS; r++) {
-            const __m256i *weights = (const __m256i *)(w + (t * ROWS + r) * SUBTILE);
-            const __m512i weight = _mm512_broadcast_i64x4(_mm256_loadu_si256(weights));
-            for (int i = 0; i < 2; i++) {
-              add_products(upper[i][r], weight, high[i]);
-              add_products(lower[i][r], weight, low[i]);
-            }
-          }
-        }
-      });
+  all_channels<ROWS>(TOGETHER ? SUBTILE : stride, half, out,
+                     [&](const int64_t *at, __m512i(*upper)[ROWS], __m512i(*lower)[ROWS]) LAMP_LAMBDA {
+                       const __m512i mask = _mm512_set1_epi8((char)0xf0);
+                       for (int t = 0; t < count; t++) {
+                         __m512i high[2], low[2];
+                         for (int i = 0; i < 2; i++) {
+                           const __m512i bytes = two_channels<TOGETHER>(tiles[t] + at[i], stride);
+                           __builtin_prefetch(next[t] + at[i]);
+                           high[i] = _mm512_and_si512(bytes, mask);
+                           low[i] = _mm512_and_si512(_mm512_slli_epi16(bytes, 4), mask);
+                         }
+                         for (int r = 0; r < ROWS; r++) {
+                           const __m256i *weights = (const __m256i *)(w + (t * ROWS + r) * SUBTILE);
+                           const __m512i weight = _mm512_broadcast_i64x4(_mm256_loadu_si256(weights));
+                           for (int i = 0; i < 2; i++) {
+                             add_products(upper[i][r], weight, high[i]);
+                             add_products(lower[i][r], weight, low[i]);
+                           }
+                         }
+                       }
+                     });
 }
 
 template <int ROWS>
@@ -259,8 +257,8 @@ LAMP_INLINE void values(const uint8_t *const *tiles, const uint8_t *const *next,
     values_of<ROWS, false>(tiles, next, count, stride, half, w, out);
 }
 
-// Both planes of two channels: 16 times the high nibble and the residual one, plus 8, times both bytes of the weights of
-// every row.
+// Both planes of two channels: 16 times the high nibble and the residual one, plus 8, times both bytes of the weights
+// of every row.
 template <int ROWS, bool TOGETHER>
 LAMP_INLINE void multiply_fine(const uint8_t *const *high, const uint8_t *const *residual, int count, int64_t at,
                                int64_t stride, const uint8_t *w_upper, const uint8_t *w_lower, __m512i *upper,

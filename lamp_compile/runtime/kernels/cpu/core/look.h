@@ -40,7 +40,7 @@ LAMP_INLINE Vf scores(const LampAttend &call, const Rows &rows, int r, Vf produc
 // Scores of 32 keys and up to four rows. PLAIN: nothing is added to them, and no cap bends them.
 template <int ROWS, bool PLAIN>
 LAMP_APART void look_at_subtile(Work &work, int r0, int64_t j, const uint8_t *plane, const uint8_t *next,
-                                 const uint8_t *residual, const Vf *scale, Vf *most) {
+                                const uint8_t *residual, const Vf *scale, Vf *most) {
   const LampAttend &call = *work.call;
   const Rows &rows = work.rows;
   const bool both = work.level >= 1;  // nothing is left to decide: the scores are final at once

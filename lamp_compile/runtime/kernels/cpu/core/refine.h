@@ -16,7 +16,7 @@ LAMP_APART void add_to(const Work &work, int r0, const float *step, const int32_
 // Weights of 8 bits on the high plane, relative to the largest.
 template <int ROWS>
 LAMP_APART void add_cold(const Work &work, const Run &run, const Block &block, const Cold &cold, int r0,
-                          const uint8_t *const *next, float *const *outputs) {
+                         const uint8_t *const *next, float *const *outputs) {
   uint8_t w[RUN * ROWS * SUBTILE];
   float step[ROWS];
   const uint8_t *high[RUN];

@@ -19,11 +19,11 @@ struct Run {
   const uint8_t *k_high[RUN], *k_residual[RUN], *v_high[RUN], *v_residual[RUN];
   Vf k_scale[RUN][2], v_scale[RUN][2];
   Vf k_square[RUN][2], v_square[RUN][2];  // of the scales
-  Vf cut[RUN][2];  // where weights are cut
-  uint32_t v_spoilt[RUN];                                      // keys whose value has no finite scale
+  Vf cut[RUN][2];                         // where weights are cut
+  uint32_t v_spoilt[RUN];                 // keys whose value has no finite scale
   bool any_spoilt;
-  float factor[MOST_ROWS];                                     // from the chunk's weights to the row's
-  bool alive[RUN][MOST_ROWS], hot_for[RUN][MOST_ROWS];         // by token
+  float factor[MOST_ROWS];                              // from the chunk's weights to the row's
+  bool alive[RUN][MOST_ROWS], hot_for[RUN][MOST_ROWS];  // by token
 };
 
 // Ask for 32 keys of a plane of values.
@@ -93,8 +93,8 @@ LAMP_APART void decide(const Work &work, Run &run, float *partial) {
   }
 }
 
-// Scales that are not finite become 0. Of a key they have spoilt its scores already; of a value they spoil the rows that
-// weigh it.
+// Scales that are not finite become 0. Of a key they have spoilt its scores already; of a value they spoil the rows
+// that weigh it.
 LAMP_APART void leave_out_bad(Run &run) {
   for (int t = 0; t < run.count; t++)
     for (int h = 0; h < 2; h++) {

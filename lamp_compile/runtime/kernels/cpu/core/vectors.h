@@ -104,9 +104,8 @@ LAMP_INLINE bool any(Vi v) {
 }
 #endif
 
-// 2^x to two units in the last place, for x up to 127; from -127 down 0 or a number too small to be
-// normal; NaN for NaN. A polynomial fitted to 2^f on
-// [-1/2, 1/2] (the one of Cephes' exp2f).
+// 2^x to two units in the last place, for x up to 127; from -127 down 0, or a number too small to be normal; NaN for
+// NaN. A polynomial fitted to 2^f on [-1/2, 1/2] (the one of Cephes' exp2f).
 LAMP_INLINE Vf exp2(Vf x) {
 #if defined(__AVX512F__)
   x = larger(splat(-200.0f), x);  // in this order NaN stays
