@@ -98,10 +98,7 @@ def attend(
     batch, heads, queries, dim = q.shape
     value_dim = 2 * planes[3].shape[3]
     out = q.new_empty(batch, heads, queries, value_dim)
-    rows = (batch, heads, queries) if details else (0,)
-    lse, certificate = (
-        torch.empty(*rows, *last, dtype=torch.float32, device=q.device) for last in ((), (3,) if details else ())
-    )
+    lse, certificate = _details(batch, heads, queries) if details else (_NOTHING, _NOTHING)
     scale = options["scale"]
     call = _library.Attend(
         *_planes(planes, table), *_rotation(dim, options["rotation"]), *_rotation(value_dim, options["rotation"]),
@@ -167,6 +164,15 @@ def _planes(planes: tuple[Tensor, ...], table: Tensor | None) -> tuple[int | Non
     )  # fmt: skip
 
 
+_NOTHING = torch.empty(0, dtype=torch.float32)
+
+
+def _details(batch: int, heads: int, queries: int) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp and certificate, not written yet."""
+    lse, certificate = (batch, heads, queries), (batch, heads, queries, 3)
+    return torch.empty(lse, dtype=torch.float32), torch.empty(certificate, dtype=torch.float32)
+
+
 @cache
 def _signs(dim: int) -> np.ndarray[Any, np.dtype[np.int8]]:
     """The base matrix of the rotation: the upper left corner of all doublings."""
@@ -174,7 +180,9 @@ def _signs(dim: int) -> np.ndarray[Any, np.dtype[np.int8]]:
     return np.ascontiguousarray(rotation.sign_matrix(dim)[:base, :base])
 
 
+@cache
 def _rotation(dim: int, kind: str) -> tuple[int | None, int]:
+    """Address and order of the base matrix, which ``_signs`` keeps."""
     if kind == "none":
         return None, 0
     signs = _signs(dim)

@@ -21,7 +21,7 @@ LAMP_INLINE Sizes sizes_of(const LampAttend &call, const LampPredict *gate, int6
   const int64_t width = 2 * call.planes.half_v + SUMS, stride = rows + 4;
   Sizes s;
   s.z = aligned(4 * rows * segments * SEGMENT);
-  s.most = aligned(4 * segments * (SEGMENT / CHUNK) * stride);
+  s.most = aligned(4 * segments * (SEGMENT / CHUNK) * stride + 4 * LANES);
   s.weight = aligned(4 * segments * (SEGMENT / SUBTILE) * rows + 4 * LANES);
   s.alive = aligned(segments * (SEGMENT / SUBTILE) * tokens);
   s.partial = aligned(4 * segments * rows * width);

@@ -82,8 +82,8 @@ LAMP_INLINE void see(const LampAttend &call, Rows &rows, int t) {
 }
 
 static void prepare_rows(const LampAttend &call, Rows &rows) {
-  __builtin_memset(rows.q, 0, sizeof rows.q);
   rows.count = rows.tokens * rows.group;
+  __builtin_memset(rows.q, 0, sizeof rows.q[0] * (rows.count + 4));
   for (int r = 0; r < rows.count + 4; r++) {
     rows.token[r] = r / rows.group;
     rows.head[r] = (int)rows.g * rows.group + r % rows.group;
