@@ -171,7 +171,7 @@ def test_nothing_is_read_of_what_is_skipped_nor_the_residual_of_what_is_cold(nat
 
 def test_the_audit_hears_of_what_is_refined_from_both_planes(native: calls.Native) -> None:
     """Its energies are those of the weights that the step ended up with, not of the exact look-ahead."""
-    step = predicted.make(keys=500, share=0.5, sharpness=3.0)
+    step = predicted.make(keys=500, share=0.9, sharpness=3.0)
     everything = replace(step, call=replace(step.call, hot=(torch.zeros(2), *step.call.hot[1:])))
     mine, both = (predicted.by_kernel(x, native).history[..., 0] for x in (step, everything))
     exact = calls.importance_of(step.call)[:, :, 0].clamp_min(0.0)
