@@ -1,18 +1,26 @@
 // Integer products with AVX-512 VNNI. What they compute: portable.h.
 
 #define LAMP_LAMBDA __attribute__((always_inline))
-// Inlined into what is around them, these loops lose their registers to it.
-#define LAMP_APART static __attribute__((noinline))
+
+// Adds to each of 16 sums four products of unsigned with signed bytes. Compilers know the instruction too, but copy its
+// sums about (gcc 12).
+LAMP_INLINE void add_products(__m512i &sum, __m512i without_sign, __m512i with_sign) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(without_sign), "v"(with_sign));
+}
+
+// Sums of pairs of words: within each 128 bits the sums of `a` and `b` come next to each other.
+LAMP_INLINE __m512i sums_of_two(__m512i a, __m512i b) {
+  return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+}
+LAMP_INLINE __m512i sums_of_four(__m512i a, __m512i b) {
+  return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+}
 
 // Within each 128 bits: vector i becomes the sums of four, of what were vectors 4 i to 4 i + 3.
 template <int COUNT>
 LAMP_INLINE void sum_lanes(__m512i *v) {
-  for (int i = 0; i < COUNT / 2; i++)
-    v[i] =
-        _mm512_add_epi32(_mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]));
-  for (int i = 0; i < COUNT / 4; i++)
-    v[i] =
-        _mm512_add_epi32(_mm512_unpacklo_epi64(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_epi64(v[2 * i], v[2 * i + 1]));
+  for (int i = 0; i < COUNT / 2; i++) v[i] = sums_of_two(v[2 * i], v[2 * i + 1]);
+  for (int i = 0; i < COUNT / 4; i++) v[i] = sums_of_four(v[2 * i], v[2 * i + 1]);
 }
 
 // The sums of 16 vectors, in order.
@@ -24,65 +32,79 @@ LAMP_INLINE __m512i sums_of_16(__m512i *v) {
   return _mm512_add_epi32(_mm512_shuffle_i32x4(v[0], v[1], 0x88), _mm512_shuffle_i32x4(v[0], v[1], 0xdd));
 }
 
-// Sixteen vectors of four-byte words become sixteen of which word i holds what was vector i's.
-LAMP_INLINE void transpose_words(__m512i *v) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 4) {
-    const __m512i a = _mm512_unpacklo_epi32(v[i], v[i + 1]), b = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-    const __m512i c = _mm512_unpacklo_epi32(v[i + 2], v[i + 3]), d = _mm512_unpackhi_epi32(v[i + 2], v[i + 3]);
-    t[i] = _mm512_unpacklo_epi64(a, c);
-    t[i + 1] = _mm512_unpackhi_epi64(a, c);
-    t[i + 2] = _mm512_unpacklo_epi64(b, d);
-    t[i + 3] = _mm512_unpackhi_epi64(b, d);
-  }
-  for (int i = 0; i < 4; i++) {
-    const __m512i a = _mm512_shuffle_i32x4(t[i], t[4 + i], 0x88), b = _mm512_shuffle_i32x4(t[i], t[4 + i], 0xdd);
-    const __m512i c = _mm512_shuffle_i32x4(t[8 + i], t[12 + i], 0x88),
-                  d = _mm512_shuffle_i32x4(t[8 + i], t[12 + i], 0xdd);
-    v[i] = _mm512_shuffle_i32x4(a, c, 0x88);
-    v[8 + i] = _mm512_shuffle_i32x4(a, c, 0xdd);
-    v[4 + i] = _mm512_shuffle_i32x4(b, d, 0x88);
-    v[12 + i] = _mm512_shuffle_i32x4(b, d, 0xdd);
+// Nibbles as bytes that a product takes without a sign. Of one plane: (x & 15) ^ 8, a nibble plus 8. Of both: 16 times
+// the high nibble and the residual one, plus 136.
+constexpr int SURPLUS = 8, SURPLUS_BOTH = 136;
+LAMP_INLINE __m512i upper_of(__m512i x) {
+  return _mm512_ternarylogic_epi32(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15), _mm512_set1_epi8(8), 0x6a);
+}
+LAMP_INLINE __m512i lower_of(__m512i x) {
+  return _mm512_ternarylogic_epi32(x, _mm512_set1_epi8(15), _mm512_set1_epi8(8), 0x6a);
+}
+// Bits of `a` above each nibble's border, of `b` below.
+LAMP_INLINE __m512i joined(__m512i a, __m512i b) {
+  return _mm512_ternarylogic_epi32(_mm512_set1_epi8((char)0xf0), a, b, 0xca);
+}
+LAMP_INLINE __m512i upper_of(__m512i high, __m512i residual) { return joined(high, _mm512_srli_epi16(residual, 4)); }
+LAMP_INLINE __m512i lower_of(__m512i high, __m512i residual) { return joined(_mm512_slli_epi16(high, 4), residual); }
+
+// 32 bytes from `at` of four keys, four apart, as two vectors: sixteen of each key, in order of keys.
+template <int HALF>
+LAMP_INLINE void sixteen_of_four(const uint8_t *at, __m512i *to) {
+  __m512i pair[2];
+  for (int i = 0; i < 2; i++)
+    pair[i] = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)(at + 8 * i * HALF))),
+                                 _mm256_loadu_si256((const __m256i *)(at + 8 * i * HALF + 4 * HALF)), 1);
+  to[0] = _mm512_shuffle_i32x4(pair[0], pair[1], 0x88);
+  to[1] = _mm512_shuffle_i32x4(pair[0], pair[1], 0xdd);
+}
+
+// Adds the products of sixteen channels of sixteen keys: four vectors of four keys to a row.
+template <int ROWS>
+LAMP_INLINE void multiply_keys(const __m512i *nibbles, const int8_t *q, __m512i (*sums)[4]) {
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; r++) {
+    const __m512i query = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(q + 2 * r * PADDED)));
+    for (int i = 0; i < 4; i++) add_products(sums[r][i], nibbles[i], query);
   }
 }
 
-// Whole blocks of 64 bytes a key: keys are turned into lanes first, so that nothing is summed across them.
-template <int ROWS, int HALF>
-LAMP_APART void dots_by_lane(const uint8_t *plane, const uint8_t *next, const int8_t *q, const int32_t *sum8,
-                             int32_t *out) {
-  const __m512i low = _mm512_set1_epi8(15), flip = _mm512_set1_epi8(8);
+// Whole blocks of 64 bytes a key: lanes become keys, four channels to each, and little is summed across them.
+template <int ROWS, int HALF, bool BOTH>
+LAMP_APART void dots_by_lane(const uint8_t *plane, const uint8_t *residual, const uint8_t *next, const int8_t *q,
+                             const int32_t *sum8, int32_t *out) {
+  const __m512i flip = _mm512_set1_epi8((char)0x88);
   for (int j = 0; j < SUBTILE; j += LANES) {
-    __m512i sum[ROWS][4];  // four, because each product waits for the one before
-    for (int r = 0; r < ROWS; r++) {
-      sum[r][0] = _mm512_set1_epi32(-sum8[r]);  // nibbles are read as 0 to 15, 8 too much
-      sum[r][1] = sum[r][2] = sum[r][3] = _mm512_setzero_si512();
-    }
-    for (int first = 0; first < HALF; first += 64) {
-      __m512i words[16];
-      for (int i = 0; i < 16; i++) {
-        words[i] = _mm512_loadu_si512(plane + (j + i) * HALF + first);
-        __builtin_prefetch(next + (j + i) * HALF + first);
-      }
-      transpose_words(words);
-#pragma GCC unroll 16
-      for (int w = 0; w < 16; w++) {
-        // (x & 15) ^ 8: a nibble of two's complement, plus 8.
-        const __m512i upper = _mm512_ternarylogic_epi32(_mm512_srli_epi16(words[w], 4), low, flip, 0x6a);
-        const __m512i lower = _mm512_ternarylogic_epi32(words[w], low, flip, 0x6a);
-        for (int r = 0; r < ROWS; r++) {
-          const int8_t *query = q + 2 * r * PADDED + first + 4 * w;
-          int32_t four[2];
-          __builtin_memcpy(four, query, 4);
-          __builtin_memcpy(four + 1, query + PADDED, 4);
-          __m512i *to = sum[r] + w % 2 * 2;
-          to[0] = _mm512_dpbusd_epi32(to[0], upper, _mm512_set1_epi32(four[0]));
-          to[1] = _mm512_dpbusd_epi32(to[1], lower, _mm512_set1_epi32(four[1]));
-        }
-      }
-    }
+    __m512i sums[ROWS][4];
     for (int r = 0; r < ROWS; r++)
-      _mm512_storeu_si512(out + r * SUBTILE + j, _mm512_add_epi32(_mm512_add_epi32(sum[r][0], sum[r][1]),
-                                                                  _mm512_add_epi32(sum[r][2], sum[r][3])));
+      for (int i = 0; i < 4; i++) sums[r][i] = _mm512_setzero_si512();
+    for (int i = 0; i < 16 && !BOTH; i++)
+      for (int first = 0; first < HALF; first += 64) __builtin_prefetch(next + (j + i) * HALF + first);
+    for (int first = 0; first < HALF; first += 32) {
+      // Taken out of the loop, the query's vectors would be spilled and read again.
+      __asm__ volatile("" : "+r"(q), "+r"(plane), "+r"(residual));
+      __m512i bytes[4][2], more[4][2], nibbles[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) {
+        sixteen_of_four<HALF>(plane + (j + i) * HALF + first, bytes[i]);
+        if (BOTH) sixteen_of_four<HALF>(residual + (j + i) * HALF + first, more[i]);
+      }
+#pragma GCC unroll 2
+      for (int b = 0; b < 2; b++) {
+        const int8_t *query = q + first + 16 * b;
+        for (int i = 0; i < 4; i++)
+          nibbles[i] = BOTH ? _mm512_xor_si512(upper_of(bytes[i][b], more[i][b]), flip) : upper_of(bytes[i][b]);
+        multiply_keys<ROWS>(nibbles, query, sums);
+        for (int i = 0; i < 4; i++)
+          nibbles[i] = BOTH ? _mm512_xor_si512(lower_of(bytes[i][b], more[i][b]), flip) : lower_of(bytes[i][b]);
+        multiply_keys<ROWS>(nibbles, query + PADDED, sums);
+      }
+    }
+    for (int r = 0; r < ROWS; r++) {
+      sum_lanes<4>(sums[r]);
+      const int32_t surplus = sum8[r] * ((BOTH ? SURPLUS_BOTH : SURPLUS) / SURPLUS);
+      _mm512_storeu_si512(out + r * SUBTILE + j, _mm512_sub_epi32(sums[r][0], _mm512_set1_epi32(surplus)));
+    }
   }
 }
 
@@ -90,7 +112,6 @@ template <int ROWS, int BLOCKS>
 LAMP_APART void dots_of(const uint8_t *plane, const uint8_t *next, int half, const int8_t *q, const int32_t *sum8,
                         int32_t *out) {
   constexpr int KEYS = 16 / ROWS;
-  const __m512i low = _mm512_set1_epi8(15), flip = _mm512_set1_epi8(8);
   const int left = half - 64 * (BLOCKS - 1);
   const __mmask64 tail = left == 64 ? ~0ull : (1ull << left) - 1;
   __m512i query[ROWS][2][BLOCKS];
@@ -111,12 +132,10 @@ LAMP_APART void dots_of(const uint8_t *plane, const uint8_t *next, int half, con
         const uint8_t *at = plane + (j + i) * half + 64 * b;
         __builtin_prefetch(next + (j + i) * half + 64 * b);
         const __m512i bytes = b == BLOCKS - 1 ? _mm512_maskz_loadu_epi8(tail, at) : _mm512_loadu_si512(at);
-        // (x & 15) ^ 8: a nibble of two's complement, plus 8.
-        const __m512i upper = _mm512_ternarylogic_epi32(_mm512_srli_epi16(bytes, 4), low, flip, 0x6a);
-        const __m512i lower = _mm512_ternarylogic_epi32(bytes, low, flip, 0x6a);
+        const __m512i upper = upper_of(bytes), lower = lower_of(bytes);
         for (int r = 0; r < ROWS; r++) {
-          sum[r] = _mm512_dpbusd_epi32(sum[r], upper, query[r][0][b]);
-          sum[r] = _mm512_dpbusd_epi32(sum[r], lower, query[r][1][b]);
+          add_products(sum[r], upper, query[r][0][b]);
+          add_products(sum[r], lower, query[r][1][b]);
         }
       }
       for (int r = 0; r < ROWS; r++) acc[r * KEYS + i] = sum[r];
@@ -140,13 +159,26 @@ template <int ROWS>
 LAMP_INLINE void dots(const uint8_t *plane, const uint8_t *next, int half, const int8_t *q, const int32_t *sum8,
                       int32_t *out) {
   if (ROWS > 1 && half == 64)
-    dots_by_lane<ROWS, 64>(plane, next, q, sum8, out);
+    dots_by_lane<ROWS, 64, false>(plane, plane, next, q, sum8, out);
   else if (ROWS > 1 && half == 128)
-    dots_by_lane<ROWS, 128>(plane, next, q, sum8, out);
+    dots_by_lane<ROWS, 128, false>(plane, plane, next, q, sum8, out);
   else if (half <= 64)
     dots_of<ROWS, 1>(plane, next, half, q, sum8, out);
   else
     dots_of<ROWS, 2>(plane, next, half, q, sum8, out);
+}
+
+#include "dots_by_parts.h"
+
+template <int ROWS>
+LAMP_INLINE void fine_dots(const uint8_t *high, const uint8_t *residual, int half, const int8_t *q, const int32_t *sum8,
+                           int32_t *out) {
+  if (ROWS > 1 && half == 64)
+    dots_by_lane<ROWS, 64, true>(high, residual, high, q, sum8, out);
+  else if (ROWS > 1 && half == 128)
+    dots_by_lane<ROWS, 128, true>(high, residual, high, q, sum8, out);
+  else
+    dots_by_parts<ROWS>(high, residual, half, q, sum8, out);
 }
 
 // 64 bytes: 32 keys of two channels. In tiles of 32 keys they lie together.
@@ -157,47 +189,31 @@ LAMP_INLINE __m512i two_channels(const uint8_t *at, int64_t stride) {
                             _mm256_loadu_si256((const __m256i *)(at + stride)), 1);
 }
 
-// Adds the products of two channels: 16 * nibble times the weights of every row.
-template <int ROWS, bool TOGETHER>
-LAMP_INLINE void multiply(const uint8_t *const *tiles, const uint8_t *const *next, int count, int64_t at,
-                          int64_t stride, const uint8_t *w, __m512i *upper, __m512i *lower) {
-  const __m512i mask = _mm512_set1_epi8((char)0xf0);
-  for (int t = 0; t < count; t++) {
-    const __m512i bytes = two_channels<TOGETHER>(tiles[t] + at, stride);
-    __builtin_prefetch(next[t] + at);
-    const __m512i high = _mm512_and_si512(bytes, mask), low = _mm512_and_si512(_mm512_slli_epi16(bytes, 4), mask);
-    for (int r = 0; r < ROWS; r++) {
-      const __m512i weight =
-          _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)(w + (t * ROWS + r) * SUBTILE)));
-      upper[r] = _mm512_dpbusd_epi32(upper[r], weight, high);
-      lower[r] = _mm512_dpbusd_epi32(lower[r], weight, low);
-    }
-  }
-}
-
-// Sums over keys of 16 channels, from eight vectors of two; the last ones may be missing.
-LAMP_INLINE void put_channels(__m512i *v, int pairs, int32_t *out) {
+// Sums over keys of sixteen channels, from four vectors of four; the last ones may be missing.
+LAMP_INLINE void put_channels(const __m512i *v, int pairs, int32_t *out) {
   const __m512i order = _mm512_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
-  for (int p = pairs; p < 8; p++) v[p] = _mm512_setzero_si512();
-  sum_lanes<8>(v);
-  const __m512i joined =
-      _mm512_add_epi32(_mm512_shuffle_i32x4(v[0], v[1], 0x88), _mm512_shuffle_i32x4(v[0], v[1], 0xdd));
+  const __m512i zero = _mm512_setzero_si512();
+  const __m512i a = sums_of_four(v[0], pairs > 2 ? v[1] : zero);
+  const __m512i b = pairs > 4 ? sums_of_four(v[2], pairs > 6 ? v[3] : zero) : zero;
+  const __m512i joined = _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
   _mm512_mask_storeu_epi32(out, (__mmask16)((1u << (2 * pairs)) - 1), _mm512_permutexvar_epi32(order, joined));
 }
 
-// All channels, sixteen at a time, each pair of two by `multiply_pair(where, upper, lower)`.
+// All channels, sixteen at a time, two pairs of two by `multiply_pairs(where, upper, lower)`.
 template <int ROWS, class Multiply>
-LAMP_INLINE void all_channels(int64_t stride, int half, int32_t *out, Multiply multiply_pair) {
-  __m512i sums[ROWS][2][8];
+LAMP_INLINE void all_channels(int64_t stride, int half, int32_t *out, Multiply multiply_pairs) {
+  __m512i sums[ROWS][2][4];
   for (int c = 0; c < half; c += 16) {
     const int pairs = half - c >= 16 ? 8 : (half - c) / 2;
-    for (int p = 0; p < pairs; p++) {
-      __m512i upper[ROWS], lower[ROWS];
-      for (int r = 0; r < ROWS; r++) upper[r] = lower[r] = _mm512_setzero_si512();
-      multiply_pair((c + 2 * p) * stride, upper, lower);
+    for (int p = 0; p < pairs; p += 2) {
+      const int64_t first = c + 2 * p, at[2] = {first * stride, (p + 1 < pairs ? first + 2 : first) * stride};
+      __m512i upper[2][ROWS], lower[2][ROWS];
+      for (int i = 0; i < 2; i++)
+        for (int r = 0; r < ROWS; r++) upper[i][r] = lower[i][r] = _mm512_setzero_si512();
+      multiply_pairs(at, upper, lower);
       for (int r = 0; r < ROWS; r++) {
-        sums[r][0][p] = upper[r];
-        sums[r][1][p] = lower[r];
+        sums[r][0][p / 2] = sums_of_two(upper[0][r], upper[1][r]);
+        sums[r][1][p / 2] = sums_of_two(lower[0][r], lower[1][r]);
       }
     }
     for (int r = 0; r < ROWS; r++)
@@ -205,12 +221,31 @@ LAMP_INLINE void all_channels(int64_t stride, int half, int32_t *out, Multiply m
   }
 }
 
+// Two pairs of channels: 16 * nibble times the weights of every row.
 template <int ROWS, bool TOGETHER>
 LAMP_APART void values_of(const uint8_t *const *tiles, const uint8_t *const *next, int count, int64_t stride, int half,
                           const uint8_t *w, int32_t *out) {
   all_channels<ROWS>(TOGETHER ? SUBTILE : stride, half, out,
-                     [&](int64_t at, __m512i *upper, __m512i *lower)
-                         LAMP_LAMBDA { multiply<ROWS, TOGETHER>(tiles, next, count, at, stride, w, upper, lower); });
+                     [&](const int64_t *at, __m512i(*upper)[ROWS], __m512i(*lower)[ROWS]) LAMP_LAMBDA {
+                       const __m512i mask = _mm512_set1_epi8((char)0xf0);
+                       for (int t = 0; t < count; t++) {
+                         __m512i high[2], low[2];
+                         for (int i = 0; i < 2; i++) {
+                           const __m512i bytes = two_channels<TOGETHER>(tiles[t] + at[i], stride);
+                           __builtin_prefetch(next[t] + at[i]);
+                           high[i] = _mm512_and_si512(bytes, mask);
+                           low[i] = _mm512_and_si512(_mm512_slli_epi16(bytes, 4), mask);
+                         }
+                         for (int r = 0; r < ROWS; r++) {
+                           const __m256i *weights = (const __m256i *)(w + (t * ROWS + r) * SUBTILE);
+                           const __m512i weight = _mm512_broadcast_i64x4(_mm256_loadu_si256(weights));
+                           for (int i = 0; i < 2; i++) {
+                             add_products(upper[i][r], weight, high[i]);
+                             add_products(lower[i][r], weight, low[i]);
+                           }
+                         }
+                       }
+                     });
 }
 
 template <int ROWS>
@@ -222,30 +257,76 @@ LAMP_INLINE void values(const uint8_t *const *tiles, const uint8_t *const *next,
     values_of<ROWS, false>(tiles, next, count, stride, half, w, out);
 }
 
-// Adding the three products in this order keeps one sum: ((upper * 16 + eight) * 16 + lower).
+// Both planes of two channels: 16 times the high nibble and the residual one, plus 8, times both bytes of the weights
+// of every row.
 template <int ROWS, bool TOGETHER>
-LAMP_APART void fine_values_of(const uint8_t *const *high, const uint8_t *const *residual, int count, int64_t stride,
-                               int half, const uint8_t *const *w, int32_t *out) {
-  const uint8_t *const *planes[3] = {high, residual, high};
-  all_channels<ROWS>(TOGETHER ? SUBTILE : stride, half, out,
-                     [&](int64_t at, __m512i *upper, __m512i *lower) LAMP_LAMBDA {
-                       for (int i = 0; i < 3; i++) {
-                         for (int r = 0; r < ROWS; r++)
-                           upper[r] = _mm512_slli_epi32(upper[r], 4), lower[r] = _mm512_slli_epi32(lower[r], 4);
-                         multiply<ROWS, TOGETHER>(planes[i], planes[i], count, at, stride, w[i], upper, lower);
-                       }
-                     });
+LAMP_INLINE void multiply_fine(const uint8_t *const *high, const uint8_t *const *residual, int count, int64_t at,
+                               int64_t stride, const uint8_t *w_upper, const uint8_t *w_lower, __m512i *upper,
+                               __m512i *lower) {
+  const __m512i flip = _mm512_set1_epi8(8);
+  __m512i fine_upper[ROWS], fine_lower[ROWS];
+  for (int r = 0; r < ROWS; r++) fine_upper[r] = fine_lower[r] = _mm512_setzero_si512();
+  for (int t = 0; t < count; t++) {
+    const __m512i coarse = two_channels<TOGETHER>(high[t] + at, stride);
+    const __m512i fine = two_channels<TOGETHER>(residual[t] + at, stride);
+    const __m512i above = _mm512_xor_si512(upper_of(coarse, fine), flip);
+    const __m512i below = _mm512_xor_si512(lower_of(coarse, fine), flip);
+    for (int r = 0; r < ROWS; r++) {
+      const int place = (t * ROWS + r) * SUBTILE;
+      const __m512i first = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)(w_upper + place)));
+      const __m512i second = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)(w_lower + place)));
+      add_products(upper[r], first, above);
+      add_products(lower[r], first, below);
+      add_products(fine_upper[r], second, above);
+      add_products(fine_lower[r], second, below);
+    }
+  }
+  for (int r = 0; r < ROWS; r++) {
+    upper[r] = _mm512_add_epi32(_mm512_slli_epi32(upper[r], 8), fine_upper[r]);
+    lower[r] = _mm512_add_epi32(_mm512_slli_epi32(lower[r], 8), fine_lower[r]);
+  }
 }
 
+// 8 times the sum of a row's weights, which is what the plus 8 made too much.
+template <int ROWS>
+LAMP_INLINE int32_t surplus_of(const uint8_t *w_upper, const uint8_t *w_lower, int count, int r) {
+  const __m256i eight = _mm256_set1_epi8(8);
+  __m256i first = _mm256_setzero_si256(), second = first;
+  for (int t = 0; t < count; t++) {
+    const int place = (t * ROWS + r) * SUBTILE;
+    first = _mm256_dpbusd_epi32(first, _mm256_loadu_si256((const __m256i *)(w_upper + place)), eight);
+    second = _mm256_dpbusd_epi32(second, _mm256_loadu_si256((const __m256i *)(w_lower + place)), eight);
+  }
+  int32_t sums[8], sum = 0;
+  _mm256_storeu_si256((__m256i *)sums, _mm256_add_epi32(_mm256_slli_epi32(first, 8), second));
+  for (int i = 0; i < 8; i++) sum += sums[i];
+  return sum;
+}
+
+template <int ROWS, bool TOGETHER>
+LAMP_APART void fine_values_of(const uint8_t *const *high, const uint8_t *const *residual, int count, int64_t stride,
+                               int half, const uint8_t *w_upper, const uint8_t *w_lower, int32_t *out) {
+  all_channels<ROWS>(TOGETHER ? SUBTILE : stride, half, out,
+                     [&](const int64_t *at, __m512i(*upper)[ROWS], __m512i(*lower)[ROWS]) LAMP_LAMBDA {
+#pragma GCC unroll 2
+                       for (int i = 0; i < 2; i++)
+                         multiply_fine<ROWS, TOGETHER>(high, residual, count, at[i], stride, w_upper, w_lower, upper[i],
+                                                       lower[i]);
+                     });
+  for (int r = 0; r < ROWS; r++) {
+    const int32_t surplus = surplus_of<ROWS>(w_upper, w_lower, count, r);
+    for (int c = 0; c < 2 * half; c++) out[r * 2 * half + c] -= surplus;
+  }
+}
+
+constexpr bool WEIGHTS_OF_EIGHT_BITS = false;  // fine_values takes 16 bits of weight for both planes
 template <int ROWS>
 LAMP_INLINE void fine_values(const uint8_t *const *high, const uint8_t *const *residual, int count, int64_t stride,
-                             int half, const uint8_t *w_upper, const uint8_t *w_lower, const uint8_t *w_eight,
-                             int32_t *out) {
-  const uint8_t *const w[3] = {w_upper, w_eight, w_lower};
+                             int half, const uint8_t *w_upper, const uint8_t *w_lower, const uint8_t *, int32_t *out) {
   if (stride == SUBTILE)
-    fine_values_of<ROWS, true>(high, residual, count, stride, half, w, out);
+    fine_values_of<ROWS, true>(high, residual, count, stride, half, w_upper, w_lower, out);
   else
-    fine_values_of<ROWS, false>(high, residual, count, stride, half, w, out);
+    fine_values_of<ROWS, false>(high, residual, count, stride, half, w_upper, w_lower, out);
 }
 
 LAMP_INLINE Vf halves(const uint16_t *from) { return (Vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from)); }

@@ -1,4 +1,13 @@
-// Products with both planes, from three with one (portable.h): 16 bits of weight on the high plane, 8 on the residual.
+// Products with both planes, from those with one (portable.h): 16 bits of weight on the high plane, 8 on the residual.
+#include "dots_by_parts.h"
+
+template <int ROWS>
+LAMP_INLINE void fine_dots(const uint8_t *high, const uint8_t *residual, int half, const int8_t *q, const int32_t *sum8,
+                           int32_t *out) {
+  dots_by_parts<ROWS>(high, residual, half, q, sum8, out);
+}
+
+constexpr bool WEIGHTS_OF_EIGHT_BITS = true;
 
 template <int ROWS>
 LAMP_INLINE void fine_values(const uint8_t *const *high, const uint8_t *const *residual, int count, int64_t stride,

@@ -15,7 +15,16 @@ struct Work {
   float lse[MOST_ROWS];      // of the look-ahead, base 2; -inf where nothing is seen
   float inverse[MOST_ROWS];  // one over the largest |y| e^y, for the relaxed rule
   float tau, level;
+  // Where a network decided, null elsewhere. Keys are then counted by the places of those sub-tiles that are read.
+  const Ahead *ahead;
+  const int32_t *order;  // the sub-tile at each place
+  const uint8_t *hot;    // whether it is scored with both planes
 };
+LAMP_INLINE int64_t key_of(const Work &work, int64_t place) {
+  return work.order ? (int64_t)work.order[place / SUBTILE] * SUBTILE : place;
+}
+// Whether the first pass leaves final scores.
+LAMP_INLINE bool settled(const Work &work) { return work.level >= 1 || work.hot; }
 // Behind the output of a partial result: sums over keys, then flags and counts.
 enum {
   WEIGHT,
@@ -37,33 +46,38 @@ LAMP_INLINE Vf scores(const LampAttend &call, const Rows &rows, int r, Vf produc
   return call.softcap != 0 ? soft_cap(y, call.softcap) : y;
 }
 
-template <int ROWS>
-LAMP_INLINE void look_at_subtile(Work &work, int r0, int64_t j, const uint8_t *plane, const uint8_t *next,
-                                 const uint8_t *residual, const Vf *scale, Vf *most) {
+// Scores of 32 keys and up to four rows. PLAIN: nothing is added to them, and no cap bends them.
+template <int ROWS, bool PLAIN>
+LAMP_APART void look_at_subtile(Work &work, int r0, int64_t j, const uint8_t *plane, const uint8_t *next,
+                                const uint8_t *residual, const Vf *scale, Vf *most) {
   const LampAttend &call = *work.call;
   const Rows &rows = work.rows;
-  const bool both = work.level >= 1;  // nothing is left to decide: the scores are final at once
-  int32_t products[ROWS * SUBTILE], fine[ROWS * SUBTILE];
-  dots<ROWS>(plane, next, (int)call.planes.half_k, rows.q[r0], rows.sum8 + r0, products);
-  if (both) dots<ROWS>(residual, residual, (int)call.planes.half_k, rows.q[r0], rows.sum8 + r0, fine);
+  const bool both = work.level >= 1 || (work.hot && work.hot[j / SUBTILE]);  // the scores are final at once
+  const int64_t key = key_of(work, j);
+  int32_t products[ROWS * SUBTILE];
+  if (both)
+    fine_dots<ROWS>(plane, residual, (int)call.planes.half_k, rows.q[r0], rows.sum8 + r0, products);
+  else
+    dots<ROWS>(plane, next, (int)call.planes.half_k, rows.q[r0], rows.sum8 + r0, products);
   uint8_t *alive = work.alive + (j - rows.from) / SUBTILE * rows.tokens;
   uint32_t seen = 0;
   for (int i = 0, known = -1; i < ROWS && r0 + i < rows.count; i++) {
     const int r = r0 + i, token = rows.token[r];
-    if (call.mask || token != known) {  // without a mask the heads of a token see the same
-      seen = visible(call, rows, r, j);
+    if (heads_differ(call) || token != known) {
+      seen = visible(call, rows, r, key);
       if (seen) alive[token] = 1;
       known = token;
     }
     float *z = work.z + r * work.span + (j - rows.from);
+    // 16 times the high nibble, and the -1/2 that the residual nibble averages.
+    const Vf unit = splat(both ? 1.0f : 16.0f), mean = splat(both ? 0.0f : rows.half_sum[r] / 16.0f);
+    const Vf coefficient = splat(rows.coefficient[r]) * unit;
     for (int h = 0; h < 2; h++) {
-      // 16 times the high nibble, and the -1/2 that the residual nibble averages.
-      const int at = i * SUBTILE + h * LANES;
-      const Vf low = both ? floats(load(fine + at)) : splat(-rows.half_sum[r]);
-      Vf y = scores(call, rows, r, floats(load(products + at)) * splat(16.0f) + low, scale[h]);
-      if (call.bias) {
+      const Vf product = floats(load(products + i * SUBTILE + h * LANES)) - mean;
+      Vf y = PLAIN ? product * scale[h] * coefficient : scores(call, rows, r, product * unit, scale[h]);
+      if (!PLAIN && call.bias) {
         float added[LANES];
-        for (int k = 0; k < LANES; k++) added[k] = bias_of(call, rows, r, j + h * LANES + k);
+        for (int k = 0; k < LANES; k++) added[k] = bias_of(call, rows, r, key + h * LANES + k);
         y += load(added);
       }
       if (seen != ~0u) y = select(lanes_of(seen, h), y, splat(-__builtin_inff()));
@@ -81,32 +95,34 @@ LAMP_INLINE Vf sensitivity(const Work &work, int64_t at, int r, Vf y, Vf z) {
 }
 
 // Turn scores into weights relative to the chunk's maximum; sum them and what the rule asks of each sub-tile.
-LAMP_INLINE void weigh_chunk(Work &work, int64_t chunk, int64_t keys, int r, float most) {
+template <bool SQUARES>
+LAMP_APART void weigh_chunk(Work &work, int64_t chunk, int64_t keys, int r, float most) {
   constexpr int SUBTILES = CHUNK / SUBTILE;
   static_assert(SUBTILES == LANES, "a chunk's sub-tiles fill a vector");
   const int64_t first = chunk * CHUNK;
   float *z = work.z + r * work.span + first;
   if (!(most > -__builtin_inff())) most = 0;  // nothing seen, or NaN alone
-  const bool squares = work.call->rule == LAMP_ENERGY;
+  const Vf top = splat(most);
+  const int count = (int)((keys + SUBTILE - 1) / SUBTILE);
   Vf sum = splat(0.0f), mass[SUBTILES];
-  for (int s = 0; s < SUBTILES; s++) {
-    mass[s] = splat(0.0f);
-    if (s * SUBTILE >= keys) continue;
-    for (int h = 0; h < 2; h++) {
-      const int at = s * SUBTILE + h * LANES;
-      const Vf y = load(z + at), x = exp2(y - splat(most));
-      store(z + at, x);
-      sum += x;
-      if (squares) {
-        mass[s] += x * x;
-      } else {
-        const Vf m = sensitivity(work, first + at, r, y, x);
-        mass[s] = select(m == m, larger(m, mass[s]), m);
-      }
+  for (int s = 0; s < count; s++) {
+    const Vf y0 = load(z + s * SUBTILE), y1 = load(z + s * SUBTILE + LANES);
+    const Vf x0 = exp2(y0 - top), x1 = exp2(y1 - top);
+    store(z + s * SUBTILE, x0);
+    store(z + s * SUBTILE + LANES, x1);
+    sum += x0 + x1;
+    if (SQUARES) {
+      mass[s] = x0 * x0 + x1 * x1;
+    } else {
+      const Vf m0 = sensitivity(work, first + s * SUBTILE, r, y0, x0);
+      const Vf m1 = sensitivity(work, first + s * SUBTILE + LANES, r, y1, x1);
+      mass[s] = select(m1 == m1, larger(m0, m1), m1);
+      mass[s] = select(m0 == m0, mass[s], m0);
     }
   }
+  for (int s = count; s < SUBTILES; s++) mass[s] = splat(0.0f);
   Vf weight;
-  if (squares) {
+  if (SQUARES) {
     weight = root(totals(mass));
   } else {
     for (int s = 0; s < SUBTILES; s++) weight[s] = largest(mass[s]) + total(mass[s]) * 0.0f;
@@ -118,6 +134,39 @@ LAMP_INLINE void weigh_chunk(Work &work, int64_t chunk, int64_t keys, int r, flo
 
 constexpr int AHEAD = 4 * SUBTILE;  // keys from now that are asked for
 
+// Scores of the keys from `first` to `end`, of one chunk, and the largest of each row.
+template <bool PLAIN>
+LAMP_INLINE void look_at_chunk(Work &work, int64_t first, int64_t end, Vf *most) {
+  const LampAttend &call = *work.call;
+  const Rows &rows = work.rows;
+  for (int64_t j = first; j < end; j += SUBTILE) {
+    const Place place = place_of(call.planes, rows.b, rows.g, key_of(work, j));
+    const Place ahead = place_of(call.planes, rows.b, rows.g, key_of(work, j + AHEAD < rows.to ? j + AHEAD : j));
+    const uint8_t *plane = call.planes.k_high + key_at(call.planes, place);
+    const uint8_t *next = call.planes.k_high + key_at(call.planes, ahead);
+    fetch(call.planes.k_scale + scale_at(call.planes, ahead), 2 * SUBTILE);
+    const uint8_t *residual = call.planes.k_residual + key_at(call.planes, place);
+    Vf scale[2];
+    for (int h = 0; h < 2; h++) {
+      scale[h] = halves(call.planes.k_scale + scale_at(call.planes, place) + h * LANES);
+      scale[h] = select(finite(scale[h]), scale[h], splat(__builtin_nanf("")));
+    }
+    for (int r = 0; r < rows.count;) switch (block_rows(rows.count - r)) {
+        case 4:
+          look_at_subtile<4, PLAIN>(work, r, j, plane, next, residual, scale, most);
+          r += 4;
+          break;
+        case 2:
+          look_at_subtile<2, PLAIN>(work, r, j, plane, next, residual, scale, most);
+          r += 2;
+          break;
+        default:
+          look_at_subtile<1, PLAIN>(work, r, j, plane, next, residual, scale, most);
+          r += 1;
+      }
+  }
+}
+
 static void look_at_segment(Work &work, int64_t segment) {
   const LampAttend &call = *work.call;
   const Rows &rows = work.rows;
@@ -127,34 +176,16 @@ static void look_at_segment(Work &work, int64_t segment) {
     const int64_t chunk = (first - rows.from) / CHUNK;
     Vf most[MOST_ROWS];
     for (int r = 0; r < rows.count; r++) most[r] = splat(-__builtin_inff());
-    for (int64_t j = first; j < end; j += SUBTILE) {
-      const Place place = place_of(call.planes, rows.b, rows.g, j);
-      const Place ahead = place_of(call.planes, rows.b, rows.g, j + AHEAD < rows.to ? j + AHEAD : j);
-      const uint8_t *plane = call.planes.k_high + key_at(call.planes, place);
-      const uint8_t *next = call.planes.k_high + key_at(call.planes, ahead);
-      fetch(call.planes.k_scale + scale_at(call.planes, ahead), 2 * SUBTILE);
-      const uint8_t *residual = call.planes.k_residual + key_at(call.planes, place);
-      Vf scale[2];
-      for (int h = 0; h < 2; h++) {
-        scale[h] = halves(call.planes.k_scale + scale_at(call.planes, place) + h * LANES);
-        scale[h] = select(finite(scale[h]), scale[h], splat(__builtin_nanf("")));
-      }
-      for (int r = 0; r < rows.count;) switch (block_rows(rows.count - r)) {
-          case 4:
-            look_at_subtile<4>(work, r, j, plane, next, residual, scale, most);
-            r += 4;
-            break;
-          case 2:
-            look_at_subtile<2>(work, r, j, plane, next, residual, scale, most);
-            r += 2;
-            break;
-          default:
-            look_at_subtile<1>(work, r, j, plane, next, residual, scale, most);
-            r += 1;
-        }
+    if (call.bias || call.softcap != 0)
+      look_at_chunk<false>(work, first, end, most);
+    else
+      look_at_chunk<true>(work, first, end, most);
+    for (int r = 0; r < rows.count; r++) {
+      if (call.rule == LAMP_ENERGY)
+        weigh_chunk<true>(work, chunk, end - first, r, largest(most[r]));
+      else
+        weigh_chunk<false>(work, chunk, end - first, r, largest(most[r]));
     }
-    const int64_t keys = (end - first + SUBTILE - 1) / SUBTILE * SUBTILE;
-    for (int r = 0; r < rows.count; r++) weigh_chunk(work, chunk, keys, r, largest(most[r]));
   }
 }
 

@@ -1,9 +1,11 @@
 // Integer products in plain C++: what every instruction set computes.
 //
 // dots:   out[r][j] = sum over channels of q[r][c] * nibble[j][c], for 32 keys of a K plane.
+// fine_dots: out[r][j] = sum over channels of q[r][c] * (16 * high[j][c] + residual[j][c]), alike.
 // values: out[r][c] = 16 * sum over tiles and keys of w[t][r][j] * nibble[t][c][j], for 32 keys of each tile of V.
-// fine_values: out[r][c] = 16 * (256 * w_upper * high + w_lower * high + 16 * w_eight * residual), summed alike: fits
-//         into 32 bits for up to 8 tiles, because the high plane holds -7 to 7.
+// fine_values: out[r][c] = (256 * w_upper + w_lower) * (16 * high + residual), summed alike: fits into 32 bits for
+//         up to 8 tiles, because the high plane holds -7 to 7. Where WEIGHTS_OF_EIGHT_BITS, the residual plane is
+//         multiplied by 256 * w_eight.
 // next: what a call soon will read in the same way, so that it can be asked for in passing.
 // q is [rows][2][PADDED] with zeros behind the channels, w [tiles][rows][32], nibbles are -8 to 7.
 

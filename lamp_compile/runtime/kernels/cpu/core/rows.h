@@ -14,6 +14,7 @@ struct Rows {
   int64_t from, to;                            // and any of them
   float coefficient[MOST_ROWS];                // score in base 2 per unit of (nibble * int8 * key scale)
   float half_sum[MOST_ROWS];                   // half the sum of a row's int8 channels
+  float step[MOST_ROWS];                       // what a row's int8 channels are multiples of
   float norm[MOST_ROWS], rounding[MOST_ROWS];  // |q|^2 of the rounded row, and the variance of its rounding
   int32_t sum8[MOST_ROWS];                     // 8 times the sum of a row's int8 channels
   int8_t q[MOST_ROWS + 4][2 * PADDED];         // rounded; rows behind the last are 0, so that blocks can be whole
@@ -55,6 +56,7 @@ LAMP_INLINE void prepare_row(const LampAttend &call, Rows &rows, int r) {
   __builtin_memcpy(rows.q[r] + PADDED, rounded + half, half);
   int32_t sum = 0, square = 0;
   for (int i = 0; i < LANES; i++) sum += sums[i], square += squares[i];
+  rows.step[r] = step;
   rows.coefficient[r] = step * call.scale * LOG2E;
   rows.half_sum[r] = 0.5f * (float)sum;
   rows.sum8[r] = 8 * sum;
@@ -80,8 +82,8 @@ LAMP_INLINE void see(const LampAttend &call, Rows &rows, int t) {
 }
 
 static void prepare_rows(const LampAttend &call, Rows &rows) {
-  __builtin_memset(rows.q, 0, sizeof rows.q);
   rows.count = rows.tokens * rows.group;
+  __builtin_memset(rows.q, 0, sizeof rows.q[0] * (rows.count + 4));
   for (int r = 0; r < rows.count + 4; r++) {
     rows.token[r] = r / rows.group;
     rows.head[r] = (int)rows.g * rows.group + r % rows.group;
@@ -99,6 +101,21 @@ static void prepare_rows(const LampAttend &call, Rows &rows) {
   rows.from -= rows.from % SEGMENT;
 }
 
+// One bit for each of 32 bytes, set where it is not 0.
+LAMP_INLINE uint32_t bits_of(const uint8_t *bytes) {
+  uint32_t found = 0;
+  for (int i = 0; i < SUBTILE / 8; i++) {
+    uint64_t x;
+    __builtin_memcpy(&x, bytes + 8 * i, 8);
+    const uint64_t ones = (((x & 0x7f7f7f7f7f7f7f7full) + 0x7f7f7f7f7f7f7f7full) | x) >> 7 & 0x0101010101010101ull;
+    found |= (uint32_t)(ones * 0x0102040810204080ull >> 56) << (8 * i);
+  }
+  return found;
+}
+
+// Whether the heads of a token may see different keys.
+LAMP_INLINE bool heads_differ(const LampAttend &call) { return call.mask && call.mask_strides[1]; }
+
 // Which of 32 keys from j on a row may see, one bit each.
 LAMP_INLINE uint32_t visible(const LampAttend &call, const Rows &rows, int r, int64_t j) {
   const int t = rows.token[r];
@@ -109,6 +126,9 @@ LAMP_INLINE uint32_t visible(const LampAttend &call, const Rows &rows, int r, in
   if (!call.mask) return seen;
   const int64_t *steps = call.mask_strides, head = rows.head[r];
   const uint8_t *mask = call.mask + rows.b * steps[0] + head * steps[1] + (rows.first_token + t) * steps[2];
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+  if (steps[3] == 1 && j + SUBTILE <= call.mask_keys) return seen & bits_of(mask + j);
+#endif
   for (int i = 0; i < SUBTILE; i++) {
     const int64_t key = call.mask_keys == 1 ? 0 : j + i;
     if (key >= call.mask_keys || !mask[key * steps[3]]) seen &= ~(1u << i);

@@ -13,6 +13,8 @@ constexpr int LANES = 16;
 #endif
 
 #define LAMP_INLINE static inline __attribute__((always_inline))
+// Inlined into what is around them, some loops lose their registers to it.
+#define LAMP_APART static __attribute__((noinline))
 
 LAMP_INLINE Vf splat(float x) { return Vf{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 LAMP_INLINE Vi splat(int32_t x) { return Vi{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
@@ -37,11 +39,21 @@ LAMP_INLINE Vf select(Vi where, Vf a, Vf b) {
   return (Vf)(((Vi)a & where) | ((Vi)b & ~where));
 #endif
 }
-LAMP_INLINE Vf larger(Vf a, Vf b) { return select(a > b, a, b); }  // b where a is NaN
+// b where either is NaN.
+#if defined(__AVX512F__)
+LAMP_INLINE Vf larger(Vf a, Vf b) { return (Vf)_mm512_max_ps((__m512)a, (__m512)b); }
+LAMP_INLINE Vf smaller(Vf a, Vf b) { return (Vf)_mm512_min_ps((__m512)a, (__m512)b); }
+#else
+LAMP_INLINE Vf larger(Vf a, Vf b) { return select(a > b, a, b); }
 LAMP_INLINE Vf smaller(Vf a, Vf b) { return select(a < b, a, b); }
+#endif
 LAMP_INLINE Vf magnitude(Vf v) { return (Vf)((Vi)v & splat(0x7fffffff)); }
 LAMP_INLINE Vi finite(Vf v) { return ((Vi)v & splat(0x7f800000)) != splat(0x7f800000); }
 
+#if defined(__AVX512F__)
+LAMP_INLINE float total(Vf v) { return _mm512_reduce_add_ps((__m512)v); }
+LAMP_INLINE float largest(Vf v) { return _mm512_reduce_max_ps((__m512)v); }
+#else
 LAMP_INLINE float total(Vf v) {
   float a[LANES];
   store(a, v);
@@ -56,6 +68,7 @@ LAMP_INLINE float largest(Vf v) {
     for (int i = 0; i < step; i++) a[i] = a[i + step] > a[i] ? a[i + step] : a[i];
   return a[0];
 }
+#endif
 // The totals of sixteen vectors, in order: a transposition on the way costs three shuffles a vector.
 LAMP_INLINE Vf totals(Vf *v) {
   for (int i = 0; i < 8; i++) {
@@ -80,21 +93,30 @@ LAMP_INLINE Vf root(Vf v) {
   for (int i = 0; i < LANES; i++) v[i] = __builtin_sqrtf(v[i]);
   return v;
 }
+#if defined(__AVX512F__)
+LAMP_INLINE bool any(Vi v) { return _mm512_test_epi32_mask((__m512i)v, (__m512i)v) != 0; }
+#else
 LAMP_INLINE bool any(Vi v) {
   int64_t a[8], found = 0;
   __builtin_memcpy(a, &v, sizeof v);
   for (int i = 0; i < 8; i++) found |= a[i];
   return found != 0;
 }
+#endif
 
-// 2^x to two units in the last place, for x up to 127; 0 from -127 down, NaN for NaN. A polynomial fitted to 2^f on
-// [-1/2, 1/2] (the one of Cephes' exp2f).
+// 2^x to two units in the last place, for x up to 127; from -127 down 0, or a number too small to be normal; NaN for
+// NaN. A polynomial fitted to 2^f on [-1/2, 1/2] (the one of Cephes' exp2f).
 LAMP_INLINE Vf exp2(Vf x) {
-  x = larger(splat(-127.0f), x);  // in this order NaN stays
+#if defined(__AVX512F__)
+  x = larger(splat(-200.0f), x);  // in this order NaN stays
+  const Vf rounded = (Vf)_mm512_roundscale_ps((__m512)x, 0);
+#else
+  x = larger(splat(-127.0f), x);
   // 1.5 * 2^23 rounds what is added to it to a whole number; with 127 more, its last bits are that number's exponent.
   const Vf magic = splat(12582912.0f + 127.0f);
-  const Vf rounded = x + magic;
-  const Vf f = x - (rounded - magic);
+  const Vf shifted = x + magic, rounded = shifted - magic;
+#endif
+  const Vf f = x - rounded;
   Vf p = splat(1.535336188319500e-4f);
   p = p * f + splat(1.339887440266574e-3f);
   p = p * f + splat(9.618437357674640e-3f);
@@ -102,7 +124,11 @@ LAMP_INLINE Vf exp2(Vf x) {
   p = p * f + splat(2.402264791363012e-1f);
   p = p * f + splat(6.931472028550421e-1f);
   p = p * f + splat(1.0f);
-  return p * bits((Vi)rounded << 23);
+#if defined(__AVX512F__)
+  return (Vf)_mm512_scalef_ps((__m512)p, (__m512)rounded);
+#else
+  return p * bits((Vi)shifted << 23);
+#endif
 }
 
 LAMP_INLINE float half_to_float(uint16_t h) {

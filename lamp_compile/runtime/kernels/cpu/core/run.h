@@ -1,0 +1,141 @@
+// Second pass, with the log-sum-exp of the first at hand: runs of sub-tiles, and what is refined of them.
+
+constexpr int RUN = 8;  // sub-tiles whose cold weights share a step: 256 keys
+constexpr int RUN_KEYS = RUN * SUBTILE;
+
+// Where between two steps a weight is cut, by key: evenly spread over any stretch of keys, so that what is lost here is
+// gained there, however small the weights are.
+LAMP_INLINE Vf dither(int64_t key) {
+  const Vf lane = Vf{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const float first = (float)((uint32_t)(key * 2654435769u) >> 8) * 5.9604645e-8f;  // key / golden ratio, its fraction
+  Vf x = splat(first) + lane * splat(0.61803399f);
+  return x - floats(__builtin_convertvector(x, Vi));
+}
+
+// What all rows share of one run of sub-tiles.
+struct Run {
+  int64_t first;  // key
+  int count;      // sub-tiles
+  const uint8_t *k_high[RUN], *k_residual[RUN], *v_high[RUN], *v_residual[RUN];
+  Vf k_scale[RUN][2], v_scale[RUN][2];
+  Vf k_square[RUN][2], v_square[RUN][2];  // of the scales
+  Vf cut[RUN][2];                         // where weights are cut
+  uint32_t v_spoilt[RUN];                 // keys whose value has no finite scale
+  bool any_spoilt;
+  float factor[MOST_ROWS];                              // from the chunk's weights to the row's
+  bool alive[RUN][MOST_ROWS], hot_for[RUN][MOST_ROWS];  // by token
+};
+
+// Ask for 32 keys of a plane of values.
+LAMP_INLINE void fetch_values(const LampPlanes &planes, const uint8_t *plane) {
+  if (planes.tile == SUBTILE) return fetch(plane, SUBTILE * planes.half_v);
+  for (int64_t c = 0; c < planes.half_v; c++) __builtin_prefetch(plane + c * planes.tile);
+}
+
+// Whether a row wants units of decision refined, for the sixteen sub-tiles from `first` on (those of a unit alike). Not
+// "above tau": NaN cannot be judged, so it is refined.
+LAMP_INLINE Vi wanted(const Work &work, const Run &run, int64_t first, int r) {
+  if (work.lse[r] == -__builtin_inff()) return splat(0);
+  const int unit = (int)(work.call->subtile / SUBTILE);
+  Vf weight = load(work.weight + r * (work.span / SUBTILE) + first) * splat(run.factor[r]);
+  if (unit > 1) {
+    for (int t = 0; t < LANES; t += unit) {
+      float joined = 0;
+      for (int s = t; s < t + unit; s++) {
+        // Behind the last key there is nothing.
+        const float w = work.rows.from + (first + s) * SUBTILE < work.rows.to ? weight[s] : 0.0f;
+        if (work.call->rule == LAMP_ENERGY)
+          joined += w * w;
+        else
+          joined = w > joined || w != w ? w : joined;
+      }
+      if (work.call->rule == LAMP_ENERGY) joined = __builtin_sqrtf(joined);
+      for (int s = t; s < t + unit; s++) weight[s] = joined;
+    }
+  }
+  if (work.call->rule == LAMP_STRICT) weight *= splat(2.0f);
+  if (work.call->rule == LAMP_RELAXED) weight *= splat(work.inverse[r]);
+  return ~(weight <= splat(work.tau));
+}
+
+// Which sub-tiles of a run are alive and which are refined, for every token: for all of its heads when one asks for it.
+// Counts both in the partial result of the token's first row.
+LAMP_APART void decide(const Work &work, Run &run, float *partial) {
+  const Rows &rows = work.rows;
+  const int unit = (int)(work.call->subtile / SUBTILE), width = 2 * (int)work.call->planes.half_v + SUMS;
+  const int64_t base = (run.first - rows.from) / SUBTILE;
+  const float *most = work.most + base * SUBTILE / CHUNK * work.stride;
+  for (int r = 0; r < rows.count; r += LANES) {
+    const Vf lse = load(work.lse + r), x = exp2(smaller(splat(127.0f), load(most + r) - lse));
+    store(run.factor + r, select(lse == splat(-__builtin_inff()), splat(0.0f), x));
+  }
+  for (int token = 0; token < rows.tokens; token++) {
+    Vi hot = splat(work.level >= 1 ? -1 : 0);
+    for (int r = token * rows.group; !settled(work) && r < (token + 1) * rows.group; r++)
+      hot |= wanted(work, run, base, r);
+    int32_t flags[LANES];
+    __builtin_memcpy(flags, &hot, sizeof flags);
+    for (int t = 0; work.level < 1 && work.hot && t < run.count; t++) flags[t] = work.hot[base + t];
+    float *sums = partial + token * rows.group * width + width - SUMS;
+    for (int t = 0; t < run.count; t += unit) {
+      const int end = t + unit < run.count ? t + unit : run.count;
+      bool alive = false;
+      for (int s = t; s < end; s++) alive |= work.alive[(base + s) * rows.tokens + token];
+      for (int s = t; s < end; s++) {
+        run.alive[s][token] = alive;
+        run.hot_for[s][token] = alive && flags[t];
+        if (!run.hot_for[s][token]) continue;
+        if (!settled(work)) fetch(run.k_residual[s], SUBTILE * work.call->planes.half_k);
+        fetch_values(work.call->planes, run.v_residual[s]);
+      }
+      sums[ALIVE] += alive;
+      sums[REFINED] += alive && flags[t];
+    }
+  }
+}
+
+// Scales that are not finite become 0. Of a key they have spoilt its scores already; of a value they spoil the rows
+// that weigh it.
+LAMP_APART void leave_out_bad(Run &run) {
+  for (int t = 0; t < run.count; t++)
+    for (int h = 0; h < 2; h++) {
+      const Vi known = finite(run.v_scale[t][h]);
+      for (int i = 0; i < LANES; i++)
+        if (!known[i]) run.v_spoilt[t] |= 1u << (h * LANES + i);
+      run.any_spoilt |= any(~known);
+      run.k_scale[t][h] = select(finite(run.k_scale[t][h]), run.k_scale[t][h], splat(0.0f));
+      run.v_scale[t][h] = select(known, run.v_scale[t][h], splat(0.0f));
+      run.k_square[t][h] = run.k_scale[t][h] * run.k_scale[t][h];
+      run.v_square[t][h] = run.v_scale[t][h] * run.v_scale[t][h];
+    }
+}
+
+LAMP_APART void open_run(const Work &work, int64_t first, int64_t end, Run &run) {
+  const LampPlanes &planes = work.call->planes;
+  run.first = first;
+  run.count = 0;
+  run.any_spoilt = false;
+  Vf bad = splat(0.0f);
+  for (int64_t j = first; j < first + RUN_KEYS && j < end; j += SUBTILE) {
+    const Place place = place_of(planes, work.rows.b, work.rows.g, key_of(work, j));
+    const int64_t later = key_of(work, j + RUN_KEYS < end ? j + RUN_KEYS : j);
+    fetch(planes.v_scale + scale_at(planes, place_of(planes, work.rows.b, work.rows.g, later)), 2 * SUBTILE);
+    const int t = run.count++;
+    run.k_high[t] = planes.k_high + key_at(planes, place);
+    run.k_residual[t] = planes.k_residual + key_at(planes, place);
+    run.v_high[t] = planes.v_high + value_at(planes, place);
+    run.v_residual[t] = planes.v_residual + value_at(planes, place);
+    run.v_spoilt[t] = 0;
+    for (int h = 0; h < 2; h++) {
+      const Vf k = halves(planes.k_scale + scale_at(planes, place) + h * LANES);
+      const Vf v = halves(planes.v_scale + scale_at(planes, place) + h * LANES);
+      run.k_scale[t][h] = k;
+      run.v_scale[t][h] = v;
+      run.k_square[t][h] = k * k;
+      run.v_square[t][h] = v * v;
+      run.cut[t][h] = dither(j + h * LANES);
+      bad += k * splat(0.0f) + v * splat(0.0f);  // NaN for NaN and infinity
+    }
+  }
+  if (any(bad != bad)) leave_out_bad(run);
+}
