@@ -65,6 +65,13 @@ def test_however_the_work_is_cut(name, native):
         check(calls.make(**{"share": 0.1, **CUTS[name]}), native)
 
 
+@pytest.mark.parametrize("group", [2, 4])
+@pytest.mark.parametrize("dim", [128, 256])
+def test_both_planes_at_once(dim, group, native):
+    """Head dimensions whose nibbles fill whole vectors: joined to bytes where everything is refined."""
+    check(calls.make(dim=dim, heads=2 * group, kv_heads=2, batch=2, floor=1.0), native)
+
+
 @pytest.mark.parametrize("count", THREADS)
 def test_appending_with_any_number_of_threads(count, native):
     k, v = torch.randn(2, 3, 200, 64), torch.randn(2, 3, 200, 96)
