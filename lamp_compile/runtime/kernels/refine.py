@@ -22,6 +22,7 @@ from lamp_compile.runtime.kernels._device import (
     key_range,
     lower_nibbles,
     lower_nibbles16,
+    of_part,
     over_parts,
     query_of,
     to_columns,
@@ -99,6 +100,25 @@ def decide(
 
 
 @triton.jit
+def decided(ENERGY, PEAK, LEVELS, place, subtiles, tile, end, row_valid, tau, lse, known,
+            GP: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """``decide`` of one token by the energy rule, where ``known`` says that LEVELS decides."""
+    rows = tl.arange(0, GP)
+    looked = tile * BN < end
+    level = tl.load(LEVELS + tile, mask=looked, other=0).to(tl.int32)
+    read = (looked & ((level == 1) | (known == 0)))[:, None] & row_valid[None, :]
+    energy = tl.load(ENERGY + (place * subtiles + tile)[:, None] * GP + rows[None, :], mask=read, other=DEAD)
+    above = (energy <= (tl.log2(tau) + lse)[None, :]) == 0
+    live = ((energy < EMPTY) == 0) & read
+    hot = tl.max((above & live).to(tl.int32), 1)
+    hot = tl.where(known, (level == 2).to(tl.int32), hot)
+    tokens_live = tl.where(known, (level != 0).to(tl.int32), tl.max(live.to(tl.int32), 1))
+    z = tl.where(live & (hot == 0)[:, None], tl.exp2(2.0 * (energy - lse[None, :])), 0.0)
+    v_peaks = tl.load(PEAK + place * subtiles + tile, mask=looked & (hot == 0), other=0.0)
+    return hot, tokens_live, tl.sum(z, 0), tl.sum(z * (v_peaks * v_peaks)[:, None], 0)
+
+
+@triton.jit
 def differences(p, gain, whole_cold, back, v_scale, v_peak, MASKED: tl.constexpr):
     """What to add (weights p times gain) and what to take back (rounded as it was: whole_cold times back) in whole
     numbers of one unit, 15 bits and a sign. On the high plane only their difference counts: its coarse and fine 7
@@ -135,7 +155,7 @@ def picked(first, order, hot, tile, PACK: tl.constexpr):
 )
 def refine(
     Q8, ROWINFO, KH, KL, KS, VH, VL, VS, TAU, FLOOR, STATE, SINKS, MASK, BIAS, START, LENGTHS, TABLE, PARTIAL, META,
-    ENERGY, OTHER, PEAK,
+    ENERGY, OTHER, PEAK, LEVELS, COUNTS,
     tau_b, floor_b, mask_b, mask_h, mask_s, mask_key, bias_b, bias_h, bias_s, bias_key, start_stride, length_stride,
     table_stride, kv_heads, queries, first_token, keys, plane_keys, subtiles, slots, splits, segments, least_tiles,
     scale, softcap,
@@ -145,9 +165,11 @@ def refine(
     KEY_MASK: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_START: tl.constexpr, HAS_LENGTHS: tl.constexpr, PAGED: tl.constexpr, ASM: tl.constexpr,
     FIELDS: tl.constexpr, SPLITS_P2: tl.constexpr, SEGMENT: tl.constexpr, HAS_SINKS: tl.constexpr,
-    PDL: tl.constexpr,
+    PDL: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
-    """Corrections of one segment for one block of rows, as one more partial result."""
+    """Corrections of one segment for one block of rows, as one more partial result. With LISTED, of a head whose LEVELS
+    were known before (COUNTS, ``predict.py``), the sub-tiles that the look-ahead has left out for it: nothing is taken
+    back, and their energies are written for the audit."""
     wait_for_launch(PDL)
     segment, bg, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, g = bg // kv_heads, bg % kv_heads
@@ -174,16 +196,26 @@ def refine(
         return
     tau = tl.load(TAU + b * tau_b + g)
     all_refined = (tl.load(FLOOR + b * floor_b + g) >= 1.0) | (tl.load(STATE + bg * 4 + 1) >= 1.0) | (tau <= 0.0)
-    delta = tl.where(all_refined, 0.0, 1.0)
+    known = all_refined
+    if LISTED:
+        use = tl.load(COUNTS + bg * 4 + 1) != 0
+        known, all_refined = known | use, all_refined & (use == 0)
+    delta = tl.where(known, 0.0, 1.0)
     lse, largest = looked_ahead(
         META, SINKS, place, slots, splits, g * GROUP + rows % GROUP, row_valid, GP, FIELDS, SPLITS_P2, HAS_SINKS
     )
 
     tile = lo // BN + segment + tl.arange(0, SEGMENT) * taking
-    hot, tokens_live, cold_square, cold_value = decide(
-        ENERGY, OTHER, PEAK, place, subtiles, tile, tl.where(all_refined, 0, hi), row_valid, tau, lse, largest,
-        GROUP, GP, TOKENS, BN, RULE,
-    )  # fmt: skip
+    if LISTED:
+        hot, tokens_live, cold_square, cold_value = decided(
+            ENERGY, PEAK, LEVELS + bg.to(tl.int64) * subtiles, place, subtiles, tile, tl.where(all_refined, 0, hi),
+            row_valid, tau, lse, known, GP, BN,
+        )  # fmt: skip
+    else:
+        hot, tokens_live, cold_square, cold_value = decide(
+            ENERGY, OTHER, PEAK, place, subtiles, tile, tl.where(all_refined, 0, hi), row_valid, tau, lse, largest,
+            GROUP, GP, TOKENS, BN, RULE,
+        )  # fmt: skip
     live_count, hot_count = tl.sum(tokens_live, 0), tl.sum(tokens_live * hot, 0)
     hot = tl.where(all_refined, (tile * BN < hi).to(tl.int32), hot)
     order, count = tl.cumsum(hot, 0), tl.sum(hot, 0)
@@ -273,6 +305,10 @@ def refine(
         k_most = tl.maximum(k_most, k_narrow)
         local, local_cold = tl.max(y, 0), tl.max(y_cold, 0)
         p, p_cold = tl.exp2(y - local[None, :]), tl.exp2(y_cold - local_cold[None, :])
+        if LISTED:
+            at_energy = (place * subtiles + of_part(tiles, PACK, GP)) * GP + row
+            there = known & (row < GROUP) & (i + part < count)
+            tl.store(ENERGY + at_energy, local + 0.5 * tl.log2(tl.sum(p * p, 0)), mask=there)
         v_peak = tl.max(v_scale, 0)
         above = tl.maximum(local, tl.where(delta > 0.0, local_cold, DEAD))
         if tl.max(above - top, 0) > HEADROOM:

@@ -1,0 +1,160 @@
+"""The launches of one step of one token at a site with a look-ahead network. As in ``decode.py`` everything that depends
+on data stays on the device: lists have room for all sub-tiles, and their counts lie beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from lamp_compile.runtime.kernels import decode
+from lamp_compile.runtime.kernels._tensors import per_head_step, sequence_step
+from lamp_compile.runtime.kernels.audit_step import audit_step
+from lamp_compile.runtime.kernels.decode import Call, Listed, Results, Scratch
+from lamp_compile.runtime.kernels.predict import list_subtiles, predict_parts
+from lamp_compile.runtime.kernels.result import Result
+from lamp_compile.runtime.network import audit
+from lamp_compile.runtime.network import gate as gates
+
+PART = 8192
+"""Numbers of summaries that one program of ``predict_parts`` reads."""
+LIST_CHUNK = 1024
+"""Sub-tiles that one program lists, or audits, at a time."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What the network has of one layer: summaries ``[B, G, N / group, R]`` (of the pool with pages), history
+    ``[B, G, T, 2]``, trust ``[B, G, 7]``, and its weights, as of ``network.gate.Gate``, of one step ahead."""
+
+    summary: Tensor
+    history: Tensor
+    trust: Tensor
+    query: Tensor
+    query_bias: Tensor
+    age: Tensor
+    extra: Tensor
+    limit: Tensor
+    margin: Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.query.shape[2]
+
+    @property
+    def padded_rank(self) -> int:
+        return max(2, int(triton.next_power_of_2(self.rank)))
+
+
+def decode_predicted(
+    q: Tensor, planes: tuple[Tensor, ...], hot: tuple[Tensor, ...], balance: Tensor | None,
+    seen: tuple[Tensor | None, ...], gate: Gate, options: Mapping[str, Any],
+) -> Result:  # fmt: skip
+    """Fused attention of q ``[B, H, 1, D]`` over six planes, their importance predicted.
+
+    Args:
+        q: Any strides.
+        planes: As of ``lamp::attend``.
+        hot: tau, floor, budget, state, stats; the last two are written in place.
+        balance: ``[G, D]``, ``[B, G, D]`` or None.
+        seen: mask and bias, which must be None; sinks, start, lengths, block table.
+        gate: Its history and trust are written in place.
+        options: The keyword arguments of ``lamp::fused_predicted``.
+    """
+    call, results = decode.begin(q, planes, hot, balance, seen, options)
+    scratch = decode.room_for(call, 1)
+    lead, device = (call.heads, call.cut.subtiles), q.device
+    projected = torch.empty(call.heads, call.cut.rows, gate.padded_rank, dtype=torch.float32, device=device)
+    listed = Listed(
+        *(torch.empty(lead, dtype=torch.int32, device=device) for _ in range(2)),
+        torch.empty(lead, dtype=torch.uint8, device=device),
+        torch.empty(call.heads, 4, dtype=torch.int32, device=device),
+    )  # fmt: skip
+    predicted = torch.empty(lead, dtype=torch.float32, device=device)
+    decode.prepare(call, scratch, 0, _projection(call, gate, projected))
+    _predict(call, gate, projected, listed, predicted)
+    decode.read(call, scratch, 0, listed)
+    decode.join(call, scratch, 0, results)
+    _audit(call, scratch, results, gate, listed, predicted)
+    return Result(results.out, results.lse, results.certificate)
+
+
+def _projection(call: Call, gate: Gate, projected: Tensor) -> dict[str, Any]:
+    """What ``prepare_query`` needs to project the queries, as many numbers at a time as registers hold."""
+    per_number = call.cut.rows * call.planes[0].shape[4]
+    step = max(1, min(gate.padded_rank, 4096 // int(triton.next_power_of_2(per_number))))
+    return {
+        "GATE": gate.query, "GATE_BIAS": gate.query_bias, "PROJECTED": projected, "RANK": gate.rank,
+        "RP": gate.padded_rank, "STEP": step,
+    }  # fmt: skip
+
+
+def _live(call: Call) -> dict[str, Any]:
+    """What the kernels around the attention know of which keys live."""
+    _, _, _, start, lengths, table = call.seen
+    keys = call.keys()
+    kept = ("start_stride", "length_stride", "keys", "BN", "CAUSAL", "WINDOW", "HAS_START", "HAS_LENGTHS")
+    return {"START": start, "LENGTHS": lengths, **{name: keys[name] for name in kept}}
+
+
+def _pages(call: Call) -> dict[str, Any]:
+    """And of where they are."""
+    table, keys = call.seen[5], call.keys()
+    return {"TABLE": table, **{name: keys[name] for name in ("table_stride", "TILE", "PAGED")}}
+
+
+def _predict(call: Call, gate: Gate, projected: Tensor, listed: Listed, predicted: Tensor) -> None:
+    """Two launches: what the gate says, and what follows of it."""
+    tau, floor, _, state, _ = call.hot
+    keys, subtiles, sinks = call.keys(), call.cut.subtiles, call.seen[2]
+    rows = {name: call.rows(0)[name] for name in ("kv_heads", "GROUP", "GP")}
+    in_planes = call.planes[0].shape[2] * keys["TILE"]
+    spans = keys["BN"] * gate.summary.shape[2] // in_planes
+    chunk = max(16, min(128, PART // (spans * gate.padded_rank), int(triton.next_power_of_2(subtiles))))
+    chunks = triton.cdiv(subtiles, chunk)
+    made: dict[str, Any] = {"dtype": torch.float32, "device": call.q.device}
+    found = torch.empty(call.heads, subtiles, call.cut.rows, **made)
+    parts = torch.empty(call.heads, chunks, 3, call.cut.rows, **made)
+    predict_parts[(chunks, call.heads)](
+        projected, gate.summary, gate.history, gate.age, gate.extra, FOUND=found, PARTS=parts, **_live(call),
+        **_pages(call), **rows, subtiles=subtiles, tiles=gate.history.shape[2], summary_groups=gate.summary.shape[2],
+        scale=call.scale, SPANS=spans, RANK=gate.rank, RP=gate.padded_rank, AGES=gates.AGES, CHUNK=chunk,
+        **call.dependent(), num_warps=4,
+    )  # fmt: skip
+    list_subtiles[(call.heads,)](
+        found, parts, tau, floor, state, gate.trust, gate.margin, sinks, PREDICTED=predicted, LEVELS=listed.levels,
+        LIST=listed.list, PLACES=listed.places, COUNTS=listed.counts, **_live(call), **_pages(call), **rows,
+        tau_b=keys["tau_b"], floor_b=keys["floor_b"], subtiles=subtiles, chunks=chunks,
+        trained=call.options["trained"], skip=call.options["skip"], CHUNK=_chunk(subtiles),
+        CHUNKS_P2=triton.next_power_of_2(chunks), HAS_SINKS=sinks is not None, **_trust(call), **call.dependent(),
+        num_warps=4,
+    )  # fmt: skip
+
+
+def _chunk(tiles: int) -> int:
+    return min(LIST_CHUNK, max(16, int(triton.next_power_of_2(tiles))))
+
+
+def _trust(call: Call) -> dict[str, Any]:
+    """Constants of the audit that two kernels know."""
+    return {"SKIPS": call.options["skip"] > 0, "AUDIT_WINDOW": audit.WINDOW, "TRUST_FIELDS": audit.FIELDS}
+
+
+def _audit(
+    call: Call, scratch: Scratch, results: Results, gate: Gate, listed: Listed, predicted: Tensor
+) -> None:  # fmt: skip
+    """The last launch."""
+    keys, sums, tiles = call.keys(), call.sums(), gate.history.shape[2]
+    audit_step[(call.heads,)](
+        *decode.guard_arguments(call, results), scratch.energy, predicted, listed.levels, listed.counts, scratch.meta,
+        results.lse, call.hot[0], gate.limit, gate.margin, HISTORY=gate.history, TRUST=gate.trust, **_live(call),
+        **decode.guard_rows(call), tau_b=keys["tau_b"], subtiles=call.cut.subtiles, tiles=tiles, slots=sums["slots"],
+        splits=sums["splits"], trained=call.options["trained"], skip=call.options["skip"],
+        GROUP=call.rows(0)["GROUP"], GP=call.cut.rows, CHUNK=_chunk(tiles), FIELDS=sums["FIELDS"], **_trust(call),
+        HOLD=audit.HOLD, SLACK=audit.SLACK, CEILING=audit.CEILING, LAVISH=audit.LAVISH_LIMIT,
+        MOST_EXCESS=audit.MOST_EXCESS, DECAY=gates.DECAY, **call.dependent(), num_warps=4,
+    )  # fmt: skip

@@ -1,0 +1,200 @@
+"""Before the look-ahead, at a site with a look-ahead network: which sub-tiles matter, before any key is read.
+
+``predict_parts`` is the gate's arithmetic (``network/gate.py``) for some sub-tiles of one sequence and kv head;
+``list_subtiles`` joins them, decides whom to believe and each sub-tile's precision, and writes the list of sub-tiles
+that the look-ahead is to read: those left at the high plane, or all of them where the gate is not believed.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lamp_compile.runtime.kernels._device import key_range, wait_for_launch
+from lamp_compile.runtime.kernels.look_ahead import stored_tiles
+
+LOWEST = tl.constexpr(-1e30)
+"""``gate.LOWEST``."""
+LEAST = tl.constexpr(1e-4)
+"""``gate.LEAST``."""
+PARTS_FIELDS = tl.constexpr(3)
+"""Of a part: the largest log mass, the sum relative to it, how many importances are no number."""
+
+
+@triton.jit
+def age_bias(AGE, octave, head, AGES: tl.constexpr):
+    """The gate's bias by age, interpolated between powers of two."""
+    low = tl.floor(octave)
+    share = octave - low
+    at = AGE + head * AGES + low.to(tl.int32)
+    upper = tl.load(at + 1, mask=low < AGES - 1, other=0.0)
+    return tl.load(at) * (1.0 - share) + tl.where(share > 0.0, upper * share, 0.0)
+
+
+@triton.jit(
+    do_not_specialize=["keys", "subtiles", "tiles", "summary_groups"],
+    do_not_specialize_on_alignment=["START", "LENGTHS", "TABLE"],
+)
+def predict_parts(
+    PROJECTED, SUMMARY, HISTORY, AGE, EXTRA, START, LENGTHS, TABLE, FOUND, PARTS,
+    start_stride, length_stride, table_stride, kv_heads, keys, subtiles, tiles, summary_groups, scale,
+    GROUP: tl.constexpr, GP: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr, SPANS: tl.constexpr,
+    RANK: tl.constexpr, RP: tl.constexpr, AGES: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, HAS_START: tl.constexpr, HAS_LENGTHS: tl.constexpr, PAGED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Of CHUNK sub-tiles, each with SPANS summaries: FOUND ``[B*G, subtiles, GP]``, log importance before the softmax's
+    denominator, and of the denominator PARTS ``[B*G, chunks, 3, GP]``."""
+    wait_for_launch(PDL)
+    chunk, bg = tl.program_id(0), tl.program_id(1)
+    b, g = bg // kv_heads, bg % kv_heads
+    lo, hi, _ = key_range(
+        b, 0, 0, START, LENGTHS, start_stride, length_stride, keys, 1, HAS_START, HAS_LENGTHS, CAUSAL, WINDOW
+    )
+    if PAGED:
+        TABLE += b * table_stride
+    tile = chunk * CHUNK + tl.arange(0, CHUNK)
+    alive = (tile >= lo // BN) & (tile * BN < hi) & (lo < hi)
+    span, r = tl.arange(0, CHUNK * SPANS), tl.arange(0, RP)
+    span_tile = chunk * CHUNK + span // SPANS
+    first_key = span_tile * BN + span % SPANS * (BN // SPANS)
+    span_live = (first_key < hi) & (first_key + BN // SPANS > lo)
+    place = stored_tiles(TABLE, span_tile, hi, BN, TILE, PAGED) * SPANS + span % SPANS
+    source = SUMMARY + (g if PAGED else bg).to(tl.int64) * summary_groups * RANK
+    said = tl.load(
+        source + place[:, None] * RANK + r[None, :], mask=span_live[:, None] & (r < RANK)[None, :], other=0.0
+    ).to(tl.float32)
+    octave = tl.minimum(tl.log2(1.0 + tl.maximum((hi - 1) // BN - tile, 0).to(tl.float32)), AGES - 1.0)
+    history = HISTORY + (bg.to(tl.int64) * tiles + tile) * 2
+    last = tl.log(tl.load(history, mask=alive, other=0.0) + LEAST)
+    mean = tl.log(tl.load(history + 1, mask=alive, other=0.0) + LEAST)
+    found = FOUND + (bg.to(tl.int64) * subtiles + tile) * GP
+    parts = PARTS + (bg.to(tl.int64) * tl.num_programs(0) + chunk) * PARTS_FIELDS * GP
+    for row in tl.static_range(GROUP):
+        head = g * GROUP + row
+        query = tl.load(PROJECTED + (bg * GP + row) * RP + r)
+        score = tl.where(span_live, tl.sum(said * query[None, :], 1) * scale, LOWEST)
+        score = tl.reshape(score, (CHUNK, SPANS))
+        peak = tl.max(score, 1)
+        weight = tl.exp(score - peak[:, None])
+        mass = tl.log(tl.sum(weight, 1)) + peak
+        energy = tl.log(tl.sum(weight * weight, 1)) * 0.5 + peak
+        mass, energy = tl.where(mass > LOWEST / 2, mass, 0.0), tl.where(energy > LOWEST / 2, energy, 0.0)
+        extra = EXTRA + head * 4
+        bias = age_bias(AGE, octave, head, AGES) + last * tl.load(extra + 2) + mean * tl.load(extra + 3)
+        bias += tl.where(tile == lo // BN, tl.load(extra), 0.0)
+        total = tl.where(alive, mass + bias, float("-inf"))
+        top = tl.max(total, 0)
+        base = tl.where(top == float("-inf"), 0.0, top)
+        importance = energy + bias + tl.load(extra + 1)
+        tl.store(found + row, importance, mask=alive & (tile < subtiles))
+        tl.store(parts + row, top)
+        tl.store(parts + GP + row, tl.sum(tl.where(alive, tl.exp(total - base), 0.0), 0))
+        tl.store(parts + 2 * GP + row, tl.sum((alive & (importance != importance)).to(tl.float32), 0))
+
+
+@triton.jit
+def denominator(PARTS, SINKS, chunks, head, valid, GP: tl.constexpr, CHUNKS_P2: tl.constexpr,
+                HAS_SINKS: tl.constexpr):  # fmt: skip
+    """Of the rows: the log-sum-exp of all parts (0 without a live key), and whether anything is no number."""
+    index, rows = tl.arange(0, CHUNKS_P2), tl.arange(0, GP)
+    at = PARTS + index[:, None] * PARTS_FIELDS * GP + rows[None, :]
+    inside = (index < chunks)[:, None] & valid[None, :]
+    top = tl.load(at, mask=inside, other=float("-inf"))
+    most = tl.max(top, 0)
+    base = tl.where(most == float("-inf"), 0.0, most)
+    total = tl.sum(tl.load(at + GP, mask=inside, other=0.0) * tl.exp(top - base[None, :]), 0)
+    spoilt = tl.sum(tl.load(at + 2 * GP, mask=inside, other=0.0), 0)
+    if HAS_SINKS:
+        sink = tl.load(SINKS + head).to(tl.float32)
+        new = tl.maximum(base, sink)
+        total, base = total * tl.exp(base - new) + tl.exp(sink - new), new
+    lse = tl.where(total == 0.0, 0.0, base + tl.log(total))
+    bad = ((lse != lse) | (lse == float("inf")) | (spoilt > 0.0)) & valid
+    return lse, tl.max(bad.to(tl.int32), 0)
+
+
+@triton.jit
+def sequence_length(b, LENGTHS, length_stride, keys, HAS_LENGTHS: tl.constexpr):
+    """Keys that a sequence holds."""
+    length = keys
+    if HAS_LENGTHS:
+        length = tl.minimum(length, tl.load(LENGTHS + b * length_stride).to(tl.int32))
+    return length
+
+
+@triton.jit
+def skip_threshold(length, margin, skip, BN: tl.constexpr):
+    """``audit.skip_threshold``."""
+    per_tile: tl.constexpr = BN**0.5
+    return skip / (tl.maximum(length.to(tl.float32) / BN, 1.0) * per_tile * margin)
+
+
+@triton.jit(
+    do_not_specialize=["keys", "subtiles", "chunks", "trained"],
+    do_not_specialize_on_alignment=["START", "LENGTHS", "TABLE"],
+)
+def list_subtiles(
+    FOUND, PARTS, TAU, FLOOR, STATE, TRUST, MARGIN, SINKS, START, LENGTHS, TABLE, PREDICTED, LEVELS, LIST, PLACES,
+    COUNTS,
+    tau_b, floor_b, start_stride, length_stride, table_stride, kv_heads, keys, subtiles, chunks, trained, skip,
+    GROUP: tl.constexpr, GP: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
+    CHUNKS_P2: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr,
+    HAS_START: tl.constexpr, HAS_LENGTHS: tl.constexpr, PAGED: tl.constexpr, SKIPS: tl.constexpr,
+    AUDIT_WINDOW: tl.constexpr, TRUST_FIELDS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One sequence and kv head. PREDICTED ``[B*G, subtiles]`` (-1 without a live key), LEVELS likewise
+    (``ir.Precision``), LIST and PLACES likewise; COUNTS ``[B*G, 4]``: sub-tiles in LIST; whether the gate is used;
+    whether it gave something that is no number; 1 where the guard has raised the floor, + 2 where nothing may stay at the
+    high plane."""
+    wait_for_launch(PDL)
+    bg = tl.program_id(0)
+    b, g = bg // kv_heads, bg % kv_heads
+    rows = tl.arange(0, GP)
+    valid = rows < GROUP
+    lo, hi, _ = key_range(
+        b, 0, 0, START, LENGTHS, start_stride, length_stride, keys, 1, HAS_START, HAS_LENGTHS, CAUSAL, WINDOW
+    )
+    if PAGED:
+        TABLE += b * table_stride
+    lse, broken = denominator(
+        PARTS + bg.to(tl.int64) * chunks * PARTS_FIELDS * GP, SINKS, chunks, g * GROUP + rows % GROUP, valid, GP,
+        CHUNKS_P2, HAS_SINKS,
+    )  # fmt: skip
+    trust = TRUST + bg * TRUST_FIELDS
+    length = sequence_length(b, LENGTHS, length_stride, keys, HAS_LENGTHS)
+    guarded = tl.load(STATE + bg * 4 + 1)
+    use = (tl.load(trust + 2) == 0.0) & (length <= trained) & ((guarded > 0.0) == 0) & (broken == 0)
+    tau = tl.load(TAU + b * tau_b + g)
+    raised = tl.maximum(guarded, tl.load(FLOOR + b * floor_b + g)) >= 1.0
+    below = -1.0
+    if SKIPS:
+        steps = tl.load(trust + 4)
+        whole = steps - tl.floor(steps / AUDIT_WINDOW) * AUDIT_WINDOW == 0.0
+        threshold = skip_threshold(length, tl.load(MARGIN + g), skip, BN)
+        below = tl.where(use & (whole == 0) & (raised == 0), threshold, -1.0)
+    lead = bg.to(tl.int64) * subtiles
+    count = 0
+    for first in range(0, subtiles, CHUNK):
+        tile = first + tl.arange(0, CHUNK)
+        alive = (tile >= lo // BN) & (tile * BN < hi) & (lo < hi)
+        at = FOUND + (lead + tile)[:, None] * GP + rows[None, :]
+        found = tl.load(at, mask=alive[:, None] & valid[None, :], other=float("-inf"))
+        predicted = tl.max(tl.exp(tl.minimum(found - lse[None, :], 0.0)), 1)
+        predicted = tl.where(tile == (hi - 1) // BN, 1.0, predicted)
+        hot = ((predicted <= tau) == 0) | raised | (tau <= 0.0)
+        level = tl.where(predicted <= below, 0, tl.where(hot, 2, 1))
+        level = tl.where(alive, tl.where(use, level, 1), 0)
+        inside = tile < subtiles
+        tl.store(PREDICTED + lead + tile, tl.where(alive, predicted, -1.0), mask=inside)
+        tl.store(LEVELS + lead + tile, level.to(tl.uint8), mask=inside)
+        listed = (level == 1) & inside
+        entry = lead + count + tl.cumsum(listed.to(tl.int32), 0) - 1
+        tl.store(LIST + entry, tile, mask=listed)
+        if PAGED:
+            tl.store(PLACES + entry, stored_tiles(TABLE, tile, hi, BN, TILE, PAGED).to(tl.int32), mask=listed)
+        count += tl.sum(listed.to(tl.int32), 0)
+    counts = COUNTS + bg * 4
+    tl.store(counts, count)
+    tl.store(counts + 1, use.to(tl.int32))
+    tl.store(counts + 2, broken)
+    tl.store(counts + 3, (guarded > 0.0).to(tl.int32) + (raised | (tau <= 0.0)).to(tl.int32) * 2)
