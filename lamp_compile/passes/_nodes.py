@@ -25,10 +25,12 @@ OPS = {
     "predict": lamp.predict.default,
     "look_ahead": lamp.look_ahead.default,
     "arbitrate": lamp.arbitrate.default,
+    "audit": lamp.audit.default,
     "select": lamp.select.default,
     "attend": lamp.attend.default,
     "guard": lamp.guard.default,
     "fused_attention": lamp.fused_attention.default,
+    "fused_predicted": lamp.fused_predicted.default,
 }
 """The operators of the rewritten graph, by short name."""
 

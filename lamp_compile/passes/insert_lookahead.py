@@ -16,13 +16,13 @@ from lamp_compile.passes.patterns._values import Emitter, tensor
 from lamp_compile.plan import Plan
 
 PLANES = ("k_high", "k_residual", "k_scale", "v_high", "v_residual", "v_scale")
-ARBITRATED = ("predicted", "history", "trust", "tau", "state", "limit", "margin", "lengths")
+ARBITRATED = ("predicted", "trust", "state", "margin", "lengths")
 SEEN = ("mask", "bias", "sinks", "start", "lengths", "block_table")
 
 
 def insert_lookahead(program: Program, sites: Iterable[AttentionSite], plan: Plan, wires: Wires) -> None:
     """Add ``lamp::quantize`` (unless a cache holds planes) and ``lamp::look_ahead`` before each site's attention;
-    where a network has predicted the importance, ``lamp::arbitrate`` between the two."""
+    where a network has predicted the importance, ``lamp::arbitrate`` chooses between the two."""
     for site in sites:
         row = plan.site(site.name)
         attention = meeting_point(program.graph, site, "insert_lookahead")

@@ -59,7 +59,7 @@ def _importance(graph: Graph, site: AttentionSite, look_ahead: Node, emit: Emitt
     arbitrate = lamp_nodes(graph, site.name).get("arbitrate")
     if arbitrate is None:
         return look_ahead, None
-    importance, _, _, *below = outputs(arbitrate, 4 if bind(arbitrate)["skip"] > 0 else 3, emit)
+    importance, *below = outputs(arbitrate, 2 if bind(arbitrate)["skip"] > 0 else 1, emit)
     return importance, below[0] if below else None
 
 

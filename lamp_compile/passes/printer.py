@@ -100,6 +100,8 @@ _VALUES = {
     "select": "levels",
     "attend": "attended",
     "guard": "guarded",
+    "audit": "audited",
+    "fused_predicted": "attended",
     "fused_attention": "attended",
 }
 _SHORT: dict[Any, str] = {target: name for name, target in OPS.items()}

@@ -6,12 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.fx import Node
 
 from lamp_compile.errors import OptionError, PassError
 from lamp_compile.ir import AttentionSite
-from lamp_compile.passes._nodes import lamp_nodes, outcome
+from lamp_compile.passes._nodes import OPS, lamp_nodes, outcome
 from lamp_compile.passes.capture import Program
 from lamp_compile.passes.patterns._dialect import aten, bind
 from lamp_compile.passes.patterns._values import same_shape, tensor
@@ -32,7 +31,9 @@ _HOT = {
     "select": ("tau", "floor", "state"),
     "guard": ("state", "stats", "floor", "budget"),
     "fused_attention": ("tau", "floor", "budget", "state", "stats"),
+    "fused_predicted": ("tau", "floor", "budget", "state", "stats", "history", "trust"),
 }
+_FUSED = ("fused_attention", "fused_predicted")
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,14 @@ def verify(program: Program, stage: str, expected: Iterable[Expected]) -> None:
 
 
 def _wanted(stage: str, site: AttentionSite) -> tuple[str, ...]:
-    """The nodes of a site after a pass. A network predicts in front of them, and is arbitrated with the look-ahead."""
+    """The nodes of a site after a pass. A network predicts in front of them, is arbitrated with the look-ahead, and
+    audited in the end."""
     wanted = STAGES[stage][site.cache is not None]
     if site.cache is None or "predicted" not in site.cache.nodes:
         return wanted
-    named = {"cached": ("predicted",), "look_ahead": ("look_ahead", "arbitrate")}
+    if stage == "fuse":
+        return ("fused_predicted",)
+    named = {"cached": ("predicted",), "look_ahead": ("look_ahead", "arbitrate"), "guard": ("guard", "audit")}
     return ("predict", *(name for op in wanted for name in named.get(op, (op,))))
 
 
@@ -99,12 +103,12 @@ def _check_formats(found: dict[str, Node], where: str) -> None:
 
 
 def _check_output(item: Expected, found: dict[str, Node], where: str) -> None:
-    last = next(found[op] for op in ("fused_attention", "attend", "attention", "cached", "predicted") if op in found)
+    last = next(found[op] for op in (*_FUSED, "attend", "attention", "cached", "predicted") if op in found)
     if item.value is None:
         return
     out = (
         tensor(last)
-        if last.target in (torch.ops.lamp.attention.default, torch.ops.lamp.fused_attention.default)
+        if last.target in (OPS["attention"], *(OPS[op] for op in _FUSED))
         else tensor(outcome(last, 0)[0])
         if outcome(last, 0)
         else None

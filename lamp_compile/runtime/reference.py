@@ -152,6 +152,36 @@ def attend(
     return out.to(q.dtype), lse.float(), sums.float()
 
 
+def final_importance(
+    q: Tensor,
+    keys: tuple[Tensor, Tensor, Tensor],
+    levels: Tensor,
+    balance: Tensor | None,
+    visible: Visibility,
+    scores: Scores,
+    k_format: str,
+    subtile: int,
+) -> Tensor:
+    """Importance ``[B, G, S, T]`` by the energy rule, from the weights that ``attend`` ends up with at these levels:
+    what is refined weighs as both planes say, the rest as the high plane does. 0 for what is not read, or not live.
+
+    ``keys`` are the planes ``k_high``, ``k_residual`` and ``k_scale``.
+    """
+    batch, heads, queries, _ = q.shape
+    kv_heads, capacity = levels.shape[1], keys[0].shape[2] * keys[0].shape[3]
+    prepared = prepare_query(q, balance, scores)
+    stored = _Stored(Planes(*keys, *keys), None, scores, k_format, k_format)  # its values are not asked for
+    parts = []
+    for rows in _query_blocks(queries, 2 * batch * heads * capacity):
+        level = _expand_levels(levels[:, :, rows], heads // kv_heads, subtile)
+        y = stored.scores_of(prepared[:, :, rows], q[:, :, rows], level)
+        live = visible.live(rows, queries, capacity, q.device) & (level > Precision.SKIP)
+        p, _ = _softmax(y, live, visible, rows)
+        energy = p.reshape(*p.shape[:-1], -1, subtile).square().sum(-1)
+        parts.append(energy.sqrt().reshape(batch, kv_heads, -1, *energy.shape[2:]).amax(2))
+    return torch.cat(parts, dim=2).float()
+
+
 def exact_attention(
     q: Tensor, k: Tensor, v: Tensor, visible: Visibility, scale: float, softcap: float = 0.0
 ) -> tuple[Tensor, Tensor]:

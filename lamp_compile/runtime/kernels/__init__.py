@@ -106,6 +106,37 @@ def why_not_attend(q: Tensor, planes: tuple[Tensor, ...], state: Tensor, options
     return None
 
 
+def why_not_predicted(
+    q: Tensor, planes: tuple[Tensor, ...], kept: tuple[Tensor, ...], options: Mapping[str, Any]
+) -> str | None:
+    """Why a step that a network predicts cannot run as one kernel over planes that ``why_not_attend`` has nothing
+    against, or None.
+
+    Args:
+        q: ``[B, H, S, D]``.
+        planes: Six of them.
+        kept: Summaries ``[B, G, N / group, R]``, history ``[B, G, T, 2]``, trust ``[B, G, 7]``.
+        options: Of ``lamp::fused_predicted``.
+    """
+    summary, history, trust = kept
+    if q.device.type != "cpu":
+        return "no kernel on this device takes a network's importance"
+    if q.shape[2] != 1:
+        return f"{q.shape[2]} new tokens; kernels predict for one"
+    if options["rule"] != "energy":
+        return f"rule {options['rule']!r}: networks predict what 'energy' asks"
+    # Sizes of a graph may be symbols that this must not pin down: keys of a page over summaries of a page.
+    group = planes[0].shape[3] * options["pages"] // summary.shape[2]
+    if group not in cpu.GROUPS:
+        return f"summaries of {group} keys; kernels take {', '.join(map(str, cpu.GROUPS))}"
+    if summary.shape[3] > cpu.MOST_RANK:
+        return f"rank {summary.shape[3]}; kernels go up to {cpu.MOST_RANK}"
+    wanted = ((summary, torch.float16), (history, torch.float32), (trust, torch.float32))
+    if not all(x.is_contiguous() and x.dtype == dtype for x, dtype in wanted):
+        return "summaries, history or trust that are not contiguous float16 and float32"
+    return None
+
+
 def target_name(device: torch.device) -> str:
     """What ``Plan.launch`` calls this device ("sm_90"); empty where no kernel runs."""
     if device.type == "cpu" or why_not_model(device) is not None:
@@ -155,6 +186,40 @@ def attend(
 
     with _on(q.device):
         return decode.decode(q, planes, hot, balance, seen, options).out
+
+
+def attend_predicted(
+    q: Tensor, planes: tuple[Tensor, ...], hot: tuple[Tensor, ...], seen: tuple[Tensor | None, ...],
+    kept: tuple[Tensor, ...], weights: tuple[Tensor, ...], options: Mapping[str, Any],
+) -> Tensor:  # fmt: skip
+    """``lamp::fused_predicted`` by kernel; the caller has asked ``why_not_attend`` and ``why_not_predicted``. What of
+    ``hot`` and ``kept`` changes is written in place.
+
+    Args:
+        q: ``[B, H, 1, D]``.
+        planes: Six of them.
+        hot: tau, floor, budget, state, stats.
+        seen: balance, mask, bias, sinks, start, lengths, block table.
+        kept: Summaries, history, trust.
+        weights: query, query_bias, age, extra, limit, margin of the gate.
+        options: Of ``lamp::fused_predicted``.
+    """
+    return cpu.attend(q, planes, hot, seen[0], seen[1:], options, predicted=(kept, weights)).out
+
+
+def why_not_summarize(planes: tuple[Tensor, ...], summary: Tensor, rows: int, group: int, k_format: str) -> str | None:
+    """Why summaries of new keys cannot be made by a kernel, or None. ``planes`` are those of the keys."""
+    if planes[0].device.type != "cpu" or rows != 1:
+        return "kernels summarise one new key, on a CPU"
+    if reason := cpu.why_not():
+        return reason
+    if k_format != FORMAT or 2 * planes[0].shape[4] > LARGEST_DIM or planes[0].shape[3] % 32:
+        return f"kernels summarise {FORMAT} of up to {LARGEST_DIM} channels, in tiles of 32 keys"
+    if group not in cpu.GROUPS or summary.shape[-1] > cpu.MOST_RANK or summary.dtype != torch.float16:
+        return f"kernels make float16 summaries of {cpu.GROUPS} keys, of rank {cpu.MOST_RANK} at most"
+    if not all(x.is_contiguous() for x in (*planes, summary)):
+        return "planes or summaries that are not contiguous"
+    return None
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:

@@ -158,10 +158,11 @@ def histories(importance: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     ``[B, G, T, 2]``.
 
     Args:
-        importance: Of the rows themselves ``[B, G, S, T]``; below 0 where no key is live.
+        importance: Of the rows themselves ``[B, G, S, T]``; below 0 where no key is live. What is no number leaves no
+            trace: a spoilt key may be cropped away again.
         state: Before the first row.
     """
-    seen = importance.clamp_min(0.0)
+    seen = torch.where(importance > 0, importance, 0.0)
     last = torch.cat((state[:, :, None, :, 0], seen[:, :, :-1]), dim=2)
     means, carry = [], state[..., 1]
     for block in torch.split(seen, 64, dim=2):
@@ -182,10 +183,14 @@ def _bias(history: Tensor, live: Tensor, age: Tensor, extra: Tensor, heads: int)
     newest = torch.where(live, tile, -1).amax(-1, keepdim=True)
     oldest = torch.where(live, tile, tile.shape[0]).amin(-1, keepdim=True)
     back = (newest - tile).clamp_min(0)
-    by_age: Tensor = torch.nn.functional.embedding(back[:, 0], _points(tile.shape[0], age) @ age.T)
+    points = _points(tile.shape[0], age) @ age.T  # [T, H]
+    if back.shape[1] == 1:
+        by_age = torch.nn.functional.embedding(back[:, 0], points).permute(0, 3, 1, 2)
+    else:  # heads that see different keys
+        by_age = points.T[None, :, None].expand(*back.shape[:3], -1).gather(3, back)
     weights = extra[:, LAST : MEAN + 1].reshape(history.shape[1], -1, 1, 1, 2)
     past = ((history + LEAST).log()[:, :, None] * weights).sum(-1).flatten(1, 2)
-    return by_age.permute(0, 3, 1, 2) + extra[:, SINK, None, None] * (tile == oldest) + past
+    return by_age + extra[:, SINK, None, None] * (tile == oldest) + past
 
 
 def _points(tiles: int, like: Tensor) -> Tensor:

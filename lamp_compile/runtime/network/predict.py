@@ -1,0 +1,155 @@
+"""What ``lamp::summarize`` and ``lamp::predict`` compute, from tensors that they check. Shapes as in
+``network/ops.py``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lamp_compile.errors import InputError
+from lamp_compile.runtime import checks, formats, layout, ops, reference
+from lamp_compile.runtime.arguments import Visibility
+from lamp_compile.runtime.network import gate
+
+
+def summarize(
+    k_high: Tensor,
+    k_residual: Tensor,
+    k_scale: Tensor,
+    summary: Tensor,
+    key: Tensor,
+    key_bias: Tensor,
+    positions: Tensor,
+    block_table: Tensor | None,
+    *,
+    rows: int,
+    group: int,
+    k_format: str,
+    site: str,
+) -> None:
+    """``lamp::summarize``."""
+    batch = k_high.shape[0] if block_table is None else block_table.shape[0]
+    checks.per_sequence(site, batch, positions=positions)
+    checks.one_device(site, k_high, summary=summary, key=key, positions=positions)
+    first = positions.reshape(-1, 1).expand(batch, 1).long()
+    count = (rows + group - 2) // group + 1
+    index = torch.div(first, group, rounding_mode="floor") + torch.arange(count, device=first.device)
+    end = (first + rows)[..., None]
+    at = index[..., None] * group + torch.arange(group, device=first.device)
+    present = (at < end) & (first >= 0)[..., None]
+    wanted = (index * group < end[..., 0]) & (first >= 0)
+    tile = k_high.shape[3]
+    page = torch.where(wanted, index * group // tile, 0)
+    sequence = torch.arange(batch, device=first.device)[:, None].expand_as(index)
+    if block_table is not None:
+        wanted = wanted & (page < block_table.shape[1])
+        page = block_table.long().gather(1, page.clamp(max=block_table.shape[1] - 1))
+        wanted, sequence, page = wanted & (page >= 0), torch.zeros_like(sequence), page.clamp(min=0)
+    place = page * (tile // group) + index.clamp(min=0) % (tile // group)
+    if rows == 1 and block_table is None:  # one group of each sequence, without asking the device which
+        s, p, here, kept = sequence[:, 0], place[:, 0], present[:, 0], wanted
+    else:
+        s, p, here, kept = sequence[wanted], place[wanted], present[wanted], wanted[wanted][:, None]
+    cells = p[:, None] * group + torch.arange(group, device=first.device)
+    keys = formats.get(k_format).dequantize(
+        layout.key_rows(k_high)[s[:, None], :, cells],
+        layout.key_rows(k_residual)[s[:, None], :, cells],
+        k_scale[s[:, None], :, cells],
+    )  # [n, group, G, D]
+    pooled = gate.pool(keys.float().transpose(1, 2), here[:, None].expand(-1, k_high.shape[1], -1))
+    made = gate.summarise(pooled.transpose(0, 1)[None], key, key_bias)[0].transpose(0, 1).to(summary.dtype)
+    summary[s, :, p] = torch.where(kept[..., None], made, summary[s, :, p])
+
+
+def predict(
+    q: Tensor,
+    summary: Tensor,
+    history: Tensor,
+    query: Tensor,
+    query_bias: Tensor,
+    age: Tensor,
+    extra: Tensor,
+    seen: Tensor | None,
+    balance: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    start: Tensor | None,
+    lengths: Tensor | None,
+    block_table: Tensor | None,
+    *,
+    causal: str,
+    window: int,
+    scale: float | None,
+    softcap: float,
+    keys: int,
+    rotation: str,
+    query_bits: int,
+    subtile: int,
+    room: int,
+    pages: int,
+    site: str,
+) -> Tensor:
+    """``lamp::predict``."""
+    batch, heads, queries, _ = q.shape
+    kv_heads = history.shape[1]
+    if block_table is not None:
+        per_page = summary.shape[2] // pages
+        paged = summary.reshape(*summary.shape[:2], pages, per_page, summary.shape[3])
+        summary = layout.gather_pages(paged, block_table).flatten(2, 3)
+    _check(site, q, summary, history, query, (seen, room // subtile))
+    checks.visibility(site, q, mask, bias, (int(keys), room), causal, window)
+    visible = ops._visible(keys, mask, bias, sinks, start, lengths, causal, window)
+    scores = ops._scores(q, scale, softcap, rotation, query_bits)
+    projected = gate.project(reference.prepare_query(q, balance, scores).float(), query, query_bias)
+    known = history[:, :, None] if seen is None else gate.histories(seen, history)[0]
+    parts = []
+    per_row = batch * heads * summary.shape[2]
+    for rows in reference._query_blocks(queries, per_row):
+        live = _live_groups(visible, rows, queries, room // summary.shape[2], q, room)
+        tiles = _spans(live, subtile * summary.shape[2] // room)
+        said = gate.content(projected[:, :, rows], summary, live, room // subtile, scores.scale)
+        log, _ = gate.predict(said, known[:, :, rows], tiles, age, extra, sinks)
+        shared = log.exp().reshape(batch, kv_heads, -1, *log.shape[2:]).amax(2)
+        tiles = tiles.expand(batch, heads, -1, -1)
+        alive = tiles.reshape(batch, kv_heads, -1, *tiles.shape[2:]).any(2)
+        parts.append(gate.hot_newest(shared, alive).masked_fill(~alive, reference.DEAD))
+    return torch.cat(parts, dim=2).float()
+
+
+def _live_groups(visible: Visibility, rows: slice, queries: int, group: int, q: Tensor, room: int) -> Tensor:
+    """Whether a group has a live key for a query, boolean, broadcastable to ``[B, H, rows, room / group]``."""
+    live = visible.live(rows, queries, room, q.device)
+    live = live.reshape((1,) * (4 - live.dim()) + tuple(live.shape))
+    return _spans(live, group).expand(-1, -1, q[:, :, rows].shape[2], -1)
+
+
+def _spans(live: Tensor, size: int) -> Tensor:
+    """Whether any of ``size`` successive entries of the last dimension holds."""
+    return live.reshape(*live.shape[:-1], -1, size).any(-1)
+
+
+def _check(
+    site: str, q: Tensor, summary: Tensor, history: Tensor, query: Tensor, size: tuple[Tensor | None, int]
+) -> None:
+    """Raise InputError unless the gate's tensors belong to these queries."""
+    seen, tiles = size
+    checks.floating(site, q=q)
+    checks.one_device(site, q, summary=summary, history=history, query=query, seen=seen)
+    fits = (
+        tuple(query.shape[:2]) == (q.shape[1], q.shape[3])
+        and tuple(history.shape) == (q.shape[0], summary.shape[1], tiles, 2)
+        and summary.shape[3] == query.shape[2]
+        and summary.shape[2] % tiles == 0
+    )
+    if not fits:
+        raise InputError(
+            f"queries {tuple(q.shape)}, summaries {tuple(summary.shape)}, history {tuple(history.shape)} and a gate "
+            f"for {tuple(query.shape)} do not belong together",
+            where=f"{site}, look-ahead network",
+            fix="a network trained for this model (`lamp-compile train-lookahead`)",
+        )
+    if seen is None and q.shape[2] > 1:
+        raise InputError(
+            f"{q.shape[2]} queries without what they saw", where=site, fix="seen=: the exact importance of these rows"
+        )
