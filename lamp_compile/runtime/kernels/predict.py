@@ -165,7 +165,9 @@ def list_subtiles(
     guarded = tl.load(STATE + bg * 4 + 1)
     use = (tl.load(trust + 2) == 0.0) & (length <= trained) & ((guarded > 0.0) == 0) & (broken == 0)
     tau = tl.load(TAU + b * tau_b + g)
-    raised = tl.maximum(guarded, tl.load(FLOOR + b * floor_b + g)) >= 1.0
+    raised = (guarded >= 1.0) | (tl.load(FLOOR + b * floor_b + g) >= 1.0)
+    all_refined = raised | (tau <= 0.0)
+    bar = tl.where(all_refined, -2.0, tau)
     below = -1.0
     if SKIPS:
         steps = tl.load(trust + 4)
@@ -181,8 +183,7 @@ def list_subtiles(
         found = tl.load(at, mask=alive[:, None] & valid[None, :], other=float("-inf"))
         predicted = tl.max(tl.exp(tl.minimum(found - lse[None, :], 0.0)), 1)
         predicted = tl.where(tile == (hi - 1) // BN, 1.0, predicted)
-        hot = ((predicted <= tau) == 0) | raised | (tau <= 0.0)
-        level = tl.where(predicted <= below, 0, tl.where(hot, 2, 1))
+        level = tl.where(predicted <= below, 0, tl.where(predicted <= bar, 1, 2))  # what is NaN is refined
         level = tl.where(alive, tl.where(use, level, 1), 0)
         inside = tile < subtiles
         tl.store(PREDICTED + lead + tile, tl.where(alive, predicted, -1.0), mask=inside)
@@ -197,4 +198,4 @@ def list_subtiles(
     tl.store(counts, count)
     tl.store(counts + 1, use.to(tl.int32))
     tl.store(counts + 2, broken)
-    tl.store(counts + 3, (guarded > 0.0).to(tl.int32) + (raised | (tau <= 0.0)).to(tl.int32) * 2)
+    tl.store(counts + 3, (guarded > 0.0).to(tl.int32) + all_refined.to(tl.int32) * 2)

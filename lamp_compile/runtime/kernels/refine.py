@@ -307,7 +307,7 @@ def refine(
         p, p_cold = tl.exp2(y - local[None, :]), tl.exp2(y_cold - local_cold[None, :])
         if LISTED:
             at_energy = (place * subtiles + of_part(tiles, PACK, GP)) * GP + row
-            there = known & (row < GROUP) & (i + part < count)
+            there = (row < GROUP) & (i + part < tl.where(known, count, 0))
             tl.store(ENERGY + at_energy, local + 0.5 * tl.log2(tl.sum(p * p, 0)), mask=there)
         v_peak = tl.max(v_scale, 0)
         above = tl.maximum(local, tl.where(delta > 0.0, local_cold, DEAD))
