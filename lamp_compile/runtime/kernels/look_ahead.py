@@ -252,7 +252,7 @@ def look_ahead(
         places = next_places
         if LISTED:
             here, starts = next_tiles, tl.where(n0 // BN + parts < count, next_tiles * BN, hi)
-            next_tiles, next_places = scale_tiles, scale_places
+            next_tiles, next_places = listed(LIST, PLACES, (n0 + STEP) // BN + parts, count, PAGED)
             next_k, next_v, next_allowed = narrow_scales(
                 KS, VS, MASK, mask_key, scale_places, scale_tiles, hi, BN, KEY_MASK
             )

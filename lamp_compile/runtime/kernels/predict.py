@@ -69,7 +69,7 @@ def predict_parts(
     mean = tl.log(tl.load(history + 1, mask=alive, other=0.0) + LEAST)
     found = FOUND + (bg.to(tl.int64) * subtiles + tile) * GP
     parts = PARTS + (bg.to(tl.int64) * tl.num_programs(0) + chunk) * PARTS_FIELDS * GP
-    for row in tl.static_range(GROUP):
+    for row in tl.range(0, GROUP, loop_unroll_factor=4 if GROUP % 4 == 0 else 1):
         head = g * GROUP + row
         query = tl.load(PROJECTED + (bg * GP + row) * RP + r)
         score = tl.where(span_live, tl.sum(said * query[None, :], 1) * scale, LOWEST)
