@@ -12,7 +12,6 @@ from lamp_compile.runtime import formats, kernels
 START = "no kernel for "
 NO_CACHE = "no cache of ours, and kernels read the planes of one"
 UNKNOWN = "shapes are not known here"
-PREDICTED = "a network predicts its importance one token at a time, and kernels take none from outside"
 
 
 def expected_on(device: torch.device) -> bool:

@@ -214,6 +214,15 @@ def attend_predicted(
         return decode_predicted(q, planes, hot, seen[0], seen[1:], Gate(*kept, *weights), options).out
 
 
+def summarize(
+    keys: tuple[Tensor, ...], summary: Tensor, weights: tuple[Tensor, Tensor], positions: Tensor,
+    table: Tensor | None, group: int,
+) -> None:  # fmt: skip
+    """``lamp::summarize`` by kernel; the caller has asked ``why_not_summarize``. ``keys`` are three planes, ``weights``
+    the gate's key and key_bias."""
+    cpu.summarize(keys, summary, *weights, positions, table, group)
+
+
 def why_not_summarize(planes: tuple[Tensor, ...], summary: Tensor, rows: int, group: int, k_format: str) -> str | None:
     """Why summaries of new keys cannot be made by a kernel, or None. ``planes`` are those of the keys."""
     if rows != 1:

@@ -89,10 +89,18 @@ class NetworkLayer(NestedLayer):
             return super()._run(q, seen, options)
         controls, gate = self.controls, self.network.gate
         hot = (controls.tau, controls.floor, controls.budget, self.state, self.stats)
-        kept = (self.history, self.trust, gate.limit, gate.margin)
         how = {name: options[name] for name in ("causal", "window", "scale", "softcap")}
         options = {**options, "trained": self.network.trained, "skip": self.network.skip}
-        if q.shape[2] == 1:
+        one = q.shape[2] == 1
+        if one and not (compiling or self.reference_only):
+            out: Tensor = torch.ops.lamp.fused_predicted(
+                q, *self.planes, *hot, self.balance, *seen, self.summary, self.history, self.trust, gate.query,
+                gate.query_bias, gate.age[0], gate.extra[0], gate.limit, gate.margin, **options,
+                room=self.max_cache_len, pages=self.max_cache_len // self.plan.tile,
+            )  # fmt: skip
+            return inference_only(out, q)
+        kept = (self.history, self.trust, gate.limit, gate.margin)
+        if one:
             predicted = self._predict(q, seen, None, **how)
             out, *new = torch.ops.lamp.attention.predicted(
                 q, *self.planes, *hot, self.balance, *seen, predicted, *kept, **options

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lamp_compile.ir import Precision
-from lamp_compile.runtime import checks, layout, ops, reference
+from lamp_compile.runtime import checks, kernels, layout, ops, reference
 from lamp_compile.runtime.attend_in_parts import SCORES
 from lamp_compile.runtime.network import audit, gate, predict
 
@@ -225,6 +225,14 @@ def _predicted(q: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor, T
 def _fused_predicted(q: Tensor, *args: Any, room: int, pages: int, **options: Any) -> Tensor:
     planes, hot, seen, kept, weights = args[:6], args[6:11], args[11:18], args[18:21], args[21:]
     summary, history, trust = kept
+    if (
+        kernels.why_not_attend(q, planes, hot[3], options) is None
+        and kernels.why_not_predicted(q, planes, kept, {**options, "pages": pages}) is None
+    ):
+        ops.check_attention(q, planes, (*hot, seen[0]), seen[1:], options)
+        whole = {**options, "room": room, "pages": pages}
+        predict.check_kernel(q, planes, seen[6], kept, weights, whole)
+        return kernels.attend_predicted(q, planes, hot, seen, kept, weights, whole)
     how = {name: options[name] for name in SCORES if name != "k_format"}
     predicted = torch.ops.lamp.predict(
         q, summary, history, *weights[:4], None, *seen, **how, room=room, pages=pages

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lamp_compile.errors import InputError
-from lamp_compile.runtime import checks, formats, layout, ops, reference
+from lamp_compile.runtime import checks, formats, kernels, layout, ops, reference
 from lamp_compile.runtime.arguments import Visibility
-from lamp_compile.runtime.network import gate
+from lamp_compile.runtime.network import audit, gate
 
 
 def summarize(
@@ -31,6 +34,10 @@ def summarize(
     batch = k_high.shape[0] if block_table is None else block_table.shape[0]
     checks.per_sequence(site, batch, positions=positions)
     checks.one_device(site, k_high, summary=summary, key=key, positions=positions)
+    keys = (k_high, k_residual, k_scale)
+    if kernels.why_not_summarize(keys, summary, rows, group, k_format) is None:
+        _check_summaries(site, keys, summary, (key, key_bias), group)
+        return kernels.summarize(keys, summary, (key, key_bias), positions, block_table, group)
     first = positions.reshape(-1, 1).expand(batch, 1).long()
     count = (rows + group - 2) // group + 1
     index = torch.div(first, group, rounding_mode="floor") + torch.arange(count, device=first.device)
@@ -51,14 +58,15 @@ def summarize(
     else:
         s, p, here, kept = sequence[wanted], place[wanted], present[wanted], wanted[wanted][:, None]
     cells = p[:, None] * group + torch.arange(group, device=first.device)
-    keys = formats.get(k_format).dequantize(
+    found = formats.get(k_format).dequantize(
         layout.key_rows(k_high)[s[:, None], :, cells],
         layout.key_rows(k_residual)[s[:, None], :, cells],
         k_scale[s[:, None], :, cells],
     )  # [n, group, G, D]
-    pooled = gate.pool(keys.float().transpose(1, 2), here[:, None].expand(-1, k_high.shape[1], -1))
+    pooled = gate.pool(found.float().transpose(1, 2), here[:, None].expand(-1, k_high.shape[1], -1))
     made = gate.summarise(pooled.transpose(0, 1)[None], key, key_bias)[0].transpose(0, 1).to(summary.dtype)
     summary[s, :, p] = torch.where(kept[..., None], made, summary[s, :, p])
+    return None
 
 
 def predict(
@@ -97,7 +105,7 @@ def predict(
         per_page = summary.shape[2] // pages
         paged = summary.reshape(*summary.shape[:2], pages, per_page, summary.shape[3])
         summary = layout.gather_pages(paged, block_table).flatten(2, 3)
-    _check(site, q, summary, history, query, (seen, room // subtile))
+    check(site, q, summary, history, query, (seen, room // subtile))
     checks.visibility(site, q, mask, bias, (int(keys), room), causal, window)
     visible = ops._visible(keys, mask, bias, sinks, start, lengths, causal, window)
     scores = ops._scores(q, scale, softcap, rotation, query_bits)
@@ -129,7 +137,7 @@ def _spans(live: Tensor, size: int) -> Tensor:
     return live.reshape(*live.shape[:-1], -1, size).any(-1)
 
 
-def _check(
+def check(
     site: str, q: Tensor, summary: Tensor, history: Tensor, query: Tensor, size: tuple[Tensor | None, int]
 ) -> None:
     """Raise InputError unless the gate's tensors belong to these queries."""
@@ -153,3 +161,54 @@ def _check(
         raise InputError(
             f"{q.shape[2]} queries without what they saw", where=site, fix="seen=: the exact importance of these rows"
         )
+
+
+def check_kernel(
+    q: Tensor, planes: tuple[Tensor, ...], table: Tensor | None, kept: tuple[Tensor, ...],
+    weights: tuple[Tensor, ...], options: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Raise InputError unless all that a kernel takes as addresses has the shape it must have. The arguments as of
+    ``kernels.attend_predicted``; the planes are known to be right."""
+    batch, heads, _, dim = q.shape
+    stored, kv_heads, pages, tile, _ = planes[0].shape
+    rank, room = weights[0].shape[-1], (pages if table is None else table.shape[1]) * tile
+    group = tile * options["pages"] // kept[0].shape[2]
+    wanted = {
+        "summary": (stored, kv_heads, pages * tile // group, rank),
+        "history": (batch, kv_heads, room // options["subtile"], 2), "trust": (batch, kv_heads, audit.FIELDS),
+        "query": (heads, dim, rank), "query_bias": (heads, rank), "age": (heads, gate.AGES), "extra": (heads, 4),
+        "limit": (kv_heads,), "margin": (kv_heads,),
+    }  # fmt: skip
+    given = dict(zip(wanted, (*kept, *weights), strict=True))
+    _same_shapes(options["site"], q, given, wanted)
+    if (options["room"], options["pages"]) != (room, pages):
+        raise InputError(
+            f"room for {options['room']} keys in {options['pages']} tiles, the planes have {room} in {pages}",
+            where=f"{options['site']}, look-ahead network",
+            fix="the room of the planes",
+        )
+
+
+def _check_summaries(
+    site: str, keys: tuple[Tensor, ...], summary: Tensor, weights: tuple[Tensor, Tensor], group: int
+) -> None:
+    stored, kv_heads, pages, tile, half = keys[0].shape
+    rank = summary.shape[-1]
+    given = dict(zip(("k_residual", "k_scale", "summary", "key", "key_bias"), (*keys[1:], summary, *weights), strict=True))
+    wanted = {
+        "k_residual": tuple(keys[0].shape), "k_scale": (stored, kv_heads, pages * tile),
+        "summary": (stored, kv_heads, pages * tile // group, rank), "key": (kv_heads, 2 * half, rank),
+        "key_bias": (kv_heads, rank),
+    }  # fmt: skip
+    _same_shapes(site, keys[0], given, wanted)
+
+
+def _same_shapes(site: str, like: Tensor, given: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    checks.one_device(site, like, **given)
+    for name, shape in wanted.items():
+        if tuple(given[name].shape) != shape:
+            raise InputError(
+                f"{name} is {tuple(given[name].shape)}, not {shape}",
+                where=f"{site}, look-ahead network",
+                fix="a network trained for this model (`lamp-compile train-lookahead`)",
+            )

@@ -20,13 +20,17 @@ from lamp_compile.runtime.kernels.cpu import _library
 from lamp_compile.runtime.kernels.cpu._library import instruction_set, instruction_sets
 from lamp_compile.runtime.kernels.result import Result
 
-__all__ = ["append", "attend", "instruction_set", "instruction_sets", "why_not"]
+__all__ = ["append", "attend", "instruction_set", "instruction_sets", "summarize", "why_not"]
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 RULES = {"energy": 0, "lamp_strict": 1, "lamp_relaxed": 2}
 CAUSAL = {"": 0, "top_left": 1, "bottom_right": 2}
 MOST_GROUP = 64
 """Query heads that share a kv head, at most (``MOST_ROWS`` of ``core/rows.h``)."""
+MOST_RANK = 64
+"""Numbers per summary of a look-ahead network, at most (``core/predict.h``)."""
+GROUPS = (1, 2, 4, 8, 16, 32)
+"""Keys per summary."""
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -67,6 +71,7 @@ def append(
 def attend(
     q: Tensor, planes: tuple[Tensor, ...], hot: tuple[Tensor, ...], balance: Tensor | None,
     seen: tuple[Tensor | None, ...], options: Mapping[str, Any], details: bool = False,
+    predicted: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None,
 ) -> Result:  # fmt: skip
     """Fused attention of q ``[B, H, S, D]`` over six planes; the guard's state and statistics are written in place.
 
@@ -78,6 +83,8 @@ def attend(
         seen: mask, bias, sinks, start, lengths, block table.
         options: The keyword arguments of ``lamp::fused_attention``.
         details: Also write log-sum-exp and certificate; without, they are empty.
+        predicted: Of a look-ahead network, which decides then: summaries, history and trust (the latter two are written
+            in place); and query, query_bias, age, extra, limit, margin.
 
     Raises:
         MemoryError: None is left for scores; nothing was written.
@@ -108,9 +115,47 @@ def attend(
         out.data_ptr(), lse.data_ptr() if details else None, certificate.data_ptr() if details else None,
         torch.get_num_threads(),
     )  # fmt: skip
-    if _library.load().lamp_attend(_library.pointer(call)):
+    if predicted is None:
+        failed = _library.load().lamp_attend(_library.pointer(call))
+    else:
+        # What is made of other dtypes must live as long as the call.
+        gate, _alive = _gate(*predicted, int(planes[0].shape[3]), options)
+        failed = _library.load().lamp_attend_predicted(_library.pointer(call), _library.pointer(gate))
+    if failed:
         raise MemoryError(f"no memory for the scores of {heads // planes[0].shape[1]} x {options['keys']} keys")
     return Result(out, lse, certificate)
+
+
+def summarize(
+    keys: tuple[Tensor, ...], summary: Tensor, key: Tensor, key_bias: Tensor, positions: Tensor,
+    table: Tensor | None, group: int,
+) -> None:  # fmt: skip
+    """``lamp::summarize`` of one new key of each sequence; ``keys`` are ``k_high``, ``k_residual`` and ``k_scale``."""
+    key, key_bias, table = _weights(key), _dense(key_bias), _table(table)
+    batch = keys[0].shape[0] if table is None else table.shape[0]
+    call = _library.Summarize(
+        *_planes((*keys, *keys), table), summary.data_ptr(), key.data_ptr(), DTYPES[key.dtype], key_bias.data_ptr(),
+        batch, summary.shape[-1], group, *_integers(positions), torch.get_num_threads(),
+    )  # fmt: skip
+    _library.load().lamp_summarize(_library.pointer(call))
+
+
+def _gate(
+    kept: tuple[Tensor, ...], weights: tuple[Tensor, ...], tile: int, options: Mapping[str, Any]
+) -> tuple[_library.Predict, tuple[Tensor, ...]]:
+    summary, history, trust = kept
+    query = _weights(weights[0])
+    dense = tuple(_dense(x) for x in weights[1:])
+    call = _library.Predict(
+        summary.data_ptr(), history.data_ptr(), trust.data_ptr(), query.data_ptr(), DTYPES[query.dtype],
+        *(x.data_ptr() for x in dense), query.shape[-1], tile * options["pages"] // summary.shape[2],
+        history.shape[2], options["trained"], options["skip"],
+    )  # fmt: skip
+    return call, (query, *dense)
+
+
+def _weights(x: Tensor) -> Tensor:
+    return (x if x.dtype in DTYPES else x.float()).contiguous()
 
 
 def _planes(planes: tuple[Tensor, ...], table: Tensor | None) -> tuple[int | None, ...]:

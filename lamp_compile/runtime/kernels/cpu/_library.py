@@ -50,6 +50,24 @@ class Attend(ctypes.Structure):
     )  # fmt: skip
 
 
+class Predict(ctypes.Structure):
+    """``LampPredict`` of ``core/lamp_core.h``."""
+
+    _fields_ = _fields(
+        (_P, "summary history trust query"), (_I, "query_dtype"), (_P, "query_bias age extra limit margin"),
+        (_I, "rank group tiles trained"), (_F, "skip"),
+    )  # fmt: skip
+
+
+class Summarize(ctypes.Structure):
+    """``LampSummarize`` of ``core/lamp_core.h``."""
+
+    _fields_ = _fields(
+        (_P, " ".join(_PLANES)), (_I, " ".join(_PLANE_SIZES)), (_P, "summary key"), (_I, "key_dtype"), (_P, "key_bias"),
+        (_I, "batch rank group"), (_P, "positions"), (_I, "positions_bytes positions_stride threads"),
+    )  # fmt: skip
+
+
 @cache
 def path() -> Path | None:
     """Where the compiled core lies, or None where the package was installed without a compiler."""
@@ -71,8 +89,10 @@ def load() -> ctypes.CDLL:
     core = ctypes.CDLL(str(file))
     core.lamp_instruction_set.restype = core.lamp_instruction_sets.restype = ctypes.c_char_p
     core.lamp_use_threads_of.argtypes = [_P]
-    core.lamp_append.argtypes = core.lamp_attend.argtypes = [_P]
-    for name, structure in (("append", Append), ("attend", Attend)):
+    core.lamp_append.argtypes = core.lamp_attend.argtypes = core.lamp_summarize.argtypes = [_P]
+    core.lamp_attend_predicted.argtypes = [_P, _P]
+    structures = {"append": Append, "attend": Attend, "predict": Predict, "summarize": Summarize}
+    for name, structure in structures.items():
         size = getattr(core, f"lamp_size_of_{name}")
         size.restype = _I
         if size() != ctypes.sizeof(structure):

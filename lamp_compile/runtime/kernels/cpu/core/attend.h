@@ -5,19 +5,19 @@ constexpr int64_t SCRATCH = 1 << 24;  // bytes of scores that one piece of work 
 
 struct Plan {
   const LampAttend *call;
+  const LampPredict *gate;  // of a network that predicts, or null
   int64_t pieces, tokens, per_head, bytes, segments;
   char *scratch;
   Evidence *evidence;  // [B * G][group * S]
   int64_t *counts;     // [pieces][2]
 };
 
-LAMP_INLINE int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-
 struct Sizes {
-  int64_t z, most, weight, alive, partial, all;
+  int64_t z, most, weight, alive, partial, ahead, all;
 };
 
-LAMP_INLINE Sizes sizes_of(const LampAttend &call, int64_t rows, int64_t tokens, int64_t segments) {
+LAMP_INLINE Sizes sizes_of(const LampAttend &call, const LampPredict *gate, int64_t rows, int64_t tokens,
+                           int64_t segments) {
   const int64_t width = 2 * call.planes.half_v + SUMS, stride = rows + 4;
   Sizes s;
   s.z = aligned(4 * rows * segments * SEGMENT);
@@ -25,7 +25,8 @@ LAMP_INLINE Sizes sizes_of(const LampAttend &call, int64_t rows, int64_t tokens,
   s.weight = aligned(4 * segments * (SEGMENT / SUBTILE) * rows + 4 * LANES);
   s.alive = aligned(segments * (SEGMENT / SUBTILE) * tokens);
   s.partial = aligned(4 * segments * rows * width);
-  s.all = aligned(sizeof(Work)) + s.z + 2 * s.most + s.weight + s.alive + s.partial;
+  s.ahead = gate ? ahead_sizes(call, *gate).all : 0;
+  s.all = aligned(sizeof(Work)) + s.z + 2 * s.most + s.weight + s.alive + s.partial + s.ahead;
   return s;
 }
 
@@ -41,7 +42,7 @@ static Work &open_work(const Plan &plan, int64_t piece, char *memory) {
   rows.first_token = (int)(piece % plan.per_head * plan.tokens);
   rows.tokens = (int)(call.queries - rows.first_token < plan.tokens ? call.queries - rows.first_token : plan.tokens);
   prepare_rows(call, rows);
-  const Sizes s = sizes_of(call, plan.tokens * rows.group, plan.tokens, plan.segments);
+  const Sizes s = sizes_of(call, plan.gate, plan.tokens * rows.group, plan.tokens, plan.segments);
   char *at = memory + aligned(sizeof(Work));
   work.span = plan.segments * SEGMENT;
   work.stride = rows.count + 4;
@@ -56,6 +57,12 @@ static Work &open_work(const Plan &plan, int64_t piece, char *memory) {
   const float floor = call.floor[rows.b * call.floor_stride + rows.g];
   const float guarded = call.state[(rows.b * call.planes.kv_heads + rows.g) * 4 + 1];
   work.level = guarded > floor ? guarded : floor;
+  work.ahead = nullptr, work.order = nullptr, work.hot = nullptr;
+  if (plan.gate) {
+    const Ahead &ahead = *look_forward(call, *plan.gate, rows, work.level, at + s.alive);
+    work.ahead = &ahead;
+    if (ahead.use) work.order = ahead.order, work.hot = ahead.hot;
+  }
   return work;
 }
 
@@ -81,10 +88,17 @@ static bool finish_piece(const Plan &plan, int64_t piece, Work &work) {
   return done || work.level >= 1;
 }
 
+// What was read is known, and decided on, from here on: the audit needs nothing else.
+static void join_and_audit(Work &work) {
+  join_looks(work);
+  if (work.ahead) audit(work);
+  work.ahead = nullptr;  // once, however often a piece is gone through
+}
+
 static void work_through(Work &work) {
   const int64_t segments = segments_of(work);
   for (int64_t s = 0; s < segments; s++) look_at_segment(work, s);
-  join_looks(work);
+  join_and_audit(work);
   for (int64_t s = 0; s < segments; s++) refine_segment(work, s);
 }
 
@@ -115,7 +129,7 @@ static void look_task(void *data, int64_t task, int64_t) {
   Work &work = work_of(plan, task / plan.segments);
   if (task % plan.segments < segments_of(work)) look_at_segment(work, task % plan.segments);
 }
-static void join_piece(void *data, int64_t piece, int64_t) { join_looks(work_of(*(const Plan *)data, piece)); }
+static void join_piece(void *data, int64_t piece, int64_t) { join_and_audit(work_of(*(const Plan *)data, piece)); }
 static void refine_task(void *data, int64_t task, int64_t) {
   const Plan &plan = *(const Plan *)data;
   Work &work = work_of(plan, task / plan.segments);
@@ -126,20 +140,20 @@ static void close_piece(void *data, int64_t piece, int64_t) {
   finish_or_repeat(plan, piece, work_of(plan, piece));
 }
 
-static int attend(const LampAttend *given) {
+static int attend(const LampAttend *given, const LampPredict *gate) {
   const LampAttend &call = *given;
   const int64_t group = call.heads / call.planes.kv_heads, heads = call.batch * call.planes.kv_heads;
   const int64_t room = call.planes.pages * call.planes.tile;
   int64_t keys = call.keys < room ? call.keys : room;
   if (call.window && call.window + call.queries + SEGMENT < keys) keys = call.window + call.queries + SEGMENT;
-  Plan plan = {given, 0, 0, 0, 0, 0, nullptr, nullptr, nullptr};
+  Plan plan = {given, gate, 0, 0, 0, 0, 0, nullptr, nullptr, nullptr};
   plan.segments = keys > 0 ? (keys + SEGMENT - 1) / SEGMENT : 1;
   plan.tokens = MOST_ROWS / group;
   while (plan.tokens > 1 && 4 * plan.tokens * group * plan.segments * SEGMENT > SCRATCH) plan.tokens /= 2;
   if (plan.tokens > call.queries) plan.tokens = call.queries;
   plan.per_head = (call.queries + plan.tokens - 1) / plan.tokens;
   plan.pieces = heads * plan.per_head;
-  plan.bytes = sizes_of(call, plan.tokens * group, plan.tokens, plan.segments).all;
+  plan.bytes = sizes_of(call, gate, plan.tokens * group, plan.tokens, plan.segments).all;
   // Waking threads costs more than a few thousand keys.
   const int64_t work = plan.pieces * keys * plan.tokens * group;
   const int64_t threads = work < 8192 ? 1 : call.threads;

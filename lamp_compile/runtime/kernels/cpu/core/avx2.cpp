@@ -8,4 +8,5 @@ namespace lamp_avx2_kernels {
 #include "kernels.inc"
 }  // namespace lamp_avx2_kernels
 
-const Kernels lamp_avx2 = {"avx2", lamp_avx2_kernels::append, lamp_avx2_kernels::attend};
+const Kernels lamp_avx2 = {"avx2", lamp_avx2_kernels::append, lamp_avx2_kernels::attend,
+                           lamp_avx2_kernels::summarise};

@@ -8,4 +8,5 @@ namespace lamp_avx512_kernels {
 #include "kernels.inc"
 }  // namespace lamp_avx512_kernels
 
-const Kernels lamp_avx512 = {"avx512", lamp_avx512_kernels::append, lamp_avx512_kernels::attend};
+const Kernels lamp_avx512 = {"avx512", lamp_avx512_kernels::append, lamp_avx512_kernels::attend,
+                             lamp_avx512_kernels::summarise};

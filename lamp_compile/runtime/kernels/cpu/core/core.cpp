@@ -148,8 +148,12 @@ int lamp_use(const char *name) {
 void lamp_use_threads_of(GompParallel parallel) { gomp.store(parallel); }
 void lamp_lend_threads(LampParallel parallel, void *context) { lent = {parallel, context}; }
 int lamp_append(const LampAppend *call) { return kernels().append(call); }
-int lamp_attend(const LampAttend *call) { return kernels().attend(call); }
+int lamp_attend(const LampAttend *call) { return kernels().attend(call, nullptr); }
+int lamp_attend_predicted(const LampAttend *call, const LampPredict *gate) { return kernels().attend(call, gate); }
+int lamp_summarize(const LampSummarize *call) { return kernels().summarise(call); }
 int64_t lamp_size_of_append(void) { return sizeof(LampAppend); }
 int64_t lamp_size_of_attend(void) { return sizeof(LampAttend); }
+int64_t lamp_size_of_predict(void) { return sizeof(LampPredict); }
+int64_t lamp_size_of_summarize(void) { return sizeof(LampSummarize); }
 
 }  // extern "C"

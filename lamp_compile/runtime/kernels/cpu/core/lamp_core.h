@@ -83,6 +83,30 @@ typedef struct {
   int64_t threads;
 } LampAttend;
 
+// A look-ahead network (runtime/network) at one site, for calls of one token: what is written in place is history and
+// trust. `subtile` of the call is a multiple of `group`, and `group` a divisor of 32.
+typedef struct {
+  const uint16_t *summary;  // [B, G, N / group, R] as float16 bits; with a table that of the pool
+  float *history, *trust;   // [B, G, tiles, 2], [B, G, 7]
+  const void *query;        // [H, D, R]
+  int64_t query_dtype;
+  const float *query_bias, *age, *extra, *limit, *margin;  // [H, R], [H, 16], [H, 4], [G], [G]
+  int64_t rank, group, tiles, trained;
+  float skip;
+} LampPredict;
+
+// The summaries of the groups that one new key of each sequence, at `positions`, fell into.
+typedef struct {
+  LampPlanes planes;  // of the keys; those of values are not looked at
+  uint16_t *summary;
+  const void *key;  // [G, D, R]
+  int64_t key_dtype;
+  const float *key_bias;  // [G, R]
+  int64_t batch, rank, group;
+  LampIntegers positions;
+  int64_t threads;
+} LampSummarize;
+
 // Instruction sets this build has, best first, separated by commas; and the one in use.
 LAMP_API const char *lamp_instruction_sets(void);
 LAMP_API const char *lamp_instruction_set(void);
@@ -97,9 +121,13 @@ LAMP_API void lamp_lend_threads(LampParallel parallel, void *context);
 // 0; -1 without memory; -2 for rows beyond the planes. Nothing is written then.
 LAMP_API int lamp_append(const LampAppend *call);
 LAMP_API int lamp_attend(const LampAttend *call);
-// sizeof of both structures, so that a binding that is out of step is noticed.
+LAMP_API int lamp_attend_predicted(const LampAttend *call, const LampPredict *gate);
+LAMP_API int lamp_summarize(const LampSummarize *call);
+// sizeof of the structures, so that a binding that is out of step is noticed.
 LAMP_API int64_t lamp_size_of_append(void);
 LAMP_API int64_t lamp_size_of_attend(void);
+LAMP_API int64_t lamp_size_of_predict(void);
+LAMP_API int64_t lamp_size_of_summarize(void);
 
 #ifdef __cplusplus
 }

@@ -15,7 +15,16 @@ struct Work {
   float lse[MOST_ROWS];      // of the look-ahead, base 2; -inf where nothing is seen
   float inverse[MOST_ROWS];  // one over the largest |y| e^y, for the relaxed rule
   float tau, level;
+  // Where a network decided, null elsewhere. Keys are then counted by the places of those sub-tiles that are read.
+  const Ahead *ahead;
+  const int32_t *order;  // the sub-tile at each place
+  const uint8_t *hot;    // whether it is scored with both planes
 };
+LAMP_INLINE int64_t key_of(const Work &work, int64_t place) {
+  return work.order ? (int64_t)work.order[place / SUBTILE] * SUBTILE : place;
+}
+// Whether the first pass leaves final scores.
+LAMP_INLINE bool settled(const Work &work) { return work.level >= 1 || work.hot; }
 // Behind the output of a partial result: sums over keys, then flags and counts.
 enum {
   WEIGHT,
@@ -42,7 +51,8 @@ LAMP_INLINE void look_at_subtile(Work &work, int r0, int64_t j, const uint8_t *p
                                  const uint8_t *residual, const Vf *scale, Vf *most) {
   const LampAttend &call = *work.call;
   const Rows &rows = work.rows;
-  const bool both = work.level >= 1;  // nothing is left to decide: the scores are final at once
+  const bool both = work.level >= 1 || (work.hot && work.hot[j / SUBTILE]);  // the scores are final at once
+  const int64_t key = key_of(work, j);
   int32_t products[ROWS * SUBTILE], fine[ROWS * SUBTILE];
   dots<ROWS>(plane, next, (int)call.planes.half_k, rows.q[r0], rows.sum8 + r0, products);
   if (both) dots<ROWS>(residual, residual, (int)call.planes.half_k, rows.q[r0], rows.sum8 + r0, fine);
@@ -51,7 +61,7 @@ LAMP_INLINE void look_at_subtile(Work &work, int r0, int64_t j, const uint8_t *p
   for (int i = 0, known = -1; i < ROWS && r0 + i < rows.count; i++) {
     const int r = r0 + i, token = rows.token[r];
     if (call.mask || token != known) {  // without a mask the heads of a token see the same
-      seen = visible(call, rows, r, j);
+      seen = visible(call, rows, r, key);
       if (seen) alive[token] = 1;
       known = token;
     }
@@ -63,7 +73,7 @@ LAMP_INLINE void look_at_subtile(Work &work, int r0, int64_t j, const uint8_t *p
       Vf y = scores(call, rows, r, floats(load(products + at)) * splat(16.0f) + low, scale[h]);
       if (call.bias) {
         float added[LANES];
-        for (int k = 0; k < LANES; k++) added[k] = bias_of(call, rows, r, j + h * LANES + k);
+        for (int k = 0; k < LANES; k++) added[k] = bias_of(call, rows, r, key + h * LANES + k);
         y += load(added);
       }
       if (seen != ~0u) y = select(lanes_of(seen, h), y, splat(-__builtin_inff()));
@@ -128,8 +138,8 @@ static void look_at_segment(Work &work, int64_t segment) {
     Vf most[MOST_ROWS];
     for (int r = 0; r < rows.count; r++) most[r] = splat(-__builtin_inff());
     for (int64_t j = first; j < end; j += SUBTILE) {
-      const Place place = place_of(call.planes, rows.b, rows.g, j);
-      const Place ahead = place_of(call.planes, rows.b, rows.g, j + AHEAD < rows.to ? j + AHEAD : j);
+      const Place place = place_of(call.planes, rows.b, rows.g, key_of(work, j));
+      const Place ahead = place_of(call.planes, rows.b, rows.g, key_of(work, j + AHEAD < rows.to ? j + AHEAD : j));
       const uint8_t *plane = call.planes.k_high + key_at(call.planes, place);
       const uint8_t *next = call.planes.k_high + key_at(call.planes, ahead);
       fetch(call.planes.k_scale + scale_at(call.planes, ahead), 2 * SUBTILE);

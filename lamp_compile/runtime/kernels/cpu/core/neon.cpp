@@ -8,4 +8,5 @@ namespace lamp_neon_kernels {
 #include "kernels.inc"
 }  // namespace lamp_neon_kernels
 
-const Kernels lamp_neon = {"neon", lamp_neon_kernels::append, lamp_neon_kernels::attend};
+const Kernels lamp_neon = {"neon", lamp_neon_kernels::append, lamp_neon_kernels::attend,
+                           lamp_neon_kernels::summarise};

@@ -6,4 +6,5 @@ namespace lamp_portable_kernels {
 #include "kernels.inc"
 }  // namespace lamp_portable_kernels
 
-const Kernels lamp_portable = {"portable", lamp_portable_kernels::append, lamp_portable_kernels::attend};
+const Kernels lamp_portable = {"portable", lamp_portable_kernels::append, lamp_portable_kernels::attend,
+                               lamp_portable_kernels::summarise};

@@ -63,10 +63,11 @@ LAMP_INLINE void decide(const Work &work, Run &run, float *partial) {
   }
   for (int token = 0; token < rows.tokens; token++) {
     Vi hot = splat(work.level >= 1 ? -1 : 0);
-    for (int r = token * rows.group; work.level < 1 && r < (token + 1) * rows.group; r++)
+    for (int r = token * rows.group; !settled(work) && r < (token + 1) * rows.group; r++)
       hot |= wanted(work, run, base, r);
     int32_t flags[LANES];
     __builtin_memcpy(flags, &hot, sizeof flags);
+    for (int t = 0; work.level < 1 && work.hot && t < run.count; t++) flags[t] = work.hot[base + t];
     float *sums = partial + token * rows.group * width + width - SUMS;
     for (int t = 0; t < run.count; t += unit) {
       const int end = t + unit < run.count ? t + unit : run.count;
@@ -76,7 +77,7 @@ LAMP_INLINE void decide(const Work &work, Run &run, float *partial) {
         run.alive[s][token] = alive;
         run.hot_for[s][token] = alive && flags[t];
         if (!run.hot_for[s][token]) continue;
-        if (work.level < 1) fetch(run.k_residual[s], SUBTILE * work.call->planes.half_k);
+        if (!settled(work)) fetch(run.k_residual[s], SUBTILE * work.call->planes.half_k);
         fetch_values(work.call->planes, run.v_residual[s]);
       }
       sums[ALIVE] += alive;
@@ -90,10 +91,9 @@ LAMP_INLINE void open_run(const Work &work, int64_t first, int64_t end, Run &run
   run.first = first;
   run.count = 0;
   for (int64_t j = first; j < first + RUN_KEYS && j < end; j += SUBTILE) {
-    const Place place = place_of(planes, work.rows.b, work.rows.g, j);
-    fetch(planes.v_scale +
-              scale_at(planes, place_of(planes, work.rows.b, work.rows.g, j + RUN_KEYS < end ? j + RUN_KEYS : j)),
-          2 * SUBTILE);
+    const Place place = place_of(planes, work.rows.b, work.rows.g, key_of(work, j));
+    const int64_t later = key_of(work, j + RUN_KEYS < end ? j + RUN_KEYS : j);
+    fetch(planes.v_scale + scale_at(planes, place_of(planes, work.rows.b, work.rows.g, later)), 2 * SUBTILE);
     const int t = run.count++;
     run.k_high[t] = planes.k_high + key_at(planes, place);
     run.k_residual[t] = planes.k_residual + key_at(planes, place);
@@ -153,7 +153,7 @@ LAMP_INLINE void weigh(const Work &work, Run &run, int i, int r, const float *di
     for (int h = 0; h < 2; h++) {
       const int at = t * SUBTILE + h * LANES;
       Vf p = load(z + at) * factor;
-      if (hot && work.level < 1)
+      if (hot && !settled(work))
         p = p * exp2(smaller(splat(127.0f), load(differences + (t * rows + i) * SUBTILE + h * LANES)));
       const Vf ps = p * run.k_scale[t][h], w = p * run.v_scale[t][h], pss = ps * run.k_scale[t][h];
       const Vf v2 = run.v_square[t][h];
@@ -275,7 +275,7 @@ LAMP_INLINE void refine_rows(Work &work, Run &run, int r0, float *partial, Vf (*
       run.any_cold |= r < work.rows.count && run.alive[t][token] && !run.hot_for[t][token];
     }
     run.any |= run.any_hot[t];
-    if (run.any_hot[t] && work.level < 1) score_differences<ROWS>(work, run, t, r0, differences + t * ROWS * SUBTILE);
+    if (run.any_hot[t] && !settled(work)) score_differences<ROWS>(work, run, t, r0, differences + t * ROWS * SUBTILE);
   }
   for (int i = 0; i < ROWS; i++) {
     if (r0 + i < work.rows.count) {

@@ -14,6 +14,7 @@ struct Rows {
   int64_t from, to;                            // and any of them
   float coefficient[MOST_ROWS];                // score in base 2 per unit of (nibble * int8 * key scale)
   float half_sum[MOST_ROWS];                   // half the sum of a row's int8 channels
+  float step[MOST_ROWS];                       // what a row's int8 channels are multiples of
   float norm[MOST_ROWS], rounding[MOST_ROWS];  // |q|^2 of the rounded row, and the variance of its rounding
   int32_t sum8[MOST_ROWS];                     // 8 times the sum of a row's int8 channels
   int8_t q[MOST_ROWS + 4][2 * PADDED];         // rounded; rows behind the last are 0, so that blocks can be whole
@@ -55,6 +56,7 @@ LAMP_INLINE void prepare_row(const LampAttend &call, Rows &rows, int r) {
   __builtin_memcpy(rows.q[r] + PADDED, rounded + half, half);
   int32_t sum = 0, square = 0;
   for (int i = 0; i < LANES; i++) sum += sums[i], square += squares[i];
+  rows.step[r] = step;
   rows.coefficient[r] = step * call.scale * LOG2E;
   rows.half_sum[r] = 0.5f * (float)sum;
   rows.sum8[r] = 8 * sum;

@@ -5,7 +5,8 @@
 struct Kernels {
   const char *name;
   int (*append)(const LampAppend *);
-  int (*attend)(const LampAttend *);
+  int (*attend)(const LampAttend *, const LampPredict *);
+  int (*summarise)(const LampSummarize *);
 };
 
 typedef void (*Task)(void *data, int64_t task, int64_t thread);
