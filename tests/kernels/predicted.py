@@ -3,13 +3,12 @@ does."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lamp_compile.runtime import layout, ops
 from lamp_compile.runtime.network import audit, gate
 from lamp_compile.runtime.network import ops as _ops  # noqa: F401 (registers torch.ops.lamp)
 from tests.kernels import calls
@@ -51,13 +50,18 @@ class Step:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step leaves."""
+    """What a step leaves; of the reference without the log-sum-exp and certificate of a kernel's own."""
 
     out: Tensor
     state: Tensor
     stats: Tensor
     history: Tensor
     trust: Tensor
+    lse: Tensor | None = None
+    certificate: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: x for name, x in vars(self).items() if x is not None}
 
 
 def random_gate(heads: int, kv_heads: int, dim: int, rank: int, scale: float) -> dict[str, Tensor]:
@@ -102,6 +106,20 @@ def make(
     return step
 
 
+def levels_of(step: Step) -> Tensor:
+    """The reference's precision of each sub-tile ``[B, G, 1, T]``."""
+    call, options = step.call, step.options
+    how = {name: options[name] for name in ("keys", "trained", "skip", "subtile", "site")}
+    exact = calls.importance_of(call)
+    importance, below = torch.ops.lamp.arbitrate(
+        exact, step.predicted(), step.trust, call.hot[3], step.weights["margin"], call.seen[4], **how
+    )
+    below = below if options["skip"] > 0 else None
+    made = torch.ops.lamp.select(importance, call.hot[0], call.hot[1], call.hot[3], below, exact=False, site="")
+    assert isinstance(made, Tensor)
+    return made
+
+
 def by_reference(step: Step) -> Outcome:
     """``lamp::predict`` and ``lamp::attention.predicted``, whose kernels are the reference."""
     call, weights = step.call, [step.weights[name] for name in WEIGHTS[4:]]
@@ -120,7 +138,11 @@ def by_kernels(step: Step, device: torch.device) -> Outcome:
     kept = [x.to(device, copy=True) for x in step.kept]
     weights = [step.weights[name].to(device) for name in WEIGHTS]
     result = decode_predicted(q, planes, hot, balance, seen, Gate(*kept, *weights), step.options)
-    return Outcome(*(x.cpu() for x in (result.out, *hot[3:], *kept[1:])))
+    left = (result.out, *hot[3:], *kept[1:], result.lse, result.certificate)
+    return Outcome(*(x.cpu() for x in left))
 
 
-__all__ = ["GROUP", "WEIGHTS", "Outcome", "Step", "by_kernels", "by_reference", "layout", "make", "ops", "random_gate"]
+def after(step: Step, outcome: Outcome) -> Step:
+    """The same query once more, from what a step has left."""
+    call = replace(step.call, hot=(*step.call.hot[:3], outcome.state, outcome.stats))
+    return replace(step, call=call, history=outcome.history, trust=outcome.trust)

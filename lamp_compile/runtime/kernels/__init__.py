@@ -220,7 +220,13 @@ def summarize(
 ) -> None:  # fmt: skip
     """``lamp::summarize`` by kernel; the caller has asked ``why_not_summarize``. ``keys`` are three planes, ``weights``
     the gate's key and key_bias."""
-    cpu.summarize(keys, summary, *weights, positions, table, group)
+    if summary.device.type == "cpu":
+        return cpu.summarize(keys, summary, *weights, positions, table, group)
+    from lamp_compile.runtime.kernels import summarize_row as kernel
+
+    with _on(summary.device):
+        kernel.summarize(keys, summary, *weights, positions, table, group)
+    return None
 
 
 def why_not_summarize(planes: tuple[Tensor, ...], summary: Tensor, rows: int, group: int, k_format: str) -> str | None:

@@ -17,7 +17,8 @@ def importance_of(ENERGY, lead, tile, read, lse, GP: tl.constexpr):
     """The importance of sub-tiles by what was read of them: the most of all rows, and whether it is a number."""
     rows = tl.arange(0, GP)
     energy = tl.load(ENERGY + (lead + tile)[:, None] * GP + rows[None, :], mask=read, other=float("-inf"))
-    found = tl.where(read, tl.exp2(energy - lse[None, :]), 0.0)
+    seen = read & ((lse == float("-inf")) == 0)[None, :]  # a row that sees no key has no importance
+    found = tl.where(seen, tl.exp2(energy - lse[None, :]), 0.0)
     return tl.max(found, 1), tl.max((found != found).to(tl.int32), 1) == 0
 
 
@@ -115,7 +116,7 @@ def audit_step(
         read = alive & (level != 0)
         exact, is_number = importance_of(ENERGY, lead, tile, read[:, None] & valid[None, :], lse, GP)
         exact = tl.where(read, exact, said)
-        live = alive & is_number
+        live = alive & is_number & ((said < 0.0) == 0)
         seen = tl.where(live, exact, 0.0)
         history = HISTORY + (bg.to(tl.int64) * tiles + tile) * 2
         inside = tile < tiles

@@ -1,5 +1,5 @@
-"""The launches of one step of one token at a site with a look-ahead network. As in ``decode.py`` everything that depends
-on data stays on the device: lists have room for all sub-tiles, and their counts lie beside them."""
+"""The launches of one step of one token at a site with a look-ahead network. As in ``decode.py`` everything that
+depends on data stays on the device: lists have room for all sub-tiles, and their counts lie beside them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import triton
 from torch import Tensor
 
 from lamp_compile.runtime.kernels import decode
-from lamp_compile.runtime.kernels._tensors import per_head_step, sequence_step
 from lamp_compile.runtime.kernels.audit_step import audit_step
 from lamp_compile.runtime.kernels.decode import Call, Listed, Results, Scratch
 from lamp_compile.runtime.kernels.predict import list_subtiles, predict_parts
@@ -41,6 +40,10 @@ class Gate:
     limit: Tensor
     margin: Tensor
 
+    def contiguous(self) -> Gate:
+        """With weights that kernels can walk through."""
+        return Gate(self.summary, self.history, self.trust, *(x.contiguous() for x in list(vars(self).values())[3:]))
+
     @property
     def rank(self) -> int:
         return self.query.shape[2]
@@ -61,19 +64,21 @@ def decode_predicted(
         planes: As of ``lamp::attend``.
         hot: tau, floor, budget, state, stats; the last two are written in place.
         balance: ``[G, D]``, ``[B, G, D]`` or None.
-        seen: mask and bias, which must be None; sinks, start, lengths, block table.
+        seen: mask, bias, sinks, start, lengths, block table.
         gate: Its history and trust are written in place.
         options: The keyword arguments of ``lamp::fused_predicted``.
     """
     call, results = decode.begin(q, planes, hot, balance, seen, options)
+    gate = gate.contiguous()
     scratch = decode.room_for(call, 1)
     lead, device = (call.heads, call.cut.subtiles), q.device
     projected = torch.empty(call.heads, call.cut.rows, gate.padded_rank, dtype=torch.float32, device=device)
     listed = Listed(
-        *(torch.empty(lead, dtype=torch.int32, device=device) for _ in range(2)),
+        torch.empty(lead, dtype=torch.int32, device=device),
+        torch.empty(lead, dtype=torch.int32, device=device),
         torch.empty(lead, dtype=torch.uint8, device=device),
         torch.empty(call.heads, 4, dtype=torch.int32, device=device),
-    )  # fmt: skip
+    )
     predicted = torch.empty(lead, dtype=torch.float32, device=device)
     decode.prepare(call, scratch, 0, _projection(call, gate, projected))
     _predict(call, gate, projected, listed, predicted)
@@ -95,16 +100,20 @@ def _projection(call: Call, gate: Gate, projected: Tensor) -> dict[str, Any]:
 
 def _live(call: Call) -> dict[str, Any]:
     """What the kernels around the attention know of which keys live."""
-    _, _, _, start, lengths, table = call.seen
+    start, lengths = call.seen[3:5]
     keys = call.keys()
     kept = ("start_stride", "length_stride", "keys", "BN", "CAUSAL", "WINDOW", "HAS_START", "HAS_LENGTHS")
     return {"START": start, "LENGTHS": lengths, **{name: keys[name] for name in kept}}
 
 
 def _pages(call: Call) -> dict[str, Any]:
-    """And of where they are."""
+    """And of where they are, and whether rows see all of them."""
     table, keys = call.seen[5], call.keys()
-    return {"TABLE": table, **{name: keys[name] for name in ("table_stride", "TILE", "PAGED")}}
+    return {
+        "MASKED": call.seen[0] is not None,
+        "TABLE": table,
+        **{name: keys[name] for name in ("table_stride", "TILE", "PAGED")},
+    }
 
 
 def _predict(call: Call, gate: Gate, projected: Tensor, listed: Listed, predicted: Tensor) -> None:
@@ -118,9 +127,10 @@ def _predict(call: Call, gate: Gate, projected: Tensor, listed: Listed, predicte
     chunks = triton.cdiv(subtiles, chunk)
     made: dict[str, Any] = {"dtype": torch.float32, "device": call.q.device}
     found = torch.empty(call.heads, subtiles, call.cut.rows, **made)
-    parts = torch.empty(call.heads, chunks, 3, call.cut.rows, **made)
+    parts = torch.empty(call.heads, chunks, 4, call.cut.rows, **made)
     predict_parts[(chunks, call.heads)](
-        projected, gate.summary, gate.history, gate.age, gate.extra, FOUND=found, PARTS=parts, **_live(call),
+        projected, gate.summary, gate.history, gate.age, gate.extra, call.seen[0], FOUND=found, PARTS=parts,
+        **_live(call), mask_b=keys["mask_b"], mask_h=keys["mask_h"], mask_key=keys["mask_key"],
         **_pages(call), **rows, subtiles=subtiles, tiles=gate.history.shape[2], summary_groups=gate.summary.shape[2],
         scale=call.scale, SPANS=spans, RANK=gate.rank, RP=gate.padded_rank, AGES=gates.AGES, CHUNK=chunk,
         **call.dependent(), num_warps=4,

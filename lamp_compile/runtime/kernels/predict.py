@@ -17,8 +17,30 @@ LOWEST = tl.constexpr(-1e30)
 """``gate.LOWEST``."""
 LEAST = tl.constexpr(1e-4)
 """``gate.LEAST``."""
-PARTS_FIELDS = tl.constexpr(3)
-"""Of a part: the largest log mass, the sum relative to it, how many importances are no number."""
+PARTS_FIELDS = tl.constexpr(4)
+"""Of a part: the largest log mass, the sum relative to it, how many importances are no number, the newest sub-tile with
+a live key."""
+SCAN = tl.constexpr(1024)
+"""Keys of a mask that are looked at in one step, for its first and its last live key."""
+
+
+@triton.jit
+def live_ends(mask, mask_key, lo, hi):
+    """First and last key in [lo, hi) that a row's mask allows; (hi, -1) without one."""
+    first, last = hi, lo - lo - 1
+    at = lo
+    while at < hi:
+        j = at + tl.arange(0, SCAN)
+        seen = tl.load(mask + j * mask_key, mask=j < hi, other=0) != 0
+        first = tl.min(tl.where(seen, j, hi), 0)
+        at = tl.where(first < hi, hi, at + SCAN)
+    at = hi
+    while at > lo:
+        j = at - 1 - tl.arange(0, SCAN)
+        seen = tl.load(mask + j * mask_key, mask=j >= lo, other=0) != 0
+        last = tl.max(tl.where(seen, j, -1), 0)
+        at = tl.where(last >= 0, lo, at - SCAN)
+    return first, last
 
 
 @triton.jit
@@ -36,14 +58,16 @@ def age_bias(AGE, octave, head, AGES: tl.constexpr):
     do_not_specialize_on_alignment=["START", "LENGTHS", "TABLE"],
 )
 def predict_parts(
-    PROJECTED, SUMMARY, HISTORY, AGE, EXTRA, START, LENGTHS, TABLE, FOUND, PARTS,
-    start_stride, length_stride, table_stride, kv_heads, keys, subtiles, tiles, summary_groups, scale,
+    PROJECTED, SUMMARY, HISTORY, AGE, EXTRA, MASK, START, LENGTHS, TABLE, FOUND, PARTS,
+    mask_b, mask_h, mask_key, start_stride, length_stride, table_stride, kv_heads, keys, subtiles, tiles,
+    summary_groups, scale,
     GROUP: tl.constexpr, GP: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr, SPANS: tl.constexpr,
     RANK: tl.constexpr, RP: tl.constexpr, AGES: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, HAS_START: tl.constexpr, HAS_LENGTHS: tl.constexpr, PAGED: tl.constexpr, PDL: tl.constexpr,
+    WINDOW: tl.constexpr, HAS_START: tl.constexpr, HAS_LENGTHS: tl.constexpr, PAGED: tl.constexpr,
+    MASKED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Of CHUNK sub-tiles, each with SPANS summaries: FOUND ``[B*G, subtiles, GP]``, log importance before the softmax's
-    denominator, and of the denominator PARTS ``[B*G, chunks, 3, GP]``."""
+    denominator (with a mask -inf where a row sees no key), and of the denominator PARTS ``[B*G, chunks, 4, GP]``."""
     wait_for_launch(PDL)
     chunk, bg = tl.program_id(0), tl.program_id(1)
     b, g = bg // kv_heads, bg % kv_heads
@@ -63,7 +87,8 @@ def predict_parts(
     said = tl.load(
         source + place[:, None] * RANK + r[None, :], mask=span_live[:, None] & (r < RANK)[None, :], other=0.0
     ).to(tl.float32)
-    octave = tl.minimum(tl.log2(1.0 + tl.maximum((hi - 1) // BN - tile, 0).to(tl.float32)), AGES - 1.0)
+    oldest, newest = lo // BN, (hi - 1) // BN
+    octave = tl.minimum(tl.log2(1.0 + tl.maximum(newest - tile, 0).to(tl.float32)), AGES - 1.0)
     history = HISTORY + (bg.to(tl.int64) * tiles + tile) * 2
     last = tl.log(tl.load(history, mask=alive, other=0.0) + LEAST)
     mean = tl.log(tl.load(history + 1, mask=alive, other=0.0) + LEAST)
@@ -71,6 +96,15 @@ def predict_parts(
     parts = PARTS + (bg.to(tl.int64) * tl.num_programs(0) + chunk) * PARTS_FIELDS * GP
     for row in tl.range(0, GROUP, loop_unroll_factor=4 if GROUP % 4 == 0 else 1):
         head = g * GROUP + row
+        if MASKED:
+            mask = MASK + b.to(tl.int64) * mask_b + head * mask_h
+            first_live, last_live = live_ends(mask, mask_key, lo, hi)
+            oldest, newest = first_live // BN, tl.maximum(last_live, 0) // BN
+            octave = tl.minimum(tl.log2(1.0 + tl.maximum(newest - tile, 0).to(tl.float32)), AGES - 1.0)
+            key = first_key[:, None] + tl.arange(0, BN // SPANS)[None, :]
+            seen = tl.load(mask + key * mask_key, mask=(key >= lo) & (key < hi), other=0) != 0
+            span_live = tl.max(seen.to(tl.int32), 1) != 0
+            alive = tl.max(tl.reshape(span_live.to(tl.int32), (CHUNK, SPANS)), 1) != 0
         query = tl.load(PROJECTED + (bg * GP + row) * RP + r)
         score = tl.where(span_live, tl.sum(said * query[None, :], 1) * scale, LOWEST)
         score = tl.reshape(score, (CHUNK, SPANS))
@@ -81,21 +115,26 @@ def predict_parts(
         mass, energy = tl.where(mass > LOWEST / 2, mass, 0.0), tl.where(energy > LOWEST / 2, energy, 0.0)
         extra = EXTRA + head * 4
         bias = age_bias(AGE, octave, head, AGES) + last * tl.load(extra + 2) + mean * tl.load(extra + 3)
-        bias += tl.where(tile == lo // BN, tl.load(extra), 0.0)
+        bias += tl.where(tile == oldest, tl.load(extra), 0.0)
         total = tl.where(alive, mass + bias, float("-inf"))
         top = tl.max(total, 0)
         base = tl.where(top == float("-inf"), 0.0, top)
         importance = energy + bias + tl.load(extra + 1)
-        tl.store(found + row, importance, mask=alive & (tile < subtiles))
+        if MASKED:
+            tl.store(found + row, tl.where(alive, importance, float("-inf")), mask=tile < subtiles)
+        else:
+            tl.store(found + row, importance, mask=alive & (tile < subtiles))
         tl.store(parts + row, top)
         tl.store(parts + GP + row, tl.sum(tl.where(alive, tl.exp(total - base), 0.0), 0))
         tl.store(parts + 2 * GP + row, tl.sum((alive & (importance != importance)).to(tl.float32), 0))
+        tl.store(parts + 3 * GP + row, tl.max(tl.where(alive, tile, -1), 0).to(tl.float32))
 
 
 @triton.jit
 def denominator(PARTS, SINKS, chunks, head, valid, GP: tl.constexpr, CHUNKS_P2: tl.constexpr,
                 HAS_SINKS: tl.constexpr):  # fmt: skip
-    """Of the rows: the log-sum-exp of all parts (0 without a live key), and whether anything is no number."""
+    """Of the rows: the log-sum-exp of all parts (0 without a live key); whether anything is no number; the newest
+    sub-tile with a key that a row sees."""
     index, rows = tl.arange(0, CHUNKS_P2), tl.arange(0, GP)
     at = PARTS + index[:, None] * PARTS_FIELDS * GP + rows[None, :]
     inside = (index < chunks)[:, None] & valid[None, :]
@@ -103,6 +142,7 @@ def denominator(PARTS, SINKS, chunks, head, valid, GP: tl.constexpr, CHUNKS_P2: 
     most = tl.max(top, 0)
     base = tl.where(most == float("-inf"), 0.0, most)
     total = tl.sum(tl.load(at + GP, mask=inside, other=0.0) * tl.exp(top - base[None, :]), 0)
+    newest = tl.max(tl.max(tl.load(at + 3 * GP, mask=inside, other=-1.0), 0), 0).to(tl.int32)
     spoilt = tl.sum(tl.load(at + 2 * GP, mask=inside, other=0.0), 0)
     if HAS_SINKS:
         sink = tl.load(SINKS + head).to(tl.float32)
@@ -110,7 +150,7 @@ def denominator(PARTS, SINKS, chunks, head, valid, GP: tl.constexpr, CHUNKS_P2: 
         total, base = total * tl.exp(base - new) + tl.exp(sink - new), new
     lse = tl.where(total == 0.0, 0.0, base + tl.log(total))
     bad = ((lse != lse) | (lse == float("inf")) | (spoilt > 0.0)) & valid
-    return lse, tl.max(bad.to(tl.int32), 0)
+    return lse, tl.max(bad.to(tl.int32), 0), newest
 
 
 @triton.jit
@@ -139,13 +179,13 @@ def list_subtiles(
     tau_b, floor_b, start_stride, length_stride, table_stride, kv_heads, keys, subtiles, chunks, trained, skip,
     GROUP: tl.constexpr, GP: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
     CHUNKS_P2: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr,
-    HAS_START: tl.constexpr, HAS_LENGTHS: tl.constexpr, PAGED: tl.constexpr, SKIPS: tl.constexpr,
+    HAS_START: tl.constexpr, HAS_LENGTHS: tl.constexpr, PAGED: tl.constexpr, MASKED: tl.constexpr, SKIPS: tl.constexpr,
     AUDIT_WINDOW: tl.constexpr, TRUST_FIELDS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One sequence and kv head. PREDICTED ``[B*G, subtiles]`` (-1 without a live key), LEVELS likewise
     (``ir.Precision``), LIST and PLACES likewise; COUNTS ``[B*G, 4]``: sub-tiles in LIST; whether the gate is used;
-    whether it gave something that is no number; 1 where the guard has raised the floor, + 2 where nothing may stay at the
-    high plane."""
+    whether it gave something that is no number; 1 where the guard has raised the floor, + 2 where nothing may stay
+    at the high plane."""
     wait_for_launch(PDL)
     bg = tl.program_id(0)
     b, g = bg // kv_heads, bg % kv_heads
@@ -156,7 +196,7 @@ def list_subtiles(
     )
     if PAGED:
         TABLE += b * table_stride
-    lse, broken = denominator(
+    lse, broken, newest = denominator(
         PARTS + bg.to(tl.int64) * chunks * PARTS_FIELDS * GP, SINKS, chunks, g * GROUP + rows % GROUP, valid, GP,
         CHUNKS_P2, HAS_SINKS,
     )  # fmt: skip
@@ -181,8 +221,10 @@ def list_subtiles(
         alive = (tile >= lo // BN) & (tile * BN < hi) & (lo < hi)
         at = FOUND + (lead + tile)[:, None] * GP + rows[None, :]
         found = tl.load(at, mask=alive[:, None] & valid[None, :], other=float("-inf"))
+        if MASKED:
+            alive = alive & (tl.max(((found == float("-inf")) == 0).to(tl.int32), 1) != 0)
         predicted = tl.max(tl.exp(tl.minimum(found - lse[None, :], 0.0)), 1)
-        predicted = tl.where(tile == (hi - 1) // BN, 1.0, predicted)
+        predicted = tl.where(tile == newest, 1.0, predicted)
         level = tl.where(predicted <= below, 0, tl.where(predicted <= bar, 1, 2))  # what is NaN is refined
         level = tl.where(alive, tl.where(use, level, 1), 0)
         inside = tile < subtiles

@@ -106,7 +106,8 @@ def decided(ENERGY, PEAK, LEVELS, place, subtiles, tile, end, row_valid, tau, ls
     rows = tl.arange(0, GP)
     looked = tile * BN < end
     level = tl.load(LEVELS + tile, mask=looked, other=0).to(tl.int32)
-    read = (looked & ((level == 1) | (known == 0)))[:, None] & row_valid[None, :]
+    listed = looked & (level == 1)  # all that live where the gate is not used
+    read = listed[:, None] & row_valid[None, :]
     energy = tl.load(ENERGY + (place * subtiles + tile)[:, None] * GP + rows[None, :], mask=read, other=DEAD)
     above = (energy <= (tl.log2(tau) + lse)[None, :]) == 0
     live = ((energy < EMPTY) == 0) & read
@@ -114,7 +115,7 @@ def decided(ENERGY, PEAK, LEVELS, place, subtiles, tile, end, row_valid, tau, ls
     hot = tl.where(known, (level == 2).to(tl.int32), hot)
     tokens_live = tl.where(known, (level != 0).to(tl.int32), tl.max(live.to(tl.int32), 1))
     z = tl.where(live & (hot == 0)[:, None], tl.exp2(2.0 * (energy - lse[None, :])), 0.0)
-    v_peaks = tl.load(PEAK + place * subtiles + tile, mask=looked & (hot == 0), other=0.0)
+    v_peaks = tl.load(PEAK + place * subtiles + tile, mask=listed & (hot == 0), other=0.0)
     return hot, tokens_live, tl.sum(z, 0), tl.sum(z * (v_peaks * v_peaks)[:, None], 0)
 
 

@@ -70,7 +70,7 @@ def summarize(
     k_high = planes[0]
     kv_heads, tile, half = k_high.shape[1], k_high.shape[3], k_high.shape[4]
     batch, pages = (k_high.shape[0], k_high.shape[2]) if table is None else tuple(table.shape)
-    rank = key.shape[2]
+    rank, key, key_bias = key.shape[2], key.contiguous(), key_bias.contiguous()
     padded = max(2, triton.next_power_of_2(rank))
     summarize_row[(batch * kv_heads,)](
         *planes[:3], summary, key, key_bias, positions, table, sequence_step(positions),

@@ -234,9 +234,7 @@ def _fused_predicted(q: Tensor, *args: Any, room: int, pages: int, **options: An
         predict.check_kernel(q, planes, seen[6], kept, weights, whole)
         return kernels.attend_predicted(q, planes, hot, seen, kept, weights, whole)
     how = {name: options[name] for name in SCORES if name != "k_format"}
-    predicted = torch.ops.lamp.predict(
-        q, summary, history, *weights[:4], None, *seen, **how, room=room, pages=pages
-    )
+    predicted = torch.ops.lamp.predict(q, summary, history, *weights[:4], None, *seen, **how, room=room, pages=pages)
     out, *new = torch.ops.lamp.attention.predicted(
         q, *planes, *hot, *seen, predicted, history, trust, *weights[4:], **options
     )

@@ -194,7 +194,9 @@ def _check_summaries(
 ) -> None:
     stored, kv_heads, pages, tile, half = keys[0].shape
     rank = summary.shape[-1]
-    given = dict(zip(("k_residual", "k_scale", "summary", "key", "key_bias"), (*keys[1:], summary, *weights), strict=True))
+    given = dict(
+        zip(("k_residual", "k_scale", "summary", "key", "key_bias"), (*keys[1:], summary, *weights), strict=True)
+    )
     wanted = {
         "k_residual": tuple(keys[0].shape), "k_scale": (stored, kv_heads, pages * tile),
         "summary": (stored, kv_heads, pages * tile // group, rank), "key": (kv_heads, 2 * half, rank),
