@@ -35,7 +35,7 @@ AROUND = ("predict_parts", "list_subtiles", "audit_step")
 """Kernels that only a predicted step launches."""
 READERS = ("look_ahead", "refine")
 EVERYWHERE, ON_SM_90 = ("plain", "predicted"), tuple(CALLS)
-SMALL = ("plain", "dim 80", "dim 256")
+SMALL = ("plain", "dim 80", "dim 256", "predicted")
 """Calls of which the small kernels are compiled too; the others do not change them."""
 
 
