@@ -39,15 +39,35 @@ def why_not_plan(plan: SitePlan, q: torch.Tensor, kv_heads: int, value_dim: int)
         kv_heads: Of the site.
         value_dim: Of the site.
     """
+    planes = _planes(plan, q, kv_heads, value_dim)
+    state = torch.empty(0, kv_heads, 4, dtype=torch.float32, device=q.device)
+    return kernels.why_not_attend(q[:0], planes, state, vars(plan))
+
+
+def why_not_network(plan: SitePlan, q: torch.Tensor, group: int, rank: int) -> str | None:
+    """Why no kernel serves a site of a cache whose importance a network predicts, or None; ``why_not_plan`` comes
+    first.
+
+    Args:
+        plan: The site's row.
+        q: Any query of one token ``[B, H, 1, D]``.
+        group: Keys per summary.
+        rank: Numbers per summary.
+    """
+    planes = _planes(plan, q, 1, 2)
+    summary = torch.empty(0, 1, max(1, plan.tile // group), rank, dtype=torch.float16, device=q.device)
+    history, trust = (torch.empty(0, 1, n, dtype=torch.float32, device=q.device) for n in (2, 7))
+    return kernels.why_not_predicted(q, planes, (summary, history, trust), {**vars(plan), "pages": 1})
+
+
+def _planes(plan: SitePlan, q: torch.Tensor, kv_heads: int, value_dim: int) -> tuple[torch.Tensor, ...]:
+    """Planes of no sequences, which take no memory."""
     (k_high, k_residual), (v_high, v_residual) = (
         formats.get(name).plane_widths(dim) for name, dim in ((plan.k_format, q.shape[3]), (plan.v_format, value_dim))
     )
-    # Planes of no sequences take no memory.
     lead, tile = (0, kv_heads, 1), plan.tile
     scale = torch.empty(0, kv_heads, tile, device=q.device)
-    planes = (
+    return (
         torch.empty(*lead, tile, k_high, device=q.device), torch.empty(*lead, tile, k_residual, device=q.device), scale,
         torch.empty(*lead, v_high, tile, device=q.device), torch.empty(*lead, v_residual, tile, device=q.device), scale,
     )  # fmt: skip
-    state = torch.empty(0, kv_heads, 4, dtype=torch.float32, device=q.device)
-    return kernels.why_not_attend(q[:0], planes, state, vars(plan))

@@ -57,7 +57,8 @@ def _why_no_kernel(spec: CacheSpec, site: ProbedSite) -> str | None:
     layer = spec.layers[site.layer]
     if layer is None or not kernel_notes.expected_on(site.device):
         return None
-    if layer.network is not None:
-        return kernel_notes.PREDICTED
     q = torch.empty(0, site.heads, 1, site.head_dim, dtype=site.dtype, device=site.device)
-    return kernel_notes.why_not_plan(layer.plan, q, site.kv_heads, site.value_dim)
+    reason = kernel_notes.why_not_plan(layer.plan, q, site.kv_heads, site.value_dim)
+    if reason is None and layer.network is not None:
+        return kernel_notes.why_not_network(layer.plan, q, layer.network.group, layer.network.gate.rank)
+    return reason

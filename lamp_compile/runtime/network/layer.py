@@ -53,6 +53,9 @@ class NetworkLayer(NestedLayer):
         super().__init__(spec, capacity)
         assert spec.network is not None
         self.network: SiteNetwork = spec.network
+        gate = spec.network.gate
+        self._now = (gate.query, gate.query_bias, gate.age[0].contiguous(), gate.extra[0].contiguous(), gate.limit,
+                     gate.margin)  # fmt: skip
 
     def _allocate(self, batch: int, kv_heads: int, capacity: int) -> dict[str, Tensor]:
         made = super()._allocate(batch, kv_heads, capacity)
@@ -87,19 +90,18 @@ class NetworkLayer(NestedLayer):
         compiling = torch.compiler.is_compiling()
         if q.shape[2] > 1 and (compiling or not self.reference_only):
             return super()._run(q, seen, options)
-        controls, gate = self.controls, self.network.gate
+        controls = self.controls
         hot = (controls.tau, controls.floor, controls.budget, self.state, self.stats)
         how = {name: options[name] for name in ("causal", "window", "scale", "softcap")}
         options = {**options, "trained": self.network.trained, "skip": self.network.skip}
         one = q.shape[2] == 1
         if one and not (compiling or self.reference_only):
             out: Tensor = torch.ops.lamp.fused_predicted(
-                q, *self.planes, *hot, self.balance, *seen, self.summary, self.history, self.trust, gate.query,
-                gate.query_bias, gate.age[0], gate.extra[0], gate.limit, gate.margin, **options,
-                room=self.max_cache_len, pages=self.max_cache_len // self.plan.tile,
+                q, *self.planes, *hot, self.balance, *seen, self.summary, self.history, self.trust, *self._now,
+                **options, room=self.max_cache_len, pages=self.max_cache_len // self.plan.tile,
             )  # fmt: skip
             return inference_only(out, q)
-        kept = (self.history, self.trust, gate.limit, gate.margin)
+        kept = (self.history, self.trust, *self._now[4:])
         if one:
             predicted = self._predict(q, seen, None, **how)
             out, *new = torch.ops.lamp.attention.predicted(
@@ -116,10 +118,9 @@ class NetworkLayer(NestedLayer):
         return out if compiling else inference_only(out, q)
 
     def _predict(self, q: Tensor, seen: tuple[Tensor | None, ...], exact: Tensor | None, **how: Any) -> Tensor:
-        plan, gate = self.plan, self.network.gate
+        plan = self.plan
         found: Tensor = torch.ops.lamp.predict(
-            q, self.summary, self.history, gate.query, gate.query_bias, gate.age[0], gate.extra[0], exact, self.balance,
-            *seen, **how, keys=self.max_cache_len, rotation=plan.rotation, query_bits=plan.query_bits,
+            q, self.summary, self.history, *self._now[:4], exact, self.balance, *seen, **how, keys=self.max_cache_len, rotation=plan.rotation, query_bits=plan.query_bits,
             subtile=plan.subtile, room=self.max_cache_len, pages=self.max_cache_len // plan.tile, site=self.name,
         )  # fmt: skip
         return found

@@ -186,7 +186,9 @@ def _address(x: Tensor | None) -> int | None:
 
 
 def _dense(x: Tensor | None) -> Any:
-    return None if x is None else x.float().contiguous()
+    if x is None or (x.dtype is torch.float32 and x.is_contiguous()):
+        return x
+    return x.float().contiguous()
 
 
 def _table(table: Tensor | None) -> Tensor | None:

@@ -60,7 +60,7 @@ LAMP_INLINE void look_at_subtile(Work &work, int r0, int64_t j, const uint8_t *p
   uint32_t seen = 0;
   for (int i = 0, known = -1; i < ROWS && r0 + i < rows.count; i++) {
     const int r = r0 + i, token = rows.token[r];
-    if (call.mask || token != known) {  // without a mask the heads of a token see the same
+    if (heads_differ(call) || token != known) {
       seen = visible(call, rows, r, key);
       if (seen) alive[token] = 1;
       known = token;

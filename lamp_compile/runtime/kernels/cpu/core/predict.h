@@ -21,7 +21,7 @@ struct Ahead {
 };
 
 struct AheadSizes {
-  int64_t tile, score, order, alive, all;
+  int64_t tile, score, order, all;
 };
 
 LAMP_INLINE int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -30,10 +30,9 @@ LAMP_INLINE AheadSizes ahead_sizes(const LampAttend &call, const LampPredict &ga
   const int64_t rows = call.heads / call.planes.kv_heads;
   AheadSizes s;
   s.tile = aligned(4 * (gate.tiles + LANES));
-  s.score = aligned(4 * (gate.tiles * (call.subtile / gate.group) + 2 * LANES));
+  s.score = (int64_t)sizeof(Vf) * rows * (call.subtile / gate.group);
   s.order = aligned(4 * (gate.tiles * (call.subtile / SUBTILE) + LANES));
-  s.alive = aligned(gate.tiles * rows);
-  s.all = aligned(sizeof(Ahead)) + 7 * s.tile + (rows + 1) * s.score + 3 * s.order + s.alive;
+  s.all = aligned(sizeof(Ahead)) + (3 + 3 * rows) * s.tile + s.score + 3 * s.order;
   return s;
 }
 
@@ -72,106 +71,147 @@ LAMP_INLINE Vi below_lane(int64_t count) {
   return Vi{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} < splat((int32_t)(count > LANES ? LANES : count));
 }
 
+// Vector p of the row at `at` of a [.., rank] matrix, of which `left` numbers are there; zeros behind the rank.
+LAMP_INLINE Vf part_of(const void *from, int64_t dtype, int64_t at, int64_t rank, int p, int64_t left) {
+  if (rank % LANES == 0 && dtype == LAMP_FLOAT16) return halves((const uint16_t *)from + at + p * LANES);
+  return select(below_lane(rank - p * LANES), numbers(from, dtype, at + p * LANES, left - p * LANES), splat(0.0f));
+}
+
 // x [dim] times weights [dim, rank]: `out` of RANK_PARTS vectors, zeros behind the last.
 LAMP_INLINE void project(const float *x, int dim, const void *weights, int64_t dtype, int64_t first, int64_t rank,
                          Vf *out) {
-  const int parts = (int)((rank + LANES - 1) / LANES);
-  for (int p = 0; p < parts; p++) out[p] = splat(0.0f);
-  for (int c = 0; c < dim; c++)
-    for (int p = 0; p < parts; p++) {
-      const int64_t at = c * rank + p * LANES;
-      out[p] += splat(x[c]) * numbers(weights, dtype, first + at, dim * rank - at);
-    }
-  for (int p = 0; p < parts; p++) out[p] = select(below_lane(rank - p * LANES), out[p], splat(0.0f));
+  for (int p = 0; p * LANES < rank; p++) {
+    Vf sum[4] = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};  // four, because each waits for the one before
+    for (int c = 0; c < dim; c += 4)
+      for (int i = 0; i < 4; i++)
+        sum[i] += splat(x[c + i]) * part_of(weights, dtype, first + (c + i) * rank, rank, p, (dim - c - i) * rank);
+    out[p] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  }
 }
 
-// The summaries of all heads' scores: `score` [rows][stride] for the groups of tiles first to last.
-static void score_groups(const LampAttend &call, const Rows &rows, const LampPredict &gate, const Ahead &ahead,
-                         float *score, int64_t stride, uint8_t *alive) {
-  const int64_t per = call.subtile / gate.group, rank = gate.rank, per_page = call.planes.tile / gate.group;
-  const int64_t count = (ahead.last - ahead.first) * per, dim = 2 * call.planes.half_k;
-  const int64_t stored = (call.planes.table ? 1 : call.batch) * call.planes.kv_heads * call.planes.stored_tiles;
-  const int parts = (int)((rank + LANES - 1) / LANES);
-  Vf query[MOST_ROWS][RANK_PARTS];
+// The queries of all rows as the gate sees them, scaled: [rows][RANK_PARTS].
+static void project_rows(const LampAttend &call, const Rows &rows, const LampPredict &gate, Vf (*query)[RANK_PARTS]) {
+  const int half = (int)call.planes.half_k;
+  const int64_t rank = gate.rank;
   for (int r = 0; r < rows.count; r++) {
     const int64_t head = rows.head[r];
     float x[MOST_DIM];
-    for (int c = 0; c < dim / 2; c++) {
+    for (int c = 0; c < half; c++) {
       x[c] = rows.step[r] * (float)rows.q[r][c];
-      x[dim / 2 + c] = rows.step[r] * (float)rows.q[r][PADDED + c];
+      x[half + c] = rows.step[r] * (float)rows.q[r][PADDED + c];
     }
-    project(x, (int)dim, gate.query, gate.query_dtype, head * dim * rank, rank, query[r]);
-    for (int p = 0; p < parts; p++) {
+    project(x, 2 * half, gate.query, gate.query_dtype, head * 2 * half * rank, rank, query[r]);
+    for (int p = 0; p * LANES < rank; p++) {
       query[r][p] += numbers(gate.query_bias, LAMP_FLOAT32, head * rank + p * LANES, rank - p * LANES);
       query[r][p] *= splat(call.scale);
     }
   }
-  for (int64_t g = 0; g < count; g += LANES) {
-    Vf summary[LANES][RANK_PARTS];
-    const int there = (int)(count - g < LANES ? count - g : LANES);
-    for (int i = 0; i < LANES; i++) {
-      const int64_t key = (ahead.first * per + g + (i < there ? i : 0)) * gate.group;
-      const Place place = place_of(call.planes, rows.b, rows.g, key);
-      const int64_t at = (place.tile * per_page + place.offset / gate.group) * rank;
-      for (int p = 0; p < parts; p++)
-        summary[i][p] = select(
-            below_lane(rank - p * LANES),
-            numbers(gate.summary, LAMP_FLOAT16, at + p * LANES, stored * per_page * rank - at - p * LANES),
-            splat(0.0f));
-    }
-    for (int r = 0; r < rows.count; r++) {
-      Vf products[LANES];
-      for (int i = 0; i < LANES; i++) {
-        products[i] = query[r][0] * summary[i][0];
-        for (int p = 1; p < parts; p++) products[i] += query[r][p] * summary[i][p];
-      }
-      store(score + r * stride + g, totals(products));
-    }
-  }
-  // What a row does not see says nothing.
-  for (int r = 0; r < rows.count; r++) {
-    if (r && !call.mask) {
-      __builtin_memcpy(alive + r * gate.tiles, alive, ahead.last - ahead.first);
-    }
-    for (int64_t j = ahead.first * call.subtile, g = 0; g < count; j += SUBTILE) {
-      const uint32_t seen = visible(call, rows, r, j);
-      const uint32_t ones = gate.group == SUBTILE ? ~0u : (1u << gate.group) - 1;
-      if (r == 0 || call.mask) {
-        uint8_t &tile = alive[r * gate.tiles + g / per];
-        if (g % per == 0) tile = 0;
-        tile |= seen != 0;
-      }
-      for (int i = 0; i < SUBTILE / gate.group; i++, g++)
-        if (!(seen >> (i * gate.group) & ones)) score[r * stride + g] = LOWEST;
-    }
-  }
 }
 
-// Log mass and log energy of each tile by what its groups score, not normalised; 0 where they are no numbers.
-LAMP_INLINE void join_groups(float *score, float *weight, int64_t tiles, int64_t per, float *mass, float *energy,
-                             float *peak) {
-  for (int64_t t = 0; t < tiles; t++) {
-    float most = score[t * per];
-    for (int64_t i = 1; i < per; i++) most = score[t * per + i] > most ? score[t * per + i] : most;
-    peak[t] = most;
-    for (int64_t i = 0; i < per; i++) weight[t * per + i] = (score[t * per + i] - most) * LOG2E;
+// Which of sixteen tiles' groups number i hold a key that the row sees: `seen` [LANES][subtile / 32] has a bit a key.
+LAMP_INLINE Vi sees_groups(const uint32_t *seen, int64_t unit, int64_t group, int64_t i) {
+  const uint32_t ones = (group == SUBTILE ? ~0u : (1u << group) - 1) << (i * group % SUBTILE);
+  int32_t found[LANES];
+  for (int k = 0; k < LANES; k++) found[k] = seen[k * unit + i * group / SUBTILE] & ones ? -1 : 0;
+  Vi v;
+  __builtin_memcpy(&v, found, sizeof v);
+  return v;
+}
+
+// Log mass and log energy that the summaries of sixteen tiles from `t` on give them, for each row (gate.content), and
+// whether the row sees any key of them; 0 where they are no numbers.
+template <int PARTS>
+static void score_tiles(const LampAttend &call, const Rows &rows, const LampPredict &gate,
+                        const Vf (*query)[RANK_PARTS], int64_t t, int there, Vf *score, Vf *mass, Vf *energy,
+                        Vi *alive) {
+  const int per = (int)(call.subtile / gate.group), per_page = (int)(call.planes.tile / gate.group);
+  const int64_t rank = gate.rank;
+  const int64_t stored = (call.planes.table ? 1 : call.batch) * call.planes.kv_heads * call.planes.stored_tiles;
+  const int64_t unit = call.subtile / SUBTILE;
+  uint32_t bits[MOST_ROWS][LANES * (128 / SUBTILE)];
+  const int different = heads_differ(call) ? rows.count : 1;
+  for (int r = 0; r < different; r++)
+    for (int64_t u = 0; u < LANES * unit; u++)
+      bits[r][u] = u < there * unit ? visible(call, rows, r, t * call.subtile + u * SUBTILE) : 0;
+  int64_t at[LANES];  // a tile lies in one page
+  for (int k = 0; k < LANES; k++) {
+    const Place place = place_of(call.planes, rows.b, rows.g, (t + (k < there ? k : 0)) * call.subtile);
+    at[k] = (place.tile * per_page + place.offset / gate.group) * rank;
   }
-  for (int64_t g = 0; g < tiles * per; g += LANES) store(weight + g, exp2(load(weight + g)));
-  for (int64_t t = 0; t < tiles; t++) {
-    float sum = 0, squares = 0;
-    for (int64_t i = 0; i < per; i++) {
-      const float w = weight[t * per + i];
+  for (int i = 0; i < per; i++) {
+    Vf summary[LANES][PARTS];
+    for (int k = 0; k < LANES; k++)
+      for (int p = 0; p < PARTS; p++)
+        summary[k][p] = part_of(gate.summary, LAMP_FLOAT16, at[k] + i * rank, rank, p,
+                                stored * per_page * rank - at[k] - i * rank);
+    for (int r = 0; r < rows.count; r++) {
+      Vf products[LANES];
+      for (int k = 0; k < LANES; k++) {
+        products[k] = query[r][0] * summary[k][0];
+        for (int p = 1; p < PARTS; p++) products[k] += query[r][p] * summary[k][p];
+      }
+      const Vi seen = sees_groups(bits[different > 1 ? r : 0], unit, gate.group, i);
+      score[r * per + i] = select(seen, totals(products), splat(LOWEST));
+      alive[r] = i ? alive[r] | seen : seen;
+    }
+  }
+  for (int r = 0; r < rows.count; r++) {
+    Vf most = score[r * per], sum = splat(0.0f), squares = splat(0.0f);
+    for (int i = 1; i < per; i++) most = larger(score[r * per + i], most);
+    for (int i = 0; i < per; i++) {
+      const Vf w = exp2((score[r * per + i] - most) * splat(LOG2E));
       sum += w;
       squares += w * w;
     }
-    mass[t] = sum;
-    energy[t] = squares;
+    const Vf m = log_of(sum) + most, e = log_of(squares) * splat(0.5f) + most;
+    mass[r] = select(m > splat(LOWEST / 2), m, splat(0.0f));
+    energy[r] = select(e > splat(LOWEST / 2), e, splat(0.0f));
+  }
+}
+
+// The bias by age, for sixteen tiles so many behind the newest.
+LAMP_INLINE Vf by_age(const float *age, Vf back) {
+  const Vf octave = smaller(log_of(larger(back, splat(0.0f)) + splat(1.0f)) * splat(LOG2E), splat((float)(AGES - 1)));
+  const Vi point = __builtin_convertvector(octave, Vi);
+  const Vf part = octave - floats(point);
+  Vf low, high;
+  for (int k = 0; k < LANES; k++) {
+    low[k] = age[point[k]];
+    high[k] = age[point[k] + 1 < AGES ? point[k] + 1 : point[k]];
+  }
+  return low + (high - low) * part;
+}
+
+// Of one row: `mass` and `energy` [tiles] by what the summaries said, into the log of its importance [tiles] in
+// `energy` (gate.predict).
+static void predict_row(const LampAttend &call, const Rows &rows, const Ahead &ahead, int r, const float *last,
+                        const float *mean, const int32_t *alive, float *mass, float *energy) {
+  const float *age = ahead.gate->age + rows.head[r] * AGES, *extra = ahead.gate->extra + rows.head[r] * EXTRAS;
+  const int64_t tiles = ahead.last - ahead.first;
+  int64_t oldest = 0, newest = tiles - 1;
+  while (newest >= 0 && !alive[newest]) newest--;
+  while (oldest < newest && !alive[oldest]) oldest++;
+  Vf most = splat(-__builtin_inff()), sum = splat(0.0f);
+  for (int64_t t = 0; t < tiles; t += LANES) {
+    const Vf lane = Vf{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    Vf bias = by_age(age, splat((float)(newest - t)) - lane);
+    bias += select(lane == splat((float)(oldest - t)), splat(extra[SINK]), splat(0.0f));
+    bias += load(last + t) * splat(extra[LAST]) + load(mean + t) * splat(extra[MEAN]);
+    const Vf whole = select(load(alive + t) != splat(0), load(mass + t) + bias, splat(-__builtin_inff()));
+    store(mass + t, whole);
+    store(energy + t, load(energy + t) + bias);
+    most = larger(whole, most);
+  }
+  const float top = largest(most) > -__builtin_inff() ? largest(most) : 0.0f;
+  for (int64_t t = 0; t < tiles; t += LANES) sum += exp2((load(mass + t) - splat(top)) * splat(LOG2E));
+  float lse = top + __builtin_logf(total(sum));
+  if (call.sinks) {
+    const float sink = call.sinks[rows.head[r]], higher = sink > lse ? sink : lse;
+    lse = higher + __builtin_logf(__builtin_expf(lse - higher) + __builtin_expf(sink - higher));
   }
   for (int64_t t = 0; t < tiles; t += LANES) {
-    const Vf m = log_of(load(mass + t)) + load(peak + t);
-    const Vf e = log_of(load(energy + t)) * splat(0.5f) + load(peak + t);
-    store(mass + t, select(m > splat(LOWEST / 2), m, splat(0.0f)));
-    store(energy + t, select(e > splat(LOWEST / 2), e, splat(0.0f)));
+    const Vf y = load(energy + t) + splat(extra[OFFSET] - lse);
+    store(energy + t, select(y > splat(0.0f), splat(0.0f), y));  // in this order NaN stays
   }
 }
 
@@ -179,63 +219,48 @@ LAMP_INLINE void join_groups(float *score, float *weight, int64_t tiles, int64_t
 static void predict(const LampAttend &call, const Rows &rows, Ahead &ahead, char *memory) {
   const LampPredict &gate = *ahead.gate;
   const AheadSizes s = ahead_sizes(call, gate);
-  const int64_t tiles = ahead.last - ahead.first, per = call.subtile / gate.group, stride = s.score / 4;
-  float *mass = (float *)memory, *energy = mass + s.tile / 4, *peak = energy + s.tile / 4, *last = peak + s.tile / 4,
-        *mean = last + s.tile / 4, *bias = mean + s.tile / 4, *score = bias + s.tile / 4, *weight = score + rows.count * stride;
-  uint8_t *alive = (uint8_t *)(weight + stride);
+  const int64_t tiles = ahead.last - ahead.first, step = s.tile / 4;
+  float *last = (float *)memory, *mean = last + step, *mass = mean + step, *energy = mass + rows.count * step;
+  int32_t *alive = (int32_t *)(energy + rows.count * step);
+  Vf *score = (Vf *)(alive + rows.count * step);
   float *out = ahead.importance + ahead.first;
   for (int64_t t = 0; t < gate.tiles; t++) ahead.importance[t] = DEAD;
   if (tiles <= 0) return;
-  score_groups(call, rows, gate, ahead, score, stride, alive);
   const float *history = gate.history + ((rows.b * call.planes.kv_heads + rows.g) * gate.tiles + ahead.first) * 2;
   for (int64_t t = 0; t < tiles; t++) {
     last[t] = history[2 * t] + LEAST;
     mean[t] = history[2 * t + 1] + LEAST;
   }
-  for (int64_t t = tiles; t < tiles + LANES; t++) last[t] = mean[t] = mass[t] = energy[t] = peak[t] = 1;
+  for (int64_t t = tiles; t < tiles + LANES; t++) last[t] = mean[t] = 1;
+  Vf query[MOST_ROWS][RANK_PARTS];
+  project_rows(call, rows, gate, query);
   for (int64_t t = 0; t < tiles; t += LANES) {
+    Vf m[MOST_ROWS], e[MOST_ROWS];
+    Vi seen[MOST_ROWS];
+    const int there = (int)(tiles - t < LANES ? tiles - t : LANES);
+    const auto score_by = gate.rank <= LANES       ? score_tiles<1>
+                          : gate.rank <= 2 * LANES ? score_tiles<2>
+                          : gate.rank <= 3 * LANES ? score_tiles<3>
+                                                   : score_tiles<4>;
+    score_by(call, rows, gate, query, ahead.first + t, there, score, m, e, seen);
+    for (int r = 0; r < rows.count; r++) {
+      store(mass + r * step + t, m[r]);
+      store(energy + r * step + t, e[r]);
+      __builtin_memcpy(alive + r * step + t, &seen[r], sizeof seen[r]);
+    }
     store(last + t, log_of(load(last + t)));
     store(mean + t, log_of(load(mean + t)));
   }
   for (int r = 0; r < rows.count; r++) {
-    const uint8_t *live = alive + r * gate.tiles;
-    const float *age = gate.age + rows.head[r] * AGES, *extra = gate.extra + rows.head[r] * EXTRAS;
-    int64_t oldest = 0, newest = tiles - 1;
-    while (newest >= 0 && !live[newest]) newest--;
-    while (oldest < tiles && !live[oldest]) oldest++;
-    if (newest < 0) continue;
-    join_groups(score + r * stride, weight, tiles, per, mass, energy, peak);
-    float most = -__builtin_inff(), sum = 0;
+    const int32_t *live = alive + r * step;
+    float *y = energy + r * step;
+    predict_row(call, rows, ahead, r, last, mean, live, mass + r * step, y);
     for (int64_t t = 0; t < tiles; t += LANES) {
-      const Vf lane = Vf{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-      const Vf back = larger(splat((float)(newest - t)) - lane, splat(0.0f)) + splat(1.0f);
-      store(peak + t, smaller(log_of(back) * splat(LOG2E), splat((float)(AGES - 1))));
+      float x[LANES];
+      store(x, exp2(load(y + t) * splat(LOG2E)));
+      for (int64_t k = 0; k < LANES && t + k < tiles; k++)
+        if (live[t + k] && (x[k] > out[t + k] || x[k] != x[k])) out[t + k] = x[k];
     }
-    for (int64_t t = 0; t < tiles; t++) {
-      const int point = (int)peak[t], next = point + 1 < AGES ? point + 1 : point;
-      const float part = peak[t] - (float)point;
-      bias[t] = age[point] * (1 - part) + age[next] * part + (t == oldest ? extra[SINK] : 0.0f);
-      bias[t] += last[t] * extra[LAST] + mean[t] * extra[MEAN];
-      mass[t] = live[t] ? mass[t] + bias[t] : -__builtin_inff();
-      most = mass[t] > most ? mass[t] : most;
-    }
-    if (!(most > -__builtin_inff())) most = 0;
-    for (int64_t t = 0; t < tiles; t += LANES) {
-      const Vf w = exp2((load(mass + t) - splat(most)) * splat(LOG2E));
-      sum += total(select(below_lane(tiles - t), w, splat(0.0f)));
-    }
-    float lse = most + __builtin_logf(sum);
-    if (call.sinks) {
-      const float sink = call.sinks[rows.head[r]], top = sink > lse ? sink : lse;
-      lse = top + __builtin_logf(__builtin_expf(lse - top) + __builtin_expf(sink - top));
-    }
-    for (int64_t t = 0; t < tiles; t += LANES) {
-      const Vf y = load(energy + t) + load(bias + t) + splat(extra[OFFSET] - lse);
-      // In this order NaN stays.
-      store(energy + t, exp2(select(y > splat(0.0f), splat(0.0f), y) * splat(LOG2E)));
-    }
-    for (int64_t t = 0; t < tiles; t++)
-      if (live[t] && (energy[t] > out[t] || energy[t] != energy[t])) out[t] = energy[t];
   }
   for (int64_t t = tiles - 1; t >= 0; t--)
     if (out[t] != DEAD) {  // not whole yet: no summary speaks for it
