@@ -158,9 +158,9 @@ def predicted_row(
     ms = milliseconds(calls, repeats, device)
     live, all_tiles = counts[guard.LIVE], known.predicted.numel()
     report = {"exact_steps": float(known.trust[..., audit.EXACT].sum()), "dropped": float(known.trust[..., -1].sum())}
-    levels = known.levels(first, skip)
+    name, levels = f"network {refined:.0%}, skip {skipped:.0%}", known.levels(first, skip)
     return {
-        "name": f"network {refined:.0%}, skip {skipped:.0%}", "ms": ms, "refined_share": counts[guard.REFINED] / all_tiles,
+        "name": name, "ms": ms, "refined_share": counts[guard.REFINED] / all_tiles,
         "skipped_share": 1 - live / all_tiles, "error": _rivals.error(out, wanted),
         "error_to_reference": _rivals.error(out, {0: as_defined(first, levels)}), **report,
         "excess": float(known.trust[..., audit.EXCESS].max()), "expense": float(known.trust[..., audit.EXPENSE].max()),
