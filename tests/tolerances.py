@@ -133,6 +133,15 @@ CPU_KERNELS = {
 }
 """The compiled core for CPUs in place of these; there every token decides for itself, as in the reference."""
 
+PREDICTED = {
+    "output": Limit(1.5e-2, "as CPU_KERNELS' output, over few rows of which nearly all are cold in some cases"),
+    "state": Limit(3e-2, "the guard's mean error, over the square of an output that differs by CPU_KERNELS' output"),
+    "history": Limit(2e-5, "importance: an exponential of a float32 log-sum-exp of up to 10, polynomials for both"),
+    "trust": Limit(5e-5, "ratios of sums of squared importances"),
+    "steps": Limit(2e-3, "the same after 90 steps, each of which hears of the one before"),
+}
+"""A predicted step of the compiled core against the reference; relative."""
+
 
 def limits(native: bool) -> dict[str, Limit]:
     """Of one kind of kernels."""

@@ -60,7 +60,7 @@ def _audit(graph: Graph, site: AttentionSite, emit: Emitter) -> Node:
     return emit.call(
         OPS["audit"], predicted["q"], *(predicted[name] for name in PLANES[:3]), attend["levels"],
         the(graph, "look_ahead", site.name, "insert_guard"),
-        *(predicted[name] for name in ("predicted", "history", "trust")), select["tau"], select["state"],
-        *(predicted[name] for name in ("limit", "margin")), attend["balance"], *(attend[name] for name in SEEN),
+        *(predicted[name] for name in ("predicted", "history", "trust")),
+        *(select[name] for name in ("tau", "floor", "state")), *(predicted[name] for name in ("limit", "margin")), attend["balance"], *(attend[name] for name in SEEN),
         **attributes(look_ahead, *SHARED), **attributes(predicted, "trained", "skip"), site=site.name,
     )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -115,6 +117,58 @@ def test_a_prompt_is_judged_by_its_own_audit() -> None:
     importance, trust = step(torch.zeros_like(truth), audit.new(1, G), truth=truth)
     assert torch.equal(importance, truth)
     assert trust[0, 0, audit.EXACT] == 20
+
+
+def observed(predicted: Tensor, truth: Tensor, trust: Tensor, below: Tensor, lost: float) -> tuple[Tensor, Tensor]:
+    """One step that reads what it must: whether sub-tiles were left out ``[1, G, 1, T]``, and the new trust."""
+    terms = audit.Terms(
+        torch.full((G,), TAU),
+        guard.new_state(1, G),
+        torch.full((G,), 8.0),
+        torch.tensor([T * 32]),
+        4096,
+        32,
+        below,
+        lost,
+    )
+    use = audit.trusted(predicted, trust, terms.state, terms.length, 4096)
+    may = (use & ~audit.sees_all(trust))[..., None, None]
+    unread = may & (predicted <= below[..., None, None])
+    counted = audit.evidence_of(predicted, unread, trust, use, below)
+    known = torch.where(unread, predicted, truth)
+    new, _ = audit.judge(known, predicted, trust, dataclasses.replace(terms, counted=counted))
+    return unread, new
+
+
+def test_what_was_never_read_is_found_out_by_the_step_that_reads_all() -> None:
+    """A gate that hides what matters below the threshold of skipping: between the steps that read all nothing of it
+    can be known."""
+    hidden = exact()
+    hidden[..., 3:HOT] = 1e-6
+    trust, believed = audit.new(1, G), []
+    trust[..., audit.STEPS] = 5
+    below = torch.full((1, G), 1e-5)
+    for _ in range(3 * audit.WINDOW):
+        unread, trust = observed(hidden, exact(), trust, below, 0.05)
+        believed.append(bool((trust[..., audit.HELD] == 0).all()))
+        if believed[-1] and not bool((trust[..., audit.STEPS] == audit.WINDOW + 1).any()):
+            assert bool(unread.any())
+    # Steps 5 to 15 skip, step 16 reads all and drops it.
+    assert believed[: audit.WINDOW - 5] == [True] * (audit.WINDOW - 5)
+    assert not any(believed[audit.WINDOW - 4 :])
+    assert flags(trust) == [audit.WORDS[audit.MISSED]]
+
+
+def test_an_honest_gate_that_skips_is_believed_for_good() -> None:
+    truth = exact()
+    truth[..., HOT:] = 2e-6
+    trust, skipped = audit.new(1, G), 0
+    for _ in range(10 * audit.WINDOW):
+        unread, trust = observed(truth * 1.01, truth, trust, torch.full((1, G), 1e-5), 0.05)
+        skipped += int(unread.any())
+    assert skipped == 10 * (audit.WINDOW - 1), "one step of each window reads all"
+    assert not flags(trust)
+    assert (trust[..., audit.EXACT] == 0).all()
 
 
 def test_skipping_more_than_the_budget_drops_the_gate() -> None:

@@ -17,7 +17,8 @@ from lamp_compile.errors import OptionError, PlanError
 from lamp_compile.frontends.huggingface import route
 from lamp_compile.quality import load
 from lamp_compile.quality.network.row import served
-from lamp_compile.runtime import guard
+from lamp_compile.runtime import guard, kernel_notes, kernels
+from lamp_compile.runtime.kernels import cpu
 from lamp_compile.runtime.network import audit
 from tests.huggingface import reference as tiny
 from tests.network.conftest import Forced, compiled, divergence
@@ -52,7 +53,7 @@ def test_the_packaged_network_decodes_as_well(
     assert float(divergence(truth, got).mean()) < 2 * float(exact_kl.mean())
     notes = "\n".join(fast.lamp.report().notes)
     assert f"a look-ahead network predicts {', '.join(names)}" in notes
-    assert "takes none from outside" in notes or "take none from outside" in notes
+    assert "no kernel for" not in notes
 
 
 def test_always_unimportant_is_found_out_and_the_error_stays_bounded(
@@ -173,7 +174,15 @@ def compiled_bytes(model: Any, cache: Any) -> int:
     return int(plain.nbytes)
 
 
-def test_a_graph_holds_the_prediction_as_nodes(model: Any, ids: Tensor, packaged: Path, fresh_graphs: None) -> None:
+@pytest.mark.parametrize("kernel", [True, False])
+def test_a_graph_holds_the_prediction_as_nodes(
+    kernel: bool, model: Any, ids: Tensor, packaged: Path, fresh_graphs: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one operator where a kernel serves it, otherwise as those of the reference."""
+    if kernel and cpu.why_not() is not None:
+        pytest.skip(str(cpu.why_not()))
+    if not kernel:
+        monkeypatch.setattr(kernels, "why_not_predicted", lambda *args: "switched off here")
     fast = compiled(model, packaged)
     backend = lamp_compile.backend(plan=route.decode_plan(fast), controls=fast.lamp.controls, lower="eager")
     one, two = filled(fast, ids, 200), filled(fast, ids, 200)
@@ -185,9 +194,15 @@ def test_a_graph_holds_the_prediction_as_nodes(model: Any, ids: Tensor, packaged
     report = backend.reports[0]
     assert len(report.rewritten) == 4
     first = next(site for site in report.rewritten if site in served(fast.lamp.plan))
-    assert any("a network predicts" in note for note in report.notes)
-    if first == report.rewritten[0]:
-        order = [report.after.index(f"lamp.{op}(") for op in ("predict", "look_ahead", "arbitrate", "select", "attend")]
+    parts = ("predict", "look_ahead", "arbitrate", "select", "attend", "guard", "audit")
+    if kernel:
+        assert "lamp.fused_predicted(" in report.after
+        assert not any(f"lamp.{op}(" in report.after for op in parts)
+        assert not any(note.startswith(kernel_notes.START) for note in report.notes)
+    else:
+        assert any("switched off here" in note for note in report.notes)
+        order = [report.after.index(f"lamp.{op}(") for op in parts]
+        assert first == report.rewritten[0]
         assert order == sorted(order)
     for name, tensor in network_tensors(two).items():
         assert torch.allclose(tensor, network_tensors(one)[name], atol=1e-3), name

@@ -10,6 +10,7 @@ from lamp_compile.frontends.huggingface.sites import ProbedSite
 from lamp_compile.report import Report
 from lamp_compile.runtime import kernel_notes
 from lamp_compile.runtime.kv_cache import CacheSpec
+from lamp_compile.runtime.network import audit
 
 ALWAYS = (
     "torch.compile(model, backend='lamp').generate(...) compiles nothing: generate belongs to the model inside; "
@@ -45,12 +46,20 @@ def notes_for(spec: CacheSpec, sites: tuple[ProbedSite, ...], graphs: Iterable[R
 
 
 def _predicted(spec: CacheSpec) -> list[str]:
-    """Which sites a network predicts."""
-    names = [layer.plan.name for layer in spec.layers if layer is not None and layer.network is not None]
-    if not names:
+    """Which sites a network predicts, and which of them may skip."""
+    layers = [layer for layer in spec.layers if layer is not None and layer.network is not None]
+    if not layers:
         return []
-    return [f"a look-ahead network predicts {', '.join(names)} when one token is decoded; prompts, and slots "
-            "(generate_many), are looked at exactly"]  # fmt: skip
+    names = ", ".join(layer.plan.name for layer in layers)
+    notes = [f"a look-ahead network predicts {names} when one token is decoded; prompts, and slots "
+             "(generate_many), are looked at exactly"]  # fmt: skip
+    skips = [
+        f"{layer.plan.name} {layer.network.skip:g}" for layer in layers if layer.network and layer.network.skip > 0
+    ]
+    if skips:
+        notes.append(f"sub-tiles are skipped, within these masses of the softmax: {', '.join(skips)}; one step in "
+                     f"{audit.WINDOW} reads all")  # fmt: skip
+    return notes
 
 
 def _why_no_kernel(spec: CacheSpec, site: ProbedSite) -> str | None:

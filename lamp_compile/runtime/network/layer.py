@@ -118,10 +118,11 @@ class NetworkLayer(NestedLayer):
         return out if compiling else inference_only(out, q)
 
     def _predict(self, q: Tensor, seen: tuple[Tensor | None, ...], exact: Tensor | None, **how: Any) -> Tensor:
-        plan = self.plan
+        plan, room = self.plan, self.max_cache_len
         found: Tensor = torch.ops.lamp.predict(
-            q, self.summary, self.history, *self._now[:4], exact, self.balance, *seen, **how, keys=self.max_cache_len, rotation=plan.rotation, query_bits=plan.query_bits,
-            subtile=plan.subtile, room=self.max_cache_len, pages=self.max_cache_len // plan.tile, site=self.name,
+            q, self.summary, self.history, *self._now[:4], exact, self.balance, *seen, **how, keys=room,
+            rotation=plan.rotation, query_bits=plan.query_bits, subtile=plan.subtile, room=room,
+            pages=room // plan.tile, site=self.name,
         )  # fmt: skip
         return found
 

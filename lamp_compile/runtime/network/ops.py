@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lamp_compile.ir import Precision
-from lamp_compile.runtime import checks, kernels, layout, ops, reference
+from lamp_compile.ir import Floor, Precision
+from lamp_compile.runtime import checks, guard, kernels, layout, ops, reference
 from lamp_compile.runtime.attend_in_parts import SCORES
 from lamp_compile.runtime.network import audit, gate, predict
 
@@ -46,9 +46,9 @@ SCHEMAS = {
     # What the step's own weights say of the prediction: the new history and trust. `state` is that before the step.
     "audit": (
         "(Tensor q, Tensor k_high, Tensor k_residual, Tensor k_scale, Tensor levels, Tensor exact, Tensor predicted, "
-        "Tensor history, Tensor trust, Tensor tau, Tensor state, Tensor limit, Tensor margin, Tensor? balance, "
-        f"{ops._LIVE}, *, {ops._SHAPE}, str k_format, str rotation, int query_bits, int subtile, int trained, "
-        "float skip, str site) -> (Tensor, Tensor)"
+        "Tensor history, Tensor trust, Tensor tau, Tensor floor, Tensor state, Tensor limit, Tensor margin, "
+        f"Tensor? balance, {ops._LIVE}, *, {ops._SHAPE}, str k_format, str rotation, int query_bits, int subtile, "
+        "int trained, float skip, str site) -> (Tensor, Tensor)"
     ),
     # The meeting point: attention.cached of a site whose importance was predicted. The passes expand it.
     "attention.predicted": (
@@ -111,6 +111,7 @@ def _audit(
     history: Tensor,
     trust: Tensor,
     tau: Tensor,
+    floor: Tensor,
     state: Tensor,
     limit: Tensor,
     margin: Tensor,
@@ -146,8 +147,11 @@ def _audit(
     terms = audit.Terms(tau, state, limit, length, trained, subtile, below, skip)
     use = audit.trusted(predicted, trust, state, length, trained)
     known = reference.final_importance(q, k, levels, balance, visible, scores, k_format, subtile)
-    unread = levels == Precision.SKIP  # of these the prediction stands, also where no key is live
-    known = torch.where(use[..., None, None], torch.where(unread, predicted, known), exact)
+    unread = levels == Precision.SKIP
+    # A head that is not believed is known by its exact look-ahead, of which there is none where all is refined anyway.
+    refined = torch.maximum(floor.reshape(-1, floor.shape[-1]), state[..., guard.FLOOR]) >= Floor.BOTH
+    known = torch.where((use | refined)[..., None, None], known, exact)
+    known = torch.where(unread, torch.where(use[..., None, None], predicted, exact), known)
     counted = audit.evidence_of(predicted, unread, trust, use, below)
     new_trust, _ = audit.judge(known, predicted, trust, replace(terms, counted=counted))
     return gate.histories(known, history)[1], new_trust
@@ -210,7 +214,7 @@ def attend_arbitrated(
     )  # fmt: skip
     if one:
         new_history, new_trust = torch.ops.lamp.audit(
-            q, *planes[:3], levels, exact, predicted, history, trust, tau, state, limit, margin, *seen,
+            q, *planes[:3], levels, exact, predicted, history, trust, tau, floor, state, limit, margin, *seen,
             trained=trained, skip=options["skip"], **common,
         )  # fmt: skip
     return out, new_state, new_stats, new_history, new_trust

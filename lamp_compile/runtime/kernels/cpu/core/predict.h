@@ -36,7 +36,7 @@ LAMP_INLINE AheadSizes ahead_sizes(const LampAttend &call, const LampPredict &ga
   return s;
 }
 
-// Natural logarithm of positive numbers, NaN for NaN: the polynomial of Cephes' logf.
+// Natural logarithm of positive numbers, NaN for all others: the polynomial of Cephes' logf.
 LAMP_INLINE Vf log_of(Vf x) {
   const Vi u = (Vi)x, e = (u - splat(0x3f3504f3)) >> 23;
   const Vf f = bits(u - (e << 23)) - splat(1.0f), z = f * f, n = floats(e);
@@ -50,7 +50,7 @@ LAMP_INLINE Vf log_of(Vf x) {
   p = p * f + splat(-2.4999993993e-1f);
   p = p * f + splat(3.3333331174e-1f);
   p = p * f * z + n * splat(-2.12194440e-4f) - splat(0.5f) * z;
-  return select(x == x, f + p + n * splat(0.693359375f), x);
+  return select(x > splat(0.0f), f + p + n * splat(0.693359375f), splat(__builtin_nanf("")));
 }
 
 // Sixteen of `left` numbers from `at` on, zeros behind the last; never reads past it.

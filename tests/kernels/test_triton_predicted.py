@@ -10,7 +10,7 @@ import torch
 from lamp_compile.ir import Precision
 from lamp_compile.runtime import formats
 from lamp_compile.runtime.network import audit
-from tests.kernels import calls, predicted
+from tests.kernels import calls, predicted, triton_predicted
 from tests.kernels.test_decode import (
     LAUNCHES,
     check_certificate,
@@ -65,10 +65,10 @@ CASES = {
 }  # fmt: skip
 
 
-def check(step: predicted.Step, device: torch.device) -> predicted.Outcome:
+def check(step: predicted.Step, device: torch.device) -> triton_predicted.Outcome:
     """Kernels against the reference."""
-    levels = predicted.levels_of(step)
-    got, wanted = predicted.by_kernels(step, device), predicted.by_reference(step)
+    levels = triton_predicted.levels_of(step)
+    got, wanted = triton_predicted.by_kernels(step, device), predicted.by_reference(step)
     assert torch.equal(got.stats, wanted.stats)
     rounding = 0.0 if step.call.q.dtype == torch.float32 else ARITHMETIC[step.call.q.dtype].relative
     cold = bool((levels == Precision.HIGH).any())
@@ -91,13 +91,13 @@ def by_both_planes(step: predicted.Step) -> torch.Tensor:
     tau, floor, _, state, _ = step.call.hot
     refined = (torch.maximum(state[..., 1], floor.expand_as(state[..., 1])) >= 1) | (tau.expand_as(state[..., 1]) <= 0)
     length = torch.full((1,), step.call.keys) if step.call.seen[4] is None else step.call.seen[4]
-    return refined & ~audit.trusted(step.predicted(), step.trust, state, length, step.options["trained"])
+    return refined & ~audit.trusted(predicted.predicted(step), step.kept[2], state, length, step.options["trained"])
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_do_what_the_reference_does(name, triton_device):
     case = CASES[name]
-    check(predicted.make(**{"batch": 2, **case}), triton_device)
+    check(triton_predicted.make(**{"batch": 2, **case}), triton_device)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_kernels_do_what_the_reference_does(name, triton_device):
 )
 def test_however_the_call_is_cut(name, case, triton_device, monkeypatch):
     calls.use_launch(monkeypatch, refine_programs=64, **LAUNCHES[name])
-    check(predicted.make(**{"keys": 400, "batch": 2, **CASES[case], "heads": 2}), triton_device)
+    check(triton_predicted.make(**{"keys": 400, "batch": 2, **CASES[case], "heads": 2}), triton_device)
 
 
 def test_several_parts_of_a_prediction(triton_device, monkeypatch):
@@ -115,61 +115,61 @@ def test_several_parts_of_a_prediction(triton_device, monkeypatch):
     monkeypatch.setattr(decode_predicted, "PART", 1)
     monkeypatch.setattr(decode_predicted, "LIST_CHUNK", 16)
     how = {"keys": 1200, "batch": 1, "heads": 2, "kv_heads": 1, "skip": 0.3, "share": 0.1}
-    check(predicted.make(**how), triton_device)
-    check(predicted.make(**how, mask=random_mask(1, 2, 1, 1200, share=0.01)), triton_device)
+    check(triton_predicted.make(**how), triton_device)
+    check(triton_predicted.make(**how, mask=random_mask(1, 2, 1, 1200, share=0.01)), triton_device)
 
 
 def test_what_is_not_needed_is_not_read(triton_device):
     """Of skipped sub-tiles nothing, of cold ones no residual: neither changes a bit. What is read does."""
-    step = predicted.make(keys=400, batch=1, skip=2.0, share=0.1)
-    levels = predicted.levels_of(step)[:, :, 0]
+    step = triton_predicted.make(keys=400, batch=1, skip=2.0, share=0.1)
+    levels = triton_predicted.levels_of(step)[:, :, 0]
     counts = [int((levels == level).sum()) for level in (Precision.SKIP, Precision.HIGH, Precision.BOTH)]
     assert min(counts) > 1, counts
 
-    def spoilt(high: torch.Tensor, residual: torch.Tensor) -> predicted.Outcome:
+    def spoilt(high: torch.Tensor, residual: torch.Tensor) -> triton_predicted.Outcome:
         """What a step leaves whose planes hold something else at these sub-tiles."""
         planes = tuple(plane.clone() for plane in step.call.planes)
         for index, plane in enumerate(planes):
             tiled = plane.unflatten(2, (-1, 32)) if plane.dim() == 3 else plane
             tiled[residual if index in (1, 4) else high] = torch.nan if plane.dtype == torch.float16 else 0x77
-        return predicted.by_kernels(replace(step, call=replace(step.call, planes=planes)), triton_device)
+        return triton_predicted.by_kernels(triton_predicted.with_planes(step, planes), triton_device)
 
-    before = predicted.by_kernels(step, triton_device)
+    before = triton_predicted.by_kernels(step, triton_device)
     after = spoilt(levels == Precision.SKIP, levels != Precision.BOTH)
-    for name, value in before.tensors().items():
-        assert torch.equal(value, after.tensors()[name]), name
+    assert before.same(after)
     assert not torch.equal(spoilt(levels == Precision.SKIP, levels == Precision.BOTH).out, before.out)
     assert spoilt(levels == Precision.HIGH, levels != Precision.BOTH).out.isnan().any()
 
 
 def test_pages_in_any_order_change_nothing(triton_device):
     lengths = torch.tensor([150, 66])
-    step = predicted.make(lengths=lengths, causal="bottom_right", skip=0.3, trust=HELD_OFF, heads=2)
+    step = triton_predicted.make(lengths=lengths, causal="bottom_right", skip=0.3, trust=HELD_OFF, heads=2)
     plain = check(step, triton_device)
     call = in_pool(step.call)
     pool = torch.full((1, 2, call.planes[0].shape[2] * 4, 16), 77.0, dtype=torch.float16)
     for b, row in enumerate(call.seen[5]):
         for page, place in enumerate(row.tolist()):
             if place >= 0:
-                pool[0, :, place * 4 : place * 4 + 4] = step.summary[b, :, page * 4 : page * 4 + 4]
+                pool[0, :, place * 4 : place * 4 + 4] = step.kept[0][b, :, page * 4 : page * 4 + 4]
     options = {**step.options, "pages": call.planes[0].shape[2]}
-    paged = predicted.by_kernels(replace(step, call=call, summary=pool, options=options), triton_device)
-    for name, value in plain.tensors().items():
-        assert torch.equal(value, paged.tensors()[name]), name
+    paged = triton_predicted.by_kernels(
+        replace(step, call=call, kept=(pool, *step.kept[1:]), options=options), triton_device
+    )
+    assert plain.same(paged)
 
 
 @pytest.mark.parametrize("liar", ["nothing matters", "everything does"])
 def test_a_gate_that_lies_is_dropped_when_the_reference_drops_it(liar, triton_device):
     """Over the step that sees all, near its limit."""
     near = {audit.STEPS: 15.0, audit.EXCESS: 2.0, audit.EXPENSE: 2.42}
-    step = predicted.make(keys=500, batch=1, heads=2, kv_heads=1, skip=0.05, sharpness=2.0, trust=near)
+    step = triton_predicted.make(keys=500, batch=1, heads=2, kv_heads=1, skip=0.05, sharpness=2.0, trust=near)
     step.call.hot[0].copy_(calls.between(calls.importance_of(step.call), 0.03))
-    step.weights["extra"][:, 1] = -30.0 if liar == "nothing matters" else 30.0
-    step.weights["limit"].fill_(3.0)
+    step.weights[triton_predicted.EXTRA][:, 1] = -30.0 if liar == "nothing matters" else 30.0
+    step.weights[triton_predicted.LIMIT].fill_(3.0)
     dropped = []
     for _ in range(3):
         got = check(step, triton_device)
-        step = predicted.after(step, got)
+        step = step.after(got)
         dropped.append(bool(got.trust[..., audit.DROPPED].all()))
     assert (dropped[0], dropped[-1]) == (False, True), dropped
     bit = audit.MISSED if liar == "nothing matters" else audit.LAVISH
@@ -179,9 +179,9 @@ def test_a_gate_that_lies_is_dropped_when_the_reference_drops_it(liar, triton_de
 
 def test_a_gate_that_is_no_number_is_not_used(triton_device):
     """One head of it: the kv head goes by the exact look-ahead, the other as before."""
-    step = predicted.make()
+    step = triton_predicted.make()
     plain = check(step, triton_device)
-    step.weights["age"][3] = torch.nan
+    step.weights[triton_predicted.AGE][3] = torch.nan
     got = check(step, triton_device)
     assert got.trust[:, 1, audit.FLAGS].eq(audit.NO_NUMBER).all()
     assert got.trust[:, 0, audit.FLAGS].eq(0).all()
@@ -190,9 +190,9 @@ def test_a_gate_that_is_no_number_is_not_used(triton_device):
 
 @pytest.mark.parametrize("trust", [{}, HELD_OFF])
 def test_a_key_that_is_no_number_leaves_no_trace_in_the_history(trust, triton_device):
-    step = predicted.make(trust=trust)
+    step = triton_predicted.make(trust=trust)
     step.call.planes[2][0, 0, 70] = torch.nan
-    got, wanted = predicted.by_kernels(step, triton_device), predicted.by_reference(step)
+    got, wanted = triton_predicted.by_kernels(step, triton_device), predicted.by_reference(step)
     assert got.out[0, :2].isnan().all()
     assert not got.out[0, 2:].isnan().any()
     assert got.history.isfinite().all()
@@ -202,12 +202,12 @@ def test_a_key_that_is_no_number_leaves_no_trace_in_the_history(trust, triton_de
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CPU tensors go to the compiled core")
 def test_the_operator_is_these_kernels(triton_device):
-    step = predicted.make(skip=0.3)
+    step = triton_predicted.make(skip=0.3)
     q, planes, hot, balance, seen, _ = step.call.arguments(triton_device)
     kept = [x.to(triton_device) for x in step.kept]
-    weights = [step.weights[name].to(triton_device) for name in predicted.WEIGHTS]
+    weights = [x.to(triton_device) for x in step.weights]
     out = torch.ops.lamp.fused_predicted(q, *planes, *hot, balance, *seen, *kept, *weights, **step.options)
-    wanted = predicted.by_kernels(step, triton_device)
+    wanted = triton_predicted.by_kernels(step, triton_device)
     for got, name in zip((out, *hot[3:], *kept[1:]), ("out", "state", "stats", "history", "trust"), strict=True):
         assert torch.equal(got.cpu(), getattr(wanted, name)), name
 
