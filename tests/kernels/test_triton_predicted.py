@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lamp_compile.ir import Precision
-from lamp_compile.runtime import formats
+from lamp_compile.runtime import formats, guard
 from lamp_compile.runtime.network import audit
 from tests.kernels import calls, predicted, triton_predicted
 from tests.kernels.test_decode import (
@@ -69,7 +69,7 @@ def check(step: predicted.Step, device: torch.device) -> triton_predicted.Outcom
     """Kernels against the reference."""
     levels = triton_predicted.levels_of(step)
     got, wanted = triton_predicted.by_kernels(step, device), predicted.by_reference(step)
-    assert torch.equal(got.stats, wanted.stats)
+    assert torch.equal(got.stats[..., : guard.RAISED], wanted.stats[..., : guard.RAISED])
     rounding = 0.0 if step.call.q.dtype == torch.float32 else ARITHMETIC[step.call.q.dtype].relative
     cold = bool((levels == Precision.HIGH).any())
     assert calls.worst(got.out, wanted.out) <= KERNELS["rows" if cold else "refined"].bound + rounding
@@ -121,7 +121,7 @@ def test_several_parts_of_a_prediction(triton_device, monkeypatch):
 
 def test_what_is_not_needed_is_not_read(triton_device):
     """Of skipped sub-tiles nothing, of cold ones no residual: neither changes a bit. What is read does."""
-    step = triton_predicted.make(keys=400, batch=1, skip=2.0, share=0.1)
+    step = triton_predicted.make(keys=400, batch=1, skip=20.0, share=0.2)
     levels = triton_predicted.levels_of(step)[:, :, 0]
     counts = [int((levels == level).sum()) for level in (Precision.SKIP, Precision.HIGH, Precision.BOTH)]
     assert min(counts) > 1, counts
