@@ -40,7 +40,7 @@ SKIPS = "0,0.2,0.5"
 SPAN = 8
 LEAST = 1e-9
 """Importance below this is called that: summaries are float16, of logarithms."""
-LOSS = 4.0
+LOSS = 100.0
 """Softmax mass that the plan allows to be skipped: more than there is, for what counts here is the share skipped."""
 
 
@@ -74,11 +74,9 @@ class Known:
         weights["query_bias"][:, 0] = math.sqrt(dim)
         # A group's four equal scores: half the mass is the energy; and importances do not add up to 1 as masses do.
         weights["extra"][:, gate.OFFSET] = (2 * true.sum(-1).mean(0)).log().repeat_interleave(heads // kv_heads)
-        trust = audit.new(batch, kv_heads, device)
-        trust[..., audit.STEPS] = (torch.arange(batch * kv_heads, device=device) % audit.WINDOW).reshape(batch, -1)
         made = Known(
             Attention(first), [summary] + [summary.clone() for _ in sets[1:]], weights,
-            torch.zeros(batch, kv_heads, true.shape[2], 2, **like), trust, true,
+            torch.zeros(batch, kv_heads, true.shape[2], 2, **like), audit.new(batch, kv_heads, device), true,
         )  # fmt: skip
         made.predicted = torch.cat([made.predict(first, b) for b in range(batch)])
         return made
@@ -105,13 +103,13 @@ class Known:
         self.weights["margin"].copy_(LOSS / (tiles * math.sqrt(SUBTILE) * below))
         return LOSS
 
-    def __call__(self, inputs: Inputs, index: int, skip: float) -> Tensor:
+    def __call__(self, inputs: Inputs, index: int, skip: float, launch: str = "") -> Tensor:
         room, hot = inputs.k.shape[2], self.hot
         weights = [self.weights[name] for name in ("query", "query_bias", "age", "extra", "limit", "margin")]
         out: Tensor = torch.ops.lamp.fused_predicted(
             inputs.q, *inputs.planes, hot.tau, hot.floor, hot.budget, hot.state, hot.stats, None, None, None, None,
             None, inputs.lengths, None, self.summaries[index], self.history, self.trust, *weights, **SHAPE, keys=room,
-            **STORE, **RULE, **GUARD, trained=room, skip=skip, room=room, pages=room // TILE,
+            **STORE, **RULE, **GUARD, trained=room, skip=skip, room=room, pages=room // TILE, launch=launch,
         )  # fmt: skip
         return out
 
@@ -148,7 +146,8 @@ def predicted_row(
     """A row of the network at a share refined and a share skipped."""
     refined, skipped = shares
     skip, first, device = known.choose(refined, skipped), sets[0], sets[0].q.device
-    steps = known.trust[..., audit.STEPS].clone()
+    steps = torch.arange(known.trust[..., 0].numel(), device=device).reshape(known.trust.shape[:2]) % audit.WINDOW
+    known.trust.zero_()
     known.trust[..., audit.STEPS] = 1.0  # a step that may skip
     known.hot.stats.zero_()
     out = known(first, 0, skip)
@@ -210,8 +209,16 @@ def one_case(case: Case, shape: Shape, args: argparse.Namespace, bandwidth: floa
         if bf16 and "ms" in row:
             row["ratio_to_bf16"] = bf16 / row["ms"]
     if args.profile:
-        known.choose(args.shares[-1], args.skips[-1])
-        profile(lambda: known(inputs, 0, LOSS if args.skips[-1] else 0.0), device)
+        for share, skipped in ((args.shares[-1], args.skips[0]), (args.shares[0], args.skips[-1])):
+            skip = known.choose(share, skipped)
+            known.trust.zero_()
+            known.trust[..., audit.STEPS] = 1.0
+            print(f"{case.name}, {share:.0%} refined, {skipped:.0%} skipped, without overlap")
+            profile(lambda s=skip: known(inputs, 0, s, '{"dependent": 0}'), device)
+        print(f"{case.name}, exact look-ahead, {args.shares[-1]:.0%} refined")
+        op = Attention(inputs)
+        op.impose(inputs, args.shares[-1], ranked)
+        profile(lambda: op(inputs), device)
     return rows
 
 
@@ -222,12 +229,12 @@ def profile(call: Any, device: torch.device) -> None:
 
     call()
     with recorded(activities=[ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]) as found:
-        for _ in range(20):
+        for _ in range(12):
             call()
         if device.type == "cuda":
             torch.cuda.synchronize()
-    for event in sorted(found.key_averages(), key=lambda e: -e.device_time_total)[:12]:
-        print(f"    {event.key[:40]:40s} {event.device_time_total / 20:9.2f} us")
+    for event in sorted(found.key_averages(), key=lambda e: -e.device_time_total)[:9]:
+        print(f"    {event.key[:40]:40s} {event.device_time_total / 12:9.2f} us")
 
 
 def line(row: dict[str, Any]) -> str:

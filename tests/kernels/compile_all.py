@@ -31,7 +31,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "predicted, paged": {"paged": True, "rank": 16},
 }
 KERNELS = ("prepare_query", "look_ahead", "refine", "merge", "guard_step")
-AROUND = ("predict_parts", "list_subtiles", "audit_step")
+AROUND = ("predict_parts", "list_subtiles", "merge_and_audit", "trust_and_guard")
 """Kernels that only a predicted step launches."""
 READERS = ("look_ahead", "refine")
 EVERYWHERE, ON_SM_90 = ("plain", "predicted"), tuple(CALLS)

@@ -114,6 +114,7 @@ def test_several_parts_of_a_prediction(triton_device, monkeypatch):
 
     monkeypatch.setattr(decode_predicted, "PART", 1)
     monkeypatch.setattr(decode_predicted, "LIST_CHUNK", 16)
+    monkeypatch.setattr(decode_predicted, "AUDIT_CHUNK", 16)
     how = {"keys": 1200, "batch": 1, "heads": 2, "kv_heads": 1, "skip": 0.3, "share": 0.1}
     check(triton_predicted.make(**how), triton_device)
     check(triton_predicted.make(**how, mask=random_mask(1, 2, 1, 1200, share=0.01)), triton_device)

@@ -246,17 +246,23 @@ def read(call: Call, scratch: Scratch, first_block: int, listed: Listed | None) 
 
 def join(call: Call, scratch: Scratch, first_block: int, results: Results) -> None:
     """The launch that joins the partial results."""
+    merge[(call.rows(first_block)["GROUP"] * call.cut.tokens, *scratch.q8.shape[:2])](
+        **joining(call, scratch, first_block, results), COUNTS=results.counts[:, first_block:]
+    )
+
+
+def joining(call: Call, scratch: Scratch, first_block: int, results: Results) -> dict[str, Any]:
+    """What ``merge`` is given, but for its counts."""
     cut, q, launch, sinks, value_dim = call.cut, call.q, call.cut.launch, call.seen[2], results.out.shape[-1]
-    rows, value_width = call.rows(first_block), triton.next_power_of_2(value_dim)
-    merge[(rows["GROUP"] * cut.tokens, *scratch.q8.shape[:2])](
-        scratch.partial, scratch.meta, scratch.rowinfo, sinks, call.signs(value_dim), results.out, results.lse,
-        results.certificate, results.evidence, results.counts[:, first_block:],
-        heads=q.shape[1], all_blocks=cut.blocks, root=value_dim**-0.5, **rows, **call.sums(), DIM=q.shape[-1],
-        VALUE_DIM=value_dim, VP=value_width, SEGMENTS_P2=triton.next_power_of_2(cut.segments),
-        CHUNK=min(launch.merge_chunk, triton.next_power_of_2(cut.segments)), COLUMNS=min(value_width, 64),
-        ROTATE=call.rotates, HAS_SINKS=sinks is not None, **call.dependent(),
-        num_warps=launch.merge_warps,
-    )  # fmt: skip
+    value_width, segments = triton.next_power_of_2(value_dim), triton.next_power_of_2(cut.segments)
+    return {
+        "PARTIAL": scratch.partial, "META": scratch.meta, "ROWINFO": scratch.rowinfo, "SINKS": sinks,
+        "SIGNS": call.signs(value_dim), "OUT": results.out, "LSE": results.lse, "CERTIFICATE": results.certificate,
+        "EVIDENCE": results.evidence, "heads": q.shape[1], "all_blocks": cut.blocks, "root": value_dim**-0.5,
+        **call.rows(first_block), **call.sums(), "DIM": q.shape[-1], "VALUE_DIM": value_dim, "VP": value_width,
+        "SEGMENTS_P2": segments, "CHUNK": min(launch.merge_chunk, segments), "COLUMNS": min(value_width, 64),
+        "ROTATE": call.rotates, "HAS_SINKS": sinks is not None, **call.dependent(), "num_warps": launch.merge_warps,
+    }  # fmt: skip
 
 
 def guard_arguments(call: Call, results: Results) -> tuple[Tensor, ...]:

@@ -4,7 +4,7 @@ depends on data stays on the device: lists have room for all sub-tiles, and thei
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,17 +12,23 @@ import triton
 from torch import Tensor
 
 from lamp_compile.runtime.kernels import decode
-from lamp_compile.runtime.kernels.audit_step import audit_step
+from lamp_compile.runtime.kernels.audit_step import merge_and_audit, trust_and_guard
 from lamp_compile.runtime.kernels.decode import Call, Listed, Results, Scratch
 from lamp_compile.runtime.kernels.predict import list_subtiles, predict_parts
 from lamp_compile.runtime.kernels.result import Result
+from lamp_compile.runtime.kernels.targets import Cut
 from lamp_compile.runtime.network import audit
 from lamp_compile.runtime.network import gate as gates
 
-PART = 8192
-"""Numbers of summaries that one program of ``predict_parts`` reads."""
-LIST_CHUNK = 1024
-"""Sub-tiles that one program lists, or audits, at a time."""
+PART = 64
+"""Sub-tiles of one program of ``predict_parts``."""
+LIST_CHUNK = 4096
+"""Sub-tiles that a program lists at a time."""
+AUDIT_CHUNK = 256
+"""Sub-tiles of one program of the audit."""
+LISTED_STEPS = 32
+"""Steps of the look-ahead's loop in one program at most. Lists differ in length, and one step in sixteen skips nothing:
+programs of as many steps for all, of which short lists fill fewer, end at one time."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ class Gate:
 
     @property
     def padded_rank(self) -> int:
-        return max(2, int(triton.next_power_of_2(self.rank)))
+        return max(16, int(triton.next_power_of_2(self.rank)))
 
 
 def decode_predicted(
@@ -69,7 +75,7 @@ def decode_predicted(
         options: The keyword arguments of ``lamp::fused_predicted``.
     """
     call, results = decode.begin(q, planes, hot, balance, seen, options)
-    gate = gate.contiguous()
+    call, gate = replace(call, cut=_even(call.cut)), gate.contiguous()
     scratch = decode.room_for(call, 1)
     lead, device = (call.heads, call.cut.subtiles), q.device
     projected = torch.empty(call.heads, call.cut.rows, gate.padded_rank, dtype=torch.float32, device=device)
@@ -83,9 +89,15 @@ def decode_predicted(
     decode.prepare(call, scratch, 0, _projection(call, gate, projected))
     _predict(call, gate, projected, listed, predicted)
     decode.read(call, scratch, 0, listed)
-    decode.join(call, scratch, 0, results)
-    _audit(call, scratch, results, gate, listed, predicted)
+    _join_and_audit(call, scratch, results, gate, listed, predicted)
     return Result(results.out, results.lse, results.certificate)
+
+
+def _even(cut: Cut) -> Cut:
+    """Programs of the look-ahead that have the same number of steps, whatever the list's length."""
+    steps = triton.cdiv(cut.subtiles, cut.pack)
+    splits = max(cut.splits, min(cut.launch.most_splits, triton.cdiv(steps, LISTED_STEPS)))
+    return replace(cut, splits=splits, least_steps=triton.cdiv(steps, splits))
 
 
 def _projection(call: Call, gate: Gate, projected: Tensor) -> dict[str, Any]:
@@ -123,8 +135,8 @@ def _predict(call: Call, gate: Gate, projected: Tensor, listed: Listed, predicte
     rows = {name: call.rows(0)[name] for name in ("kv_heads", "GROUP", "GP")}
     in_planes = call.planes[0].shape[2] * keys["TILE"]
     spans = keys["BN"] * gate.summary.shape[2] // in_planes
-    chunk = max(16, min(128, PART // (spans * gate.padded_rank), int(triton.next_power_of_2(subtiles))))
-    chunks = triton.cdiv(subtiles, chunk)
+    chunk = max(16, min(PART, int(triton.next_power_of_2(subtiles))))
+    chunks, listing = triton.cdiv(subtiles, chunk), _power(subtiles, LIST_CHUNK)
     made: dict[str, Any] = {"dtype": torch.float32, "device": call.q.device}
     found = torch.empty(call.heads, subtiles, call.cut.rows, **made)
     parts = torch.empty(call.heads, chunks, 4, call.cut.rows, **made)
@@ -132,21 +144,23 @@ def _predict(call: Call, gate: Gate, projected: Tensor, listed: Listed, predicte
         projected, gate.summary, gate.history, gate.age, gate.extra, call.seen[0], FOUND=found, PARTS=parts,
         **_live(call), mask_b=keys["mask_b"], mask_h=keys["mask_h"], mask_key=keys["mask_key"],
         **_pages(call), **rows, subtiles=subtiles, tiles=gate.history.shape[2], summary_groups=gate.summary.shape[2],
-        scale=call.scale, SPANS=spans, RANK=gate.rank, RP=gate.padded_rank, AGES=gates.AGES, CHUNK=chunk,
+        scale=call.scale, NP=max(call.target.columns, call.cut.rows), SPANS=spans, RANK=gate.rank, RP=gate.padded_rank,
+        AGES=gates.AGES, CHUNK=chunk,
         **call.dependent(), num_warps=4,
     )  # fmt: skip
     list_subtiles[(call.heads,)](
         found, parts, tau, floor, state, gate.trust, gate.margin, sinks, PREDICTED=predicted, LEVELS=listed.levels,
         LIST=listed.list, PLACES=listed.places, COUNTS=listed.counts, **_live(call), **_pages(call), **rows,
         tau_b=keys["tau_b"], floor_b=keys["floor_b"], subtiles=subtiles, chunks=chunks,
-        trained=call.options["trained"], skip=call.options["skip"], CHUNK=_chunk(subtiles),
+        trained=call.options["trained"], skip=call.options["skip"], CHUNK=listing,
         CHUNKS_P2=triton.next_power_of_2(chunks), HAS_SINKS=sinks is not None, **_trust(call), **call.dependent(),
-        num_warps=4,
+        num_warps=min(16, max(4, listing // 256)),
     )  # fmt: skip
 
 
-def _chunk(tiles: int) -> int:
-    return min(LIST_CHUNK, max(16, int(triton.next_power_of_2(tiles))))
+def _power(tiles: int, most: int) -> int:
+    """A power of two for some sub-tiles, ``most`` at most."""
+    return min(most, max(16, int(triton.next_power_of_2(tiles))))
 
 
 def _trust(call: Call) -> dict[str, Any]:
@@ -154,17 +168,27 @@ def _trust(call: Call) -> dict[str, Any]:
     return {"SKIPS": call.options["skip"] > 0, "AUDIT_WINDOW": audit.WINDOW, "TRUST_FIELDS": audit.FIELDS}
 
 
-def _audit(
+def _join_and_audit(
     call: Call, scratch: Scratch, results: Results, gate: Gate, listed: Listed, predicted: Tensor
 ) -> None:  # fmt: skip
-    """The last launch."""
-    keys, sums, tiles = call.keys(), call.sums(), gate.history.shape[2]
-    audit_step[(call.heads,)](
-        *decode.guard_arguments(call, results), scratch.energy, predicted, listed.levels, listed.counts, scratch.meta,
-        results.lse, call.hot[0], gate.limit, gate.margin, HISTORY=gate.history, TRUST=gate.trust, **_live(call),
-        **decode.guard_rows(call), tau_b=keys["tau_b"], subtiles=call.cut.subtiles, tiles=tiles, slots=sums["slots"],
-        splits=sums["splits"], trained=call.options["trained"], skip=call.options["skip"],
-        GROUP=call.rows(0)["GROUP"], GP=call.cut.rows, CHUNK=_chunk(tiles), FIELDS=sums["FIELDS"], **_trust(call),
-        HOLD=audit.HOLD, SLACK=audit.SLACK, CEILING=audit.CEILING, LAVISH=audit.LAVISH_LIMIT,
-        MOST_EXCESS=audit.MOST_EXCESS, DECAY=gates.DECAY, **call.dependent(), num_warps=4,
+    """The last two launches."""
+    keys, tiles, live, options = call.keys(), gate.history.shape[2], _live(call), call.options
+    chunk = _power(tiles, AUDIT_CHUNK)
+    parts = triton.cdiv(tiles, chunk)
+    evidence = torch.empty(call.heads, parts, 6, dtype=torch.float32, device=call.q.device)
+    known = {
+        "COUNTS": listed.counts, "TAU": call.hot[0], "TRUST": gate.trust, "AUDIT": evidence, "tau_b": keys["tau_b"],
+        "skip": options["skip"], **_trust(call),
+    }  # fmt: skip
+    merge_and_audit[(call.rows(0)["GROUP"] + parts, call.heads, 1)](
+        **decode.joining(call, scratch, 0, results), GUARD_COUNTS=results.counts, ENERGY=scratch.energy,
+        PREDICTED=predicted, LEVELS=listed.levels, MARGIN=gate.margin, HISTORY=gate.history, **known, **live,
+        subtiles=call.cut.subtiles, tiles=tiles, AUDIT_CHUNK=chunk, DECAY=gates.DECAY,
+    )  # fmt: skip
+    lengths = {name: live[name] for name in ("LENGTHS", "length_stride", "keys", "BN", "HAS_LENGTHS")}
+    trust_and_guard[(call.heads,)](
+        *decode.guard_arguments(call, results), LIMIT=gate.limit, **known, **lengths, **decode.guard_rows(call),
+        parts=parts, trained=options["trained"], PARTS_P2=triton.next_power_of_2(parts), HOLD=audit.HOLD,
+        SLACK=audit.SLACK, CEILING=audit.CEILING, LAVISH=audit.LAVISH_LIMIT, MOST_EXCESS=audit.MOST_EXCESS,
+        **call.dependent(), num_warps=1,
     )  # fmt: skip

@@ -286,7 +286,7 @@ def look_ahead(
                 mask_rows, bias_rows, CAUSAL, WINDOW, TOKENS, HAS_MASK, HAS_BIAS,
             )  # fmt: skip
         if LISTED:
-            rare = (tl.min(starts, 0) < lo) | (tl.max(starts, 0) + BN > hi)
+            rare = (n0 == 0) | (n0 + STEP >= count * BN)  # lists ascend: only their ends lie at the sequence's
         else:
             rare = (n0 < lo) | (n0 + STEP > hi)
         if KEY_MASK:

@@ -20,37 +20,48 @@ LEAST = tl.constexpr(1e-4)
 PARTS_FIELDS = tl.constexpr(4)
 """Of a part: the largest log mass, the sum relative to it, how many importances are no number, the newest sub-tile with
 a live key."""
-SCAN = tl.constexpr(1024)
+SCAN = tl.constexpr(256)
 """Keys of a mask that are looked at in one step, for its first and its last live key."""
 
 
 @triton.jit
-def live_ends(mask, mask_key, lo, hi):
-    """First and last key in [lo, hi) that a row's mask allows; (hi, -1) without one."""
-    first, last = hi, lo - lo - 1
+def live_ends(mask, mask_key, lo, hi, NP: tl.constexpr):
+    """First and last key in [lo, hi) that each row's mask ``[NP]`` allows; (hi, -1) without one."""
+    first, last = tl.zeros((NP,), tl.int32) + hi, tl.full((NP,), -1, tl.int32)
     at = lo
     while at < hi:
-        j = at + tl.arange(0, SCAN)
-        seen = tl.load(mask + j * mask_key, mask=j < hi, other=0) != 0
-        first = tl.min(tl.where(seen, j, hi), 0)
-        at = tl.where(first < hi, hi, at + SCAN)
+        j = at + tl.arange(0, SCAN)[:, None]
+        seen = tl.load(mask[None, :] + j * mask_key, mask=j < hi, other=0) != 0
+        first = tl.minimum(first, tl.min(tl.where(seen, j, hi), 0))
+        at = tl.where(tl.max(first, 0) < hi, hi, at + SCAN)
     at = hi
     while at > lo:
-        j = at - 1 - tl.arange(0, SCAN)
-        seen = tl.load(mask + j * mask_key, mask=j >= lo, other=0) != 0
-        last = tl.max(tl.where(seen, j, -1), 0)
-        at = tl.where(last >= 0, lo, at - SCAN)
+        j = at - 1 - tl.arange(0, SCAN)[:, None]
+        seen = tl.load(mask[None, :] + j * mask_key, mask=j >= lo, other=0) != 0
+        last = tl.maximum(last, tl.max(tl.where(seen, j, -1), 0))
+        at = tl.where(tl.min(last, 0) >= 0, lo, at - SCAN)
     return first, last
 
 
 @triton.jit
-def age_bias(AGE, octave, head, AGES: tl.constexpr):
-    """The gate's bias by age, interpolated between powers of two."""
+def age_bias(AGE, back, head, AGES: tl.constexpr):
+    """The gate's bias by age in sub-tiles ``[CHUNK, NP]``, interpolated between powers of two."""
+    octave = tl.minimum(tl.log2(1.0 + back.to(tl.float32)), AGES - 1.0)
     low = tl.floor(octave)
     share = octave - low
-    at = AGE + head * AGES + low.to(tl.int32)
+    at = AGE + head[None, :] * AGES + low.to(tl.int32)
     upper = tl.load(at + 1, mask=low < AGES - 1, other=0.0)
     return tl.load(at) * (1.0 - share) + tl.where(share > 0.0, upper * share, 0.0)
+
+
+@triton.jit
+def halves(query):
+    """Columns ``[RP, NP]`` of float32, brought to [1, 2) by a power of two, as two float16; and the power ``[NP]``."""
+    power = tl.max(tl.abs(query), 0).to(tl.int32, bitcast=True) & 0x7F800000
+    power = tl.where((power > 0) & (power < 0x7F000000), power, 0x3F800000)
+    query = query * (0x7F000000 - power).to(tl.float32, bitcast=True)[None, :]
+    high = query.to(tl.float16)
+    return high, (query - high.to(tl.float32)).to(tl.float16), power.to(tl.float32, bitcast=True)
 
 
 @triton.jit(
@@ -61,13 +72,16 @@ def predict_parts(
     PROJECTED, SUMMARY, HISTORY, AGE, EXTRA, MASK, START, LENGTHS, TABLE, FOUND, PARTS,
     mask_b, mask_h, mask_key, start_stride, length_stride, table_stride, kv_heads, keys, subtiles, tiles,
     summary_groups, scale,
-    GROUP: tl.constexpr, GP: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr, SPANS: tl.constexpr,
-    RANK: tl.constexpr, RP: tl.constexpr, AGES: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, HAS_START: tl.constexpr, HAS_LENGTHS: tl.constexpr, PAGED: tl.constexpr,
-    MASKED: tl.constexpr, PDL: tl.constexpr,
+    GROUP: tl.constexpr, GP: tl.constexpr, NP: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr,
+    SPANS: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr, AGES: tl.constexpr, CHUNK: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HAS_START: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    PAGED: tl.constexpr, MASKED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Of CHUNK sub-tiles, each with SPANS summaries: FOUND ``[B*G, subtiles, GP]``, log importance before the softmax's
-    denominator (with a mask -inf where a row sees no key), and of the denominator PARTS ``[B*G, chunks, 4, GP]``."""
+    denominator (with a mask -inf where a row sees no key), and of the denominator PARTS ``[B*G, chunks, 4, GP]``.
+
+    Rows are the columns of matrix products, NP of them. Summaries are float16 as they are, a query is two of them.
+    """
     wait_for_launch(PDL)
     chunk, bg = tl.program_id(0), tl.program_id(1)
     b, g = bg // kv_heads, bg % kv_heads
@@ -76,58 +90,64 @@ def predict_parts(
     )
     if PAGED:
         TABLE += b * table_stride
-    tile = chunk * CHUNK + tl.arange(0, CHUNK)
-    alive = (tile >= lo // BN) & (tile * BN < hi) & (lo < hi)
-    span, r = tl.arange(0, CHUNK * SPANS), tl.arange(0, RP)
-    span_tile = chunk * CHUNK + span // SPANS
-    first_key = span_tile * BN + span % SPANS * (BN // SPANS)
-    span_live = (first_key < hi) & (first_key + BN // SPANS > lo)
-    place = stored_tiles(TABLE, span_tile, hi, BN, TILE, PAGED) * SPANS + span % SPANS
-    source = SUMMARY + (g if PAGED else bg).to(tl.int64) * summary_groups * RANK
-    said = tl.load(
-        source + place[:, None] * RANK + r[None, :], mask=span_live[:, None] & (r < RANK)[None, :], other=0.0
-    ).to(tl.float32)
-    oldest, newest = lo // BN, (hi - 1) // BN
-    octave = tl.minimum(tl.log2(1.0 + tl.maximum(newest - tile, 0).to(tl.float32)), AGES - 1.0)
+    tile, r, row = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, RP), tl.arange(0, NP)
+    valid = row < GROUP
+    head = g * GROUP + tl.minimum(row, GROUP - 1)
+    in_range = (tile >= lo // BN) & (tile * BN < hi) & (lo < hi)
+    alive = in_range[:, None] & valid[None, :]
+    oldest, newest = lo // BN + row * 0, (hi - 1) // BN + row * 0
+    if MASKED:
+        mask = MASK + b.to(tl.int64) * mask_b + head.to(tl.int64) * mask_h
+        first_live, last_live = live_ends(mask, mask_key, lo, hi, NP)
+        oldest, newest = first_live // BN, tl.maximum(last_live, 0) // BN
+        alive = tl.zeros((CHUNK, NP), tl.int32) != 0
+    query = tl.load(PROJECTED + (bg * GP + row)[None, :] * RP + r[:, None], mask=valid[None, :], other=0.0)
+    high, low, power = halves(query)
+    factor = power * scale
+    place = stored_tiles(TABLE, tile, hi, BN, TILE, PAGED) * SPANS
+    source = SUMMARY + (g if PAGED else bg).to(tl.int64) * summary_groups * RANK + place[:, None] * RANK + r[None, :]
+    SPAN: tl.constexpr = BN // SPANS
+    peak = tl.full((CHUNK, NP), LOWEST, tl.float32)
+    masses = tl.zeros((CHUNK, NP), tl.float32)
+    squares = tl.zeros((CHUNK, NP), tl.float32)
+    for u in tl.static_range(SPANS):
+        first_key = tile * BN + u * SPAN
+        span_live = ((first_key < hi) & (first_key + SPAN > lo))[:, None] & valid[None, :]
+        said = tl.load(source + u * RANK, mask=in_range[:, None] & (r < RANK)[None, :], other=0.0)
+        if MASKED:
+            span_live = tl.zeros((CHUNK, NP), tl.int32) != 0
+            for k in range(0, SPAN):
+                key = first_key[:, None] + k
+                there = (key >= lo) & (key < hi) & valid[None, :]
+                span_live = span_live | (tl.load(mask[None, :] + key * mask_key, mask=there, other=0) != 0)
+            alive = alive | span_live
+        score = tl.where(span_live, tl.dot(said, low, tl.dot(said, high)) * factor[None, :], LOWEST)
+        less = tl.exp(-tl.abs(score - peak))  # of the smaller of the two
+        above = score > peak
+        masses = tl.where(above, masses * less + 1.0, masses + less)
+        squares = tl.where(above, squares * less * less + 1.0, squares + less * less)
+        peak = tl.maximum(peak, score)
+    mass, energy = tl.log(masses) + peak, tl.log(squares) * 0.5 + peak
+    mass, energy = tl.where(mass > LOWEST / 2, mass, 0.0), tl.where(energy > LOWEST / 2, energy, 0.0)
     history = HISTORY + (bg.to(tl.int64) * tiles + tile) * 2
-    last = tl.log(tl.load(history, mask=alive, other=0.0) + LEAST)
-    mean = tl.log(tl.load(history + 1, mask=alive, other=0.0) + LEAST)
-    found = FOUND + (bg.to(tl.int64) * subtiles + tile) * GP
-    parts = PARTS + (bg.to(tl.int64) * tl.num_programs(0) + chunk) * PARTS_FIELDS * GP
-    for row in tl.range(0, GROUP, loop_unroll_factor=4 if GROUP % 4 == 0 else 1):
-        head = g * GROUP + row
-        if MASKED:
-            mask = MASK + b.to(tl.int64) * mask_b + head * mask_h
-            first_live, last_live = live_ends(mask, mask_key, lo, hi)
-            oldest, newest = first_live // BN, tl.maximum(last_live, 0) // BN
-            octave = tl.minimum(tl.log2(1.0 + tl.maximum(newest - tile, 0).to(tl.float32)), AGES - 1.0)
-            key = first_key[:, None] + tl.arange(0, BN // SPANS)[None, :]
-            seen = tl.load(mask + key * mask_key, mask=(key >= lo) & (key < hi), other=0) != 0
-            span_live = tl.max(seen.to(tl.int32), 1) != 0
-            alive = tl.max(tl.reshape(span_live.to(tl.int32), (CHUNK, SPANS)), 1) != 0
-        query = tl.load(PROJECTED + (bg * GP + row) * RP + r)
-        score = tl.where(span_live, tl.sum(said * query[None, :], 1) * scale, LOWEST)
-        score = tl.reshape(score, (CHUNK, SPANS))
-        peak = tl.max(score, 1)
-        weight = tl.exp(score - peak[:, None])
-        mass = tl.log(tl.sum(weight, 1)) + peak
-        energy = tl.log(tl.sum(weight * weight, 1)) * 0.5 + peak
-        mass, energy = tl.where(mass > LOWEST / 2, mass, 0.0), tl.where(energy > LOWEST / 2, energy, 0.0)
-        extra = EXTRA + head * 4
-        bias = age_bias(AGE, octave, head, AGES) + last * tl.load(extra + 2) + mean * tl.load(extra + 3)
-        bias += tl.where(tile == oldest, tl.load(extra), 0.0)
-        total = tl.where(alive, mass + bias, float("-inf"))
-        top = tl.max(total, 0)
-        base = tl.where(top == float("-inf"), 0.0, top)
-        importance = energy + bias + tl.load(extra + 1)
-        if MASKED:
-            tl.store(found + row, tl.where(alive, importance, float("-inf")), mask=tile < subtiles)
-        else:
-            tl.store(found + row, importance, mask=alive & (tile < subtiles))
-        tl.store(parts + row, top)
-        tl.store(parts + GP + row, tl.sum(tl.where(alive, tl.exp(total - base), 0.0), 0))
-        tl.store(parts + 2 * GP + row, tl.sum((alive & (importance != importance)).to(tl.float32), 0))
-        tl.store(parts + 3 * GP + row, tl.max(tl.where(alive, tile, -1), 0).to(tl.float32))
+    last = tl.log(tl.load(history, mask=in_range, other=0.0) + LEAST)
+    mean = tl.log(tl.load(history + 1, mask=in_range, other=0.0) + LEAST)
+    extra = EXTRA + head * 4
+    bias = age_bias(AGE, tl.maximum(newest[None, :] - tile[:, None], 0), head, AGES)
+    bias += last[:, None] * tl.load(extra + 2)[None, :] + mean[:, None] * tl.load(extra + 3)[None, :]
+    bias += tl.where(tile[:, None] == oldest[None, :], tl.load(extra)[None, :], 0.0)
+    importance = energy + bias + tl.load(extra + 1)[None, :]
+    total = tl.where(alive, mass + bias, float("-inf"))
+    top = tl.max(total, 0)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    inside = (tile < subtiles)[:, None] & valid[None, :]
+    found = FOUND + (bg.to(tl.int64) * subtiles + tile)[:, None] * GP + row[None, :]
+    tl.store(found, tl.where(alive, importance, float("-inf")), mask=inside)
+    parts = PARTS + (bg.to(tl.int64) * tl.num_programs(0) + chunk) * PARTS_FIELDS * GP + row
+    tl.store(parts, top, mask=valid)
+    tl.store(parts + GP, tl.sum(tl.where(alive, tl.exp(total - base[None, :]), 0.0), 0), mask=valid)
+    tl.store(parts + 2 * GP, tl.sum((alive & (importance != importance)).to(tl.float32), 0), mask=valid)
+    tl.store(parts + 3 * GP, tl.max(tl.where(alive, tile[:, None], -1), 0).to(tl.float32), mask=valid)
 
 
 @triton.jit
