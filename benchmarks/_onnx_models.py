@@ -60,7 +60,8 @@ def _plain(model: Any, file: Path) -> None:
         "past_key_values": past, "use_cache": True,
     }  # fmt: skip
     exported = OnnxExporter().export(model, inputs, OnnxConfig(dynamic=True))
-    onnx_ir.save(exported.program, str(file), external_data=f"{file.name}.data")
+    program = getattr(exported, "program", exported)  # transformers before 5.18 gives torch's ONNXProgram itself
+    onnx_ir.save(getattr(program, "model", program), str(file), external_data=f"{file.name}.data")
 
 
 def _grouped(folder: Path, name: str, bits: int) -> None:

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         )
     tokenizer = load.load_tokenizer(args.tokenizer) if args.tokenizer else None
     ids = windows.token_ids(args.prompt_file, load.encoder(args.tokenizer) if text else None)
-    session = OrtSession(args.model, provider=args.provider or args.device)
+    session = OrtSession(args.model, provider=args.provider or args.device, graph=args.graph)
     began, first, made = time.perf_counter(), 0.0, []
     for _, token in session.stream([ids.numpy()], max_new_tokens=args.max_new_tokens):
         first = first or time.perf_counter() - began

@@ -26,6 +26,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="as of lamp_compile.compile",
     )
     parser.add_argument("--provider", metavar="NAME", help="of an .onnx artifact: cpu, cuda, migraphx, amd, rocm")
+    parser.add_argument("--graph", action="store_true", help="of an artifact on CUDA: steps replay a CUDA graph")
     parser.add_argument("--tokenizer", metavar="FOLDER", help="of an .onnx artifact: the model folder it was made from")
 
 
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     """Write twice and compare; an ONNX artifact writes once."""
     if _artifact.is_artifact(args.model):
         return _artifact.run(args)
-    for name in ("provider", "tokenizer"):
+    for name in ("provider", "tokenizer", "graph"):
         if getattr(args, name):
             raise OptionError(f"--{name} belongs to an .onnx artifact", where=args.model, fix="leave it out")
     from lamp_compile import api

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lamp_compile.errors import CacheError
 from lamp_compile.plan import SitePlan
-from lamp_compile.runtime import formats, guard, kernels, layout, shadow
+from lamp_compile.runtime import formats, guard, kernels, layout, prompt, shadow
 from lamp_compile.runtime.attend_in_parts import attend_in_parts
 from lamp_compile.runtime.controls import SiteControls
 from lamp_compile.runtime.fused_ops import inference_only  # importing it registers torch.ops.lamp
@@ -170,6 +170,7 @@ class NestedLayer(GrowableLayer):
         Raises:
             CacheError: See ``admit``.
         """
+        fresh = prompt.is_one(self, key_states, value_states, self._longest == 0)
         rows = self.admit(key_states, value_states)
         plan = self.plan
         if self.by_kernel:
@@ -178,7 +179,7 @@ class NestedLayer(GrowableLayer):
                 k_format=plan.k_format, v_format=plan.v_format, rotation=plan.rotation, site=self.name,
             )  # fmt: skip
             self.cumulative_length.add_(rows)
-            return PlaneHandle(self, False, key_states.dtype), PlaneHandle(self, True, value_states.dtype)
+            return self._handles(PlaneHandle, key_states, value_states, fresh)
         k_high, k_residual, k_scale, v_high, v_residual, v_scale = torch.ops.lamp.quantize(
             key_states, value_states, self.balance,
             k_format=plan.k_format, v_format=plan.v_format, rotation=plan.rotation, tile=0, site=self.name,
@@ -193,7 +194,11 @@ class NestedLayer(GrowableLayer):
         layout.write_scales(self.k_scale, k_scale, positions)
         layout.write_scales(self.v_scale, v_scale, positions)
         self.cumulative_length.add_(rows)
-        return PlaneHandle(self, False, key_states.dtype), PlaneHandle(self, True, value_states.dtype)
+        return self._handles(PlaneHandle, key_states, value_states, fresh)
+
+    def _handles(self, kind: type[PlaneHandle], k: Tensor, v: Tensor, fresh: bool) -> tuple[PlaneHandle, PlaneHandle]:
+        """Of all keys and values, after these rows were stored; ``fresh``: they are all, for attention to read."""
+        return kind(self, False, k.dtype, k if fresh else None), kind(self, True, v.dtype, v if fresh else None)
 
     def reset(self) -> None:
         """Forget all sequences; what was counted of them stays in the model's ledger."""

@@ -22,12 +22,14 @@ class PlaneHandle:
     and which Dynamo cannot trace.
     """
 
-    __slots__ = ("dtype", "layer", "values")
+    __slots__ = ("dtype", "fresh", "layer", "values")
 
-    def __init__(self, layer: NestedLayer, values: bool, dtype: torch.dtype) -> None:
+    def __init__(self, layer: NestedLayer, values: bool, dtype: torch.dtype, fresh: Tensor | None = None) -> None:
         self.layer = layer
         self.values = values
         self.dtype = dtype
+        self.fresh = fresh
+        """The rows as they came ``[B, G, n, D]``, where they are all there is and attention may read them."""
 
     @property
     def shape(self) -> torch.Size:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lamp_compile.errors import CacheError
-from lamp_compile.runtime import checks, guard
+from lamp_compile.runtime import checks, guard, prompt
 from lamp_compile.runtime import fused_ops as _fused_ops  # noqa: F401  (registers torch.ops.lamp.append)
 from lamp_compile.runtime.cache_layers import LayerSpec, NestedLayer
 from lamp_compile.runtime.growable_layer import ordinary_tensors
@@ -103,9 +103,10 @@ class SlotLayer(NestedLayer):
             key_states, value_states, *self.planes, self.balance, rows.positions, rows.block_table,
             k_format=plan.k_format, v_format=plan.v_format, rotation=plan.rotation, site=self.name,
         )  # fmt: skip
+        fresh = prompt.is_one(self, key_states, value_states, rows.empty)
         if self.commits:
             rows.commit(count)
-        return SlotHandle(self, False, key_states.dtype), SlotHandle(self, True, value_states.dtype)
+        return self._handles(SlotHandle, key_states, value_states, fresh)
 
     def _check_rows(self, key_states: Tensor, value_states: Tensor) -> None:
         checks.keys_and_values(self.name, key_states, value_states)

@@ -53,6 +53,8 @@ class SlotTable:
             torch._dynamo.mark_static_address(getattr(self, name))
         self.slots, self.pages, self.width, self.tile = slots, pages, width, tile
         self.admissions = [0] * slots
+        self.filled = [False] * slots
+        """Whether a slot was given tokens by a forward of its own since it was admitted."""
         self._free = list(range(pages))[::-1]
         self._owned: list[list[int] | None] = [None] * slots
 
@@ -88,6 +90,7 @@ class SlotTable:
         self._check({free: tokens})
         self._owned[free] = []
         self.admissions[free] += 1
+        self.filled[free] = False
         self.lengths[free].zero_()  # to assign a number would wait for the device
         self.running[free].fill_(True)
         self._give({free: tokens})
@@ -181,6 +184,8 @@ class SlotRows:
         if slot is not None:
             table.check_taken(slot)
         self._admission = 0 if slot is None else table.admissions[slot]
+        self.empty = False
+        """Of the step at hand, outside graphs: the one slot held nothing before it."""
         with ordinary_tensors():
             for name in SHARED:
                 tensor = getattr(table, name)
@@ -198,12 +203,15 @@ class SlotRows:
         taking = self._taking()
         if not torch.compiler.is_compiling():
             self._make_room(rows, taking)
+            self.empty = self.slot is not None and not self.table.filled[self.slot]
         self.positions.copy_(torch.where(taking, self.lengths, -1))
         room = (self.block_table >= 0).sum(-1) * self.tile
         self.live.copy_(torch.where(taking, torch.minimum(self.lengths + rows, room), 0))
 
     def commit(self, rows: int) -> None:
         """Count the step's tokens."""
+        if self.slot is not None and not torch.compiler.is_compiling():
+            self.table.filled[self.slot] = True
         self.lengths.add_((self.positions >= 0) * rows)
 
     def check_current(self) -> None:

@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 import lamp_compile
 from lamp_compile.runtime import kernel_notes
 from tests.huggingface import reference
-from tests.tolerances import DEVICES
+from tests.tolerances import ARITHMETIC, DEVICES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -70,3 +70,14 @@ def test_one_recording_serves_many_generations(on_device: Any, ids: Tensor, gree
     assert len(addresses) == 1
     assert counters["stats"]["unique_graphs"] == 1
     assert counters["inductor"]["cudagraph_skips"] == 0
+
+
+def test_a_long_prompt_goes_through_flash_attention() -> None:
+    """Into an empty cache: logits are the original's, where planes would differ; and the planes are there."""
+    model = reference.build("Llama", "sdpa").cuda().to(torch.bfloat16)
+    ids = torch.randint(3, 128, (2, 200), generator=torch.Generator().manual_seed(1)).cuda()
+    given = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, "output_logits": True}
+    fast = lamp_compile.compile(model, mode="eager", balance="never", tau=1e9)
+    got, wanted = (one.generate(ids, return_dict_in_generate=True, **given).logits for one in (fast, model))
+    errors = [reference.relative(one, two) for one, two in zip(got, wanted, strict=True)]
+    assert errors[0] < ARITHMETIC[torch.bfloat16].relative * 2 < errors[1]

@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import and_masks, causal_mask_function, sdpa_mask, sliding_window_overlay
 
 from lamp_compile.errors import InputError
+from lamp_compile.runtime import prompt
 from lamp_compile.runtime.kv_cache import Unmasked
 from lamp_compile.runtime.plane_handle import PlaneHandle
 
@@ -75,16 +76,17 @@ def lamp_attention(
     if attention_mask is None:
         wanted = kwargs.get("is_causal")
         causal = "bottom_right" if (getattr(module, "is_causal", True) if wanted is None else wanted) else ""
-    out = key.layer.attend(
-        query,
-        mask,
-        bias,
-        kwargs.get("s_aux"),
-        causal=causal,
-        window=int(kwargs.get("sliding_window") or 0) if causal else 0,
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        softcap=float(kwargs.get("softcap") or 0.0),
-    )
+    how: dict[str, Any] = {
+        "causal": causal,
+        "window": int(kwargs.get("sliding_window") or 0) if causal else 0,
+        "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
+        "softcap": float(kwargs.get("softcap") or 0.0),
+    }
+    sinks, out = kwargs.get("s_aux"), None
+    if key.fresh is not None and attention_mask is None:
+        out = prompt.attend(query, key.fresh, value.fresh, sinks=sinks, **how)
+    if out is None:
+        out = key.layer.attend(query, mask, bias, sinks, **how)
     return out.transpose(1, 2).contiguous(), None
 
 

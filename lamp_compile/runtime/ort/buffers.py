@@ -4,7 +4,7 @@ outputs that take their place. They stay where they are from step to step; only 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,10 @@ class Buffers:
     def __getitem__(self, site: str) -> dict[str, Any]:
         """The ``OrtValue`` of every tensor of a site by name; they speak DLPack."""
         return dict(self._values[site])
+
+    def dimensions(self) -> dict[str, int]:
+        """Sizes of a step of one token by the names of the artifact's dimensions."""
+        return {"batch": self.batch, "tokens": 1, "capacity": self.capacity, "tiles": self.capacity // self._step}
 
     def read(self, site: str, name: str) -> Array:
         """A copy on the host."""
@@ -106,6 +110,15 @@ class Buffers:
         """Zeros everywhere; nothing moves."""
         for site, name, _ in self._all():
             self._write(site.name, name, np.zeros_like(self._host(site.name, name)))
+
+    def snapshot(self, names: Sequence[str]) -> dict[tuple[str, str], Array]:
+        """Copies on the host of these tensors of every site that has them, for ``restore``."""
+        return {(site.name, name): self.read(site.name, name) for site, name, _ in self._all() if name in names}
+
+    def restore(self, held: Mapping[tuple[str, str], Array]) -> None:
+        """Put back what ``snapshot`` gave; nothing moves."""
+        for (site, name), array in held.items():
+            self._write(site, name, array)
 
     def bind(self, binding: Any, sequence: int | None = None) -> None:
         """As inputs and as outputs of the next runs, both the same memory; of one sequence alone where it is given."""

@@ -90,7 +90,8 @@ def stream(session: OrtSession, request: Request) -> Iterator[tuple[int, int]]:
     """(index of the prompt, token) as they are made; the session begins anew."""
     count = len(request.prompts)
     longest = max(len(row) for row in request.prompts)
-    session.start(count, longest + (request.most if session.native else min(request.most, AHEAD)))
+    whole = session.native or session.graph  # a graph would be recorded anew at each growth
+    session.start(count, longest + (request.most if whole else min(request.most, AHEAD)))
     sources = draws(request.seed, count)
     logits = session.prefill(request.prompts, request.rows)
     going, made = np.ones(count, bool), 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,32 +29,47 @@ class Opened:
     notes: tuple[str, ...]
 
 
-def open_session(
-    path: str | os.PathLike[str], *, provider: str, native: bool | None, threads: int, strict: bool,
-    settings: Mapping[str, str] | None, config: Mapping[str, str] | None,
-) -> Opened:  # fmt: skip
-    """As of ``OrtSession``.
+@dataclass(frozen=True)
+class Request:
+    """The arguments of ``OrtSession``; see there."""
+
+    path: str | os.PathLike[str]
+    provider: str = "cpu"
+    native: bool | None = None
+    threads: int = 0
+    strict: bool = True
+    settings: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, str] = field(default_factory=dict)
+
+
+def open_session(request: Request, fixed: Mapping[str, int] | None = None) -> Opened:
+    """A session; where shapes are ``fixed``, by the names of dimensions, one for a CUDA graph of these.
 
     Raises:
         InputError: There is no such file, or ONNX Runtime does not load it.
         OptionError: The provider or the native operators cannot be had.
     """
-    file = Path(path)
+    path, native = request.path, request.native
+    file, settings = Path(path), dict(request.settings)
     if not file.is_file():
         raise InputError(f"no file {str(path)!r}", where="lamp_compile.OrtSession", fix="a path to an .onnx file")
-    found, count = providers.resolve(provider), _threads(threads)
+    found, count = providers.resolve(request.provider), _threads(request.threads)
+    if fixed is not None and found.name == providers.CUDA:
+        settings["enable_cuda_graph"] = "1"
     ort = providers.onnxruntime()
 
     def make(with_operators: bool) -> Any:
         options = ort.SessionOptions()
         options.log_severity_level = 4  # what goes wrong is raised
         options.intra_op_num_threads = count
-        for key, value in dict(config or {}).items():
+        for key, value in request.config.items():
             options.add_session_config_entry(key, value)
+        for name, size in (fixed or {}).items():
+            options.add_free_dimension_override_by_name(name, size)
         if with_operators:
             options.add_session_config_entry(THREADS, str(count))
             options.register_custom_ops_library(str(_library.path()))
-        return providers.make_session(str(file), found, options, strict=strict, settings=settings)
+        return providers.make_session(str(file), found, options, strict=request.strict, settings=settings)
 
     notes = [found.note] if found.note else []
     raw, uses, reason = _try(native, found, make, str(path))
@@ -91,6 +106,21 @@ def check_native(opened: Opened, artifact: Artifact, where: str) -> None:
     wanted = len(artifact.planes) if opened.native else 0
     if artifact.kind == "decoder" and there != wanted:
         raise PassError(f"{there} attentions run natively, {wanted} should", where=where)
+
+
+def check_graph(opened: Opened, artifact: Artifact, where: str) -> None:
+    """Raise OptionError unless steps of this artifact can be captured as CUDA graphs there."""
+    if opened.provider.name != providers.CUDA:
+        raise OptionError(
+            f"graph=True, and {opened.provider.name} captures no graphs", where="graph", fix='provider="cuda"'
+        )
+    if len({site.tile for site in artifact.planes}) > 1:
+        raise OptionError("storage tiles of several sizes", where=where, fix="one tile for all sites, or graph=False")
+    if artifact.kind != "decoder" or any("If" in found for found in providers.placement(opened.raw).values()):
+        raise OptionError(
+            "a CUDA graph has no control flow, and this artifact has", where=where,
+            fix='a decoder exported with target="cuda" (guard="select")',
+        )  # fmt: skip
 
 
 def first_line(error: Exception) -> str:

@@ -19,6 +19,16 @@ WORDS = {"cpu": CPU, "cuda": CUDA, "migraphx": MIGRAPHX, "amd": MIGRAPHX, "rocm"
 GONE = "ROCMExecutionProvider"
 DEVICES = {CPU: "cpu", CUDA: "cuda", MIGRAPHX: "cuda"}
 """What ONNX Runtime calls the memory of a provider; HIP memory goes by CUDA's name there."""
+SETTINGS = {CUDA: {"use_tf32": "0"}}
+"""Options that are not ONNX Runtime's defaults: an artifact says float32, and TF32 has 10 bits of it."""
+SHAPES = frozenset(
+    (
+        "Add", "Cast", "Concat", "ConstantOfShape", "Div", "Equal", "Expand", "Gather", "Identity", "Max", "Min", "Mod",
+        "Mul", "Range", "ReduceMax", "ReduceProd", "Reshape", "Shape", "Size", "Slice", "Split", "Squeeze", "Sub",
+        "Unsqueeze", "Where",
+    )
+)  # fmt: skip
+"""Operators of shape arithmetic, which ONNX Runtime leaves to the CPU on purpose: their results are read there."""
 INSTALL = {
     CPU: "pip install 'lamp_compile[onnx-cpu]'",
     CUDA: "pip install 'onnxruntime-gpu[cuda,cudnn]' in an environment without the package onnxruntime",
@@ -93,22 +103,19 @@ def make_session(
         model: Path or bytes.
         provider: Of ``resolve``.
         options: ``onnxruntime.SessionOptions``; entries are added to it.
-        strict: No node may be left to the CPU. Otherwise such nodes are in ``placement``.
-        settings: The provider's own options.
+        strict: Nothing but shape arithmetic may be left to the CPU. Otherwise such nodes are in ``placement``.
+        settings: The provider's own options, beside ``SETTINGS``.
 
     Raises:
         OptionError: The provider did not come up, or left nodes to the CPU under ``strict``.
     """
     ort = onnxruntime()
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    wanted: list[Any] = [(provider.name, dict(settings or {}))]
+    wanted: list[Any] = [(provider.name, {**SETTINGS.get(provider.name, {}), **(settings or {})})]
     if provider.name != CPU:
         if hasattr(ort, "preload_dlls"):
             ort.preload_dlls()
-        if strict:
-            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        else:
-            wanted.append(CPU)
+        wanted.append(CPU)
     try:
         session = ort.InferenceSession(model, options, providers=wanted, enable_fallback=0)
     except Exception as error:
@@ -117,7 +124,6 @@ def make_session(
         raise OptionError(
             f"{provider.name} did not take the model: {str(error).splitlines()[0][:300]}",
             where=str(model) if isinstance(model, str) else "the model",
-            fix="strict=False leaves what it cannot run to the CPU and lists it in placement()" if strict else "",
         ) from error
     got = session.get_providers()
     if got[0] != provider.name:
@@ -126,7 +132,21 @@ def make_session(
             where="provider",
             fix=INSTALL[provider.name],
         )
+    if provider.name != CPU and strict:
+        _check_placement(session, provider)
     return session
+
+
+def _check_placement(session: Any, provider: Provider) -> None:
+    """Raise OptionError where nodes were left to the CPU that are no shape arithmetic."""
+    left = {name: n for name, n in placement(session).get(CPU, {}).items() if name not in SHAPES}
+    if left:
+        what = ", ".join(f"{n} {name}" for name, n in left.items())
+        raise OptionError(
+            f"{provider.name} left nodes to the CPU: {what}"[:300],
+            where="strict=True",
+            fix="export for this target, or strict=False, which lists them in placement()",
+        )
 
 
 def placement(session: Any) -> dict[str, dict[str, int]]:

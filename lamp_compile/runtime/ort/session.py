@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from lamp_compile.control_plan import ControlPlan
 from lamp_compile.errors import CacheError, InputError, OptionError
 from lamp_compile.runtime.ort import artifact, opening, providers
+from lamp_compile.runtime.ort.bound import BoundStep, Place, captured
 from lamp_compile.runtime.ort.buffers import Buffers
 from lamp_compile.runtime.ort.control import SessionControl
 from lamp_compile.runtime.ort.controls import Controls
@@ -32,6 +33,7 @@ class OrtSession:
         provider: Name of the execution provider that the session was verified to run on.
         native: Whether the native operators compute the ``ai.lamp`` nodes, rather than their bodies of standard
             operators.
+        graph: Whether steps of one token are replays of a CUDA graph.
         notes: What a user should know about the choices made here.
         controls: tau, floor level and budget of every site; ``controls.set(tau=0.02)`` acts from the next step on.
         raw: The ``onnxruntime.InferenceSession``.
@@ -45,6 +47,7 @@ class OrtSession:
         native: bool | None = None,
         threads: int = 0,
         strict: bool = True,
+        graph: bool = False,
         settings: Mapping[str, str] | None = None,
         config: Mapping[str, str] | None = None,
     ) -> None:
@@ -56,28 +59,33 @@ class OrtSession:
             native: True: the native operators or an error; False: the artifact's own bodies; None: native where they
                 can be, and a warning where they would be faster and are not there.
             threads: Of ONNX Runtime's pool, which the native operators share; 0 takes the cores of this process.
-            strict: On a GPU, no node may be left to the CPU.
+            strict: On a GPU, nothing but shape arithmetic may be left to the CPU.
+            graph: On a CUDA device, steps of one token for all sequences are replays of a CUDA graph, of a second
+                session whose shapes are fixed: weights are in memory twice, and growth and another batch record anew.
+                The artifact must have no control flow (``guard="select"``), and one thread runs the session.
             settings: The provider's own options, such as ``{"device_id": "1"}``.
             config: Entries of ONNX Runtime's session configuration.
 
         Raises:
             InputError: There is no such file, or it is no artifact.
-            OptionError: The provider or the native operators cannot be had.
+            OptionError: The provider or the native operators cannot be had, or it captures no graphs.
         """
-        opened = opening.open_session(
-            path, provider=provider, native=native, threads=threads, strict=strict, settings=settings, config=config
+        self._request = opening.Request(
+            path, provider, native, threads, strict=strict, settings=dict(settings or {}), config=dict(config or {})
         )
+        opened = opening.open_session(self._request)
         self.raw, self.provider, self.native = opened.raw, opened.provider.name, opened.native
         self.notes = list(opened.notes)
         self.artifact = artifact.read(self.raw, str(path))
         opening.check_native(opened, self.artifact, str(path))
         self.controls = Controls(self.artifact.planes)
-        device = int(dict(settings or {}).get("device_id", 0))
-        self._on_host = opened.provider.device == "cpu"
-        self._buffers = Buffers(self.artifact.sites, opened.provider.device, device)
-        self._binding: Any = self.raw.io_binding()
-        self._bound: tuple[int, int | None] | None = None
-        self._small: dict[str, NDArray[np.int64]] = {}
+        self._place = Place(opened.provider.device, int(dict(settings or {}).get("device_id", 0)))
+        self._buffers = Buffers(self.artifact.sites, self._place.device, self._place.number)
+        if graph:
+            opening.check_graph(opened, self.artifact, str(path))
+        self.graph = graph
+        self._bound: BoundStep | None = None
+        self._captured: BoundStep | None = None
         self._lengths = np.zeros(0, np.int64)
         self._control: SessionControl | None = None
 
@@ -141,7 +149,7 @@ class OrtSession:
             self._buffers.clear()
         else:
             self._buffers.allocate(batch, max(1, capacity))
-            self._bound = None
+            self._moved()
         self._lengths = np.zeros(batch, np.int64)
 
     def step(self, tokens: Any, sequence: int | None = None) -> NDArray[np.float32]:
@@ -157,15 +165,14 @@ class OrtSession:
         """
         ids, which = self._check_step(tokens, sequence)
         self.ensure_capacity(int(self._lengths[which].max()) + ids.shape[1])
-        self._bind(ids, which, sequence)
+        bound = self._step_for(ids.shape[1], sequence)
         try:
-            self.raw.run_with_iobinding(self._binding)
+            found = bound.run(ids, self._lengths[which])
         except Exception as error:  # what was written lies behind the lengths, where nobody looks
             raise InputError(opening.first_line(error), where="OrtSession.step") from error
         self._lengths[which] += ids.shape[1]
         if self._control is not None:
             self._control.stepped()
-        found: NDArray[np.float32] = self._binding.get_outputs()[-1].numpy()[:, -1].copy()
         return found
 
     def _check_step(self, tokens: Any, sequence: int | None) -> tuple[NDArray[np.int64], slice]:
@@ -205,26 +212,22 @@ class OrtSession:
             found.append(logits[0])
         return np.stack(found)
 
-    def _bind(self, ids: NDArray[np.int64], which: slice, sequence: int | None) -> None:
-        """Put this step's small inputs where the session reads them; all is bound anew when shapes changed."""
-        given, names = {"tokens": ids, "slots": self._lengths[which]}, self.artifact.inputs
-        same = self._bound == (ids.shape[1], sequence)
-        if not same:
+    def _step_for(self, rows: int, sequence: int | None) -> BoundStep:
+        """What runs steps of this shape; made anew when shapes changed or planes have moved."""
+        common = (self.artifact, self._buffers, self.controls.inputs, self._place)
+        if self.graph and (rows, sequence) == (1, None):
+            if self._captured is None:
+                fixed = opening.open_session(self._request, self._buffers.dimensions())
+                self._captured = captured(fixed.raw, *common)
+            return self._captured
+        if self._bound is None or self._bound.key != (rows, sequence):
             self._bound = None
-            self._binding.clear_binding_inputs()
-            self._binding.clear_binding_outputs()
-            self._buffers.bind(self._binding, sequence)
-            self._binding.bind_output(self.artifact.logits, "cpu")
-            self._small = {name: np.zeros(given[name].shape, np.int64) for name in names}
-        for name, values in self._small.items():
-            values[...] = given[name]
-        if same and self._on_host:  # the session reads these very arrays
-            return
-        arrays = {**{names[name]: values for name, values in self._small.items()}, **self.controls.inputs}
-        for name, array in arrays.items():
-            # Not bind_cpu_input: that knows no inputs with defaults.
-            self._binding.bind_ortvalue_input(name, providers.onnxruntime().OrtValue.ortvalue_from_numpy(array))
-        self._bound = (ids.shape[1], sequence)
+            self._bound = BoundStep(self.raw, *common, (rows, sequence))
+        return self._bound
+
+    def _moved(self) -> None:
+        """Planes lie elsewhere than before."""
+        self._bound = self._captured = None
 
     def reset(self) -> None:
         """Forget all tokens, and what the guards have seen; the memory and its addresses stay."""
@@ -250,7 +253,7 @@ class OrtSession:
             InputError: An index is no sequence.
         """
         if self._buffers.select(indices):
-            self._bound = None
+            self._moved()
         self._lengths = self._lengths[np.asarray(indices)]
 
     def ensure_capacity(self, tokens: int) -> None:
@@ -260,7 +263,7 @@ class OrtSession:
             CacheError: There is no memory. The session is as it was.
         """
         if self._buffers.grow(tokens):
-            self._bound = None
+            self._moved()
 
     def planes(self, site: str) -> dict[str, Any]:
         """The ``OrtValue`` of each plane, scale, guard state and statistics of a site, by name: the very memory that

@@ -1,0 +1,138 @@
+"""Prompts into an empty cache attend to their own keys and values as they came, where that is the faster way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lamp_compile
+from lamp_compile.runtime import prompt
+from tests.huggingface import reference
+from tests.tolerances import ARITHMETIC, MODEL
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+LOOSE = {"tau": 1e9}
+"""Nothing is refined: what comes from planes is then far from what comes from floats."""
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The way is open on this device, for short prompts too; rows of each attention that took it."""
+    rows: list[int] = []
+    attend = prompt.attend
+
+    def counted(q: Tensor, *args: Any, **options: Any) -> Tensor | None:
+        out = attend(q, *args, **options)
+        rows.extend([] if out is None else [q.shape[2]])
+        return out
+
+    monkeypatch.setattr(prompt, "DEVICES", ("cpu", "cuda"))
+    monkeypatch.setattr(prompt, "LEAST_ROWS", 16)
+    monkeypatch.setattr(prompt, "attend", counted)
+    return rows
+
+
+@pytest.fixture
+def model() -> Any:
+    return reference.build("Llama", "sdpa").to(torch.bfloat16)
+
+
+def compiled(model: Any) -> Any:
+    return lamp_compile.compile(model, mode="eager", balance="never", **LOOSE)
+
+
+def first_logits(model: Any, ids: Tensor, cache: Any = None, **given: Any) -> Tensor:
+    """Logits of the first new token: ``generate`` without padding makes no mask."""
+    kept = {} if cache is None else {"past_key_values": cache}
+    out = model.generate(
+        ids, max_new_tokens=1, do_sample=False, pad_token_id=0, eos_token_id=None, output_logits=True,
+        return_dict_in_generate=True, **kept, **given,
+    )  # fmt: skip
+    logits: Tensor = out.logits[0]
+    return logits
+
+
+def close(got: Tensor, wanted: Tensor) -> bool:
+    return reference.relative(got, wanted) < ARITHMETIC[torch.bfloat16].relative * 2
+
+
+def test_a_prompt_is_the_original_models(served: list[int], model: Any, ids: Tensor) -> None:
+    fast = compiled(model)
+    cache = fast.lamp.cache()
+    assert close(first_logits(fast, ids, cache), first_logits(model, ids))
+    assert served == [40, 40]
+    assert cache.guard_report()[0]["refined_share"] == 0.0
+    after = reference.logits(fast, ids[:, :1], past_key_values=cache)
+    assert served == [40, 40], "one token is a step"
+    assert not close(after, reference.logits(model, torch.cat((ids, ids[:, :1]), dim=1))[:, -1:])
+
+
+def test_planes_are_written_all_the_same(
+    served: list[int], model: Any, ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches = []
+    for devices in (("cpu",), ()):
+        monkeypatch.setattr(prompt, "DEVICES", devices)
+        fast = compiled(model)
+        caches.append(fast.lamp.cache())
+        first_logits(fast, ids, caches[-1])
+    assert served == [40, 40]
+    one, two = (cache.layers[0] for cache in caches)  # what the second layer stores depends on the first's output
+    assert all(map(torch.equal, one.planes, two.planes))
+    assert int(caches[0].get_seq_length()) == int(caches[1].get_seq_length()) == 40
+
+
+@pytest.mark.parametrize("case", ["padding", "second part", "short", "float32", "measured by the reference", "shadow"])
+def test_what_reads_the_planes_as_ever(served: list[int], model: Any, ids: Tensor, case: str) -> None:
+    if case == "float32":
+        model = model.float()
+    fast = compiled(model)
+    if case == "shadow":
+        fast = lamp_compile.compile(model, mode="eager", shadow=1.0)
+    cache = fast.lamp.cache()
+    if case == "second part":
+        first_logits(fast, ids[:, :20], cache)
+        assert served == [20, 20]
+        served.clear()
+    if case == "measured by the reference":
+        for layer in cache.layers:
+            layer.reference_only = True
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    given = {"attention_mask": mask} if case == "padding" else {}
+    first_logits(fast, ids[:, :10] if case == "short" else ids, cache, **given)
+    assert served == ([40, 40] if case == "shadow" else []), "a shadow step runs beside the step itself"
+
+
+def test_reset_empties(served: list[int], model: Any, ids: Tensor) -> None:
+    fast = compiled(model)
+    cache = fast.lamp.cache()
+    for _ in range(2):
+        first_logits(fast, ids, cache)
+        cache.reset()
+    assert served == [40, 40] * 2
+
+
+def test_slots_that_are_refilled(served: list[int], model: Any, ids: Tensor) -> None:
+    fast = compiled(model)
+    prompts = [ids[0, :20].tolist(), ids[1, :33].tolist(), ids[0, :18].tolist(), ids[1, :9].tolist()]
+    dict(fast.lamp.generate_many(prompts, max_new_tokens=[6, 3, 4, 2], streams=2, eos_token_id=None))
+    assert sorted(served) == sorted([20, 20, 33, 33, 18, 18])
+    cache = fast.lamp.slots(1, 128)
+    served.clear()
+    view = cache.view(cache.admit(64))
+    reference.logits(fast, ids[:1], past_key_values=view)
+    reference.logits(fast, ids[:1, :20], past_key_values=view)
+    assert served == [40, 40], "the second part of a prompt is not alone"
+
+
+@pytest.mark.parametrize("name", ["Mistral", "Gemma 2", "gpt-oss"])
+def test_windows_softcaps_and_sinks(served: list[int], name: str, ids: Tensor) -> None:
+    """Flash attention knows none of them: planes are read where they count."""
+    model = reference.build(name, "eager").to(torch.bfloat16)
+    fast = lamp_compile.compile(model, mode="eager", floor=1)
+    assert reference.relative(first_logits(fast, ids), first_logits(model, ids)) < MODEL.relative
+    assert not served

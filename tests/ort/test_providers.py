@@ -1,0 +1,69 @@
+"""Providers and native operators: what is asked for is what runs, or an error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lamp_compile.errors import OptionError
+from lamp_compile.runtime.ort import _library, providers
+from lamp_compile.runtime.ort.session import OrtSession
+
+
+def test_graphs_are_for_cuda(artifact: Path) -> None:
+    with pytest.raises(OptionError, match="captures no graphs"):
+        OrtSession(artifact, graph=True)
+
+
+def test_a_missing_provider_is_an_error(artifact: Path) -> None:
+    available = providers.onnxruntime().get_available_providers()
+    for word, name in (("cuda", providers.CUDA), ("migraphx", providers.MIGRAPHX), ("amd", providers.MIGRAPHX)):
+        if name not in available:
+            with pytest.raises(OptionError, match=name):
+                OrtSession(artifact, provider=word)
+    with pytest.raises(OptionError, match="unknown provider"):
+        OrtSession(artifact, provider="tpu")
+
+
+def test_rocm_is_migraphx_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    ort = providers.onnxruntime()
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [providers.MIGRAPHX, providers.CPU])
+    with pytest.warns(UserWarning, match="MIGraphX"):
+        found = providers.resolve("rocm")
+    assert (found.name, found.note != "") == (providers.MIGRAPHX, True)
+    assert providers.resolve("amd").note == ""
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_provider_that_does_not_come_up_is_an_error(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch, strict: bool
+) -> None:
+    """ONNX Runtime itself would warn and give a session on the CPU."""
+    ort = providers.onnxruntime()
+    if providers.CUDA in ort.get_available_providers():
+        pytest.skip("this onnxruntime has the CUDA provider that the test needs to be without")
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [providers.CUDA, providers.CPU])
+    with pytest.warns(UserWarning, match="available provider"), pytest.raises(OptionError, match=providers.CUDA):
+        OrtSession(artifact, provider="cuda", strict=strict)
+
+
+def test_native_is_an_error_where_it_cannot_be(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_library, "why_not", lambda: "none was compiled")
+    with pytest.raises(OptionError, match="none was compiled"):
+        OrtSession(artifact, native=True)
+    with pytest.warns(UserWarning, match="portable body"):
+        session = OrtSession(artifact)
+    assert not session.native
+    assert "portable body" in session.notes[0]
+
+
+def test_what_a_provider_leaves_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shape arithmetic may stay there; anything else is named."""
+    cuda = providers.Provider(providers.CUDA)
+    found = {providers.CPU: {"Concat": 78, "Squeeze": 3}, providers.CUDA: {"MatMul": 5}}
+    monkeypatch.setattr(providers, "placement", lambda session: found)
+    providers._check_placement(None, cuda)
+    found[providers.CPU] |= {"MatMulInteger": 2, "ai.lamp.Append": 1}
+    with pytest.raises(OptionError, match=r"2 MatMulInteger, 1 ai\.lamp\.Append"):
+        providers._check_placement(None, cuda)
