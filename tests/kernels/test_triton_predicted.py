@@ -33,9 +33,9 @@ PADDED[0, ..., :70] = False
 CASES = {
     "plain": {},
     "long": {"keys": 1200, "batch": 1, "heads": 2, "kv_heads": 1, "share": 0.1},
-    "skips": {"keys": 400, "skip": 0.3, "share": 0.1, "kv_heads": 1},
-    "sees all": {"keys": 400, "skip": 0.3, "trust": {audit.STEPS: [[32.0], [5.0]]}, "kv_heads": 1},
-    "one head held off": {"skip": 0.3, "trust": HELD_OFF},
+    "skips": {"keys": 400, "skip": 20.0, "share": 0.1, "kv_heads": 1},
+    "sees all": {"keys": 400, "skip": 20.0, "trust": {audit.STEPS: [[32.0], [5.0]]}, "kv_heads": 1},
+    "one head held off": {"skip": 20.0, "trust": HELD_OFF},
     "too long": {"trained": 100, "lengths": torch.tensor([150, 90]), "kv_heads": 1},
     "raised by the guard": {"state": RAISED},
     "floor 1, one held off": {"floor": 1.0, "trust": HELD_OFF},
@@ -46,13 +46,13 @@ CASES = {
     "dim 256": {"dim": 256, "kv_heads": 1, "batch": 1, "rank": 33},
     "value dim": {"dim": 128, "value_dim": 64, "kv_heads": 1, "heads": 2, "rank": 2},
     "one key": {"keys": 1, "kv_heads": 1},
-    "an empty sequence": {"lengths": torch.tensor([0, 65]), "kv_heads": 1, "skip": 0.3},
+    "an empty sequence": {"lengths": torch.tensor([0, 65]), "kv_heads": 1, "skip": 20.0},
     "padding and window": {
         "start": torch.tensor([3, 60]), "lengths": torch.tensor([140, 100]), "causal": "bottom_right", "window": 50,
         "kv_heads": 1,
     },
     "softcap, sinks": {"softcap": 2.0, "sharpness": 3.0, "sinks": normal(4) * 3, "kv_heads": 1},
-    "left padding as a mask": {"mask": PADDED, "skip": 0.3, "kv_heads": 1},
+    "left padding as a mask": {"mask": PADDED, "skip": 20.0, "kv_heads": 1},
     "mask per head": {"mask": random_mask(2, 4, 1, 150), "kv_heads": 1},
     "heads that see different keys, held off": {"mask": split_mask(), "trust": HELD_OFF},
     "masked rows": {"mask": torch.zeros(2, 1, 1, 150, dtype=torch.bool), "kv_heads": 1},
@@ -115,7 +115,7 @@ def test_several_parts_of_a_prediction(triton_device, monkeypatch):
     monkeypatch.setattr(decode_predicted, "PART", 1)
     monkeypatch.setattr(decode_predicted, "LIST_CHUNK", 16)
     monkeypatch.setattr(decode_predicted, "AUDIT_CHUNK", 16)
-    how = {"keys": 1200, "batch": 1, "heads": 2, "kv_heads": 1, "skip": 0.3, "share": 0.1}
+    how = {"keys": 1200, "batch": 1, "heads": 2, "kv_heads": 1, "skip": 20.0, "share": 0.1}
     check(triton_predicted.make(**how), triton_device)
     check(triton_predicted.make(**how, mask=random_mask(1, 2, 1, 1200, share=0.01)), triton_device)
 
@@ -144,7 +144,7 @@ def test_what_is_not_needed_is_not_read(triton_device):
 
 def test_pages_in_any_order_change_nothing(triton_device):
     lengths = torch.tensor([150, 66])
-    step = triton_predicted.make(lengths=lengths, causal="bottom_right", skip=0.3, trust=HELD_OFF, heads=2)
+    step = triton_predicted.make(lengths=lengths, causal="bottom_right", skip=20.0, trust=HELD_OFF, heads=2)
     plain = check(step, triton_device)
     call = in_pool(step.call)
     pool = torch.full((1, 2, call.planes[0].shape[2] * 4, 16), 77.0, dtype=torch.float16)
@@ -203,7 +203,7 @@ def test_a_key_that_is_no_number_leaves_no_trace_in_the_history(trust, triton_de
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CPU tensors go to the compiled core")
 def test_the_operator_is_these_kernels(triton_device):
-    step = triton_predicted.make(skip=0.3)
+    step = triton_predicted.make(skip=20.0)
     q, planes, hot, balance, seen, _ = step.call.arguments(triton_device)
     kept = [x.to(triton_device) for x in step.kept]
     weights = [x.to(triton_device) for x in step.weights]
