@@ -61,6 +61,7 @@ def _audit(graph: Graph, site: AttentionSite, emit: Emitter) -> Node:
         OPS["audit"], predicted["q"], *(predicted[name] for name in PLANES[:3]), attend["levels"],
         the(graph, "look_ahead", site.name, "insert_guard"),
         *(predicted[name] for name in ("predicted", "history", "trust")),
-        *(select[name] for name in ("tau", "floor", "state")), *(predicted[name] for name in ("limit", "margin")), attend["balance"], *(attend[name] for name in SEEN),
+        *(select[name] for name in ("tau", "floor", "state")), *(predicted[name] for name in ("limit", "margin")),
+        *(attend[name] for name in ("balance", *SEEN)),
         **attributes(look_ahead, *SHARED), **attributes(predicted, "trained", "skip"), site=site.name,
     )  # fmt: skip

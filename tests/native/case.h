@@ -13,7 +13,7 @@ constexpr uint16_t HALF_NAN = 0x7e00, HALF_INF = 0x7c00;
 // Wild cases hold NaN, infinities and numbers of any size anywhere; in others they are only where nobody looks.
 struct Case {
   Random random;
-  bool wild, paged;
+  bool single, wild, paged;
   int64_t batch, kv_heads, group, queries, dim, value_dim, tile, pages, stored, keys, heads, room;
   Exact<uint8_t> k_high, k_residual, v_high, v_residual, mask;
   Exact<uint16_t> k_scale, v_scale;
@@ -24,7 +24,8 @@ struct Case {
   Exact<uint16_t> q16, out16;
   LampAttend call;
 
-  explicit Case(uint64_t seed) : random{seed * 0x2545f4914f6cdd1dull + 1}, call() {
+  // `one`: a call of one token and the energy rule, as for networks.
+  explicit Case(uint64_t seed, bool one = false) : random{seed * 0x2545f4914f6cdd1dull + 1}, single(one), call() {
     shapes();
     planes();
     rotations();
@@ -74,7 +75,7 @@ struct Case {
     const bool large = random.chance(0.12);
     dim = random.pick(dims), value_dim = random.chance(0.5) ? dim : random.pick(dims);
     tile = random.pick(tiles);
-    group = random.pick(groups), queries = random.pick(counts);
+    group = random.pick(groups), queries = single ? 1 : random.pick(counts);
     batch = 1 + random.below(large ? 2 : 3), kv_heads = 1 + random.below(large ? 2 : 3);
     if (large) group = std::min<int64_t>(group, 4), queries = std::min<int64_t>(queries, 5);
     while (group * queries > 256) queries = (queries + 1) / 2;
@@ -261,7 +262,7 @@ struct Case {
     call.state = state.data(), call.stats = stats.data();
     call.scale = 1.0f / std::sqrt((float)dim);
     call.softcap = random.chance(0.2) ? (float)(1 + 30 * random.uniform()) : 0.0f;
-    call.rule = random.below(3);
+    call.rule = single ? (int64_t)LAMP_ENERGY : random.below(3);
     call.subtile = tile >> random.below(tile == 128 ? 3 : tile == 64 ? 2 : 1);
     call.guard_window = 1 + random.below(20), call.guard_hold = random.below(70), call.hysteresis = 0.5f;
     call.threads = 1;

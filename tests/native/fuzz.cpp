@@ -5,12 +5,13 @@
 //   - instruction sets agree;
 //   - rows that see nothing give zeros, rows that see something have a log-sum-exp;
 //   - nothing that is not finite comes out, unless it went in where somebody looks;
-//   - appending changes the rows it names and no other byte.
+//   - appending changes the rows it names and no other byte; so does summarising.
+// Steps that a look-ahead network predicts hold to the same.
 #include <cstdio>
 #include <sstream>
 #include <string>
 
-#include "case.h"
+#include "gate.h"
 
 static uint64_t seed_now = 0;
 
@@ -210,6 +211,112 @@ static void fuzz_append(uint64_t seed, const std::vector<std::string> &sets) {
   }
 }
 
+struct Predicted {
+  Result result;
+  std::vector<float> history, trust;
+
+  bool operator==(const Predicted &o) const {
+    return result == o.result && !std::memcmp(history.data(), o.history.data(), 4 * history.size()) &&
+           !std::memcmp(trust.data(), o.trust.data(), 4 * trust.size());
+  }
+};
+
+static Predicted attend_predicted(Case &c, Gate &gate, const char *set, int64_t threads, const Predicted &before) {
+  if (lamp_use(set)) fail(set, "is not there");
+  c.state.assign(before.result.state), c.stats.assign(before.result.stats);
+  gate.history.assign(before.history), gate.trust.assign(before.trust);
+  c.call.threads = threads;
+  if (lamp_attend_predicted(&c.call, &gate.call)) fail(set, "no memory");
+  Predicted p{{c.out32.copy(), c.lse.copy(), c.certificate.copy(), c.state.copy(), c.stats.copy(), c.out16.copy()},
+              gate.history.copy(),
+              gate.trust.copy()};
+  for (uint16_t half : p.result.halves) p.result.out.push_back(float_of(half, c.call.dtype));
+  return p;
+}
+
+static void check_predicted(const Case &c, const Gate &gate, const char *set, const Predicted &p,
+                            const Predicted &before) {
+  for (int64_t row = 0; row < c.batch * c.heads; row++) {
+    const int64_t b = row / c.heads, h = row % c.heads;
+    bool seen = false;
+    for (int64_t j = c.begin(b); j < c.end(b) && !seen; j++) seen = c.sees(b, h, 0, j);
+    for (int64_t i = 0; i < c.value_dim; i++) {
+      const float x = p.result.out[row * c.value_dim + i];
+      if (!seen && x != 0) fail(set, "a row that sees nothing is not 0", (double)row, x);
+      if (!c.wild && !std::isfinite(x)) fail(set, "not finite", (double)row, x);
+    }
+  }
+  for (int64_t i = 0; i < c.batch * c.kv_heads; i++) {
+    const int64_t *now = p.result.stats.data() + 7 * i, *then = before.result.stats.data() + 7 * i;
+    const int64_t alive = now[1] - then[1], refined = now[2] - then[2];
+    if (refined < 0 || refined > alive || alive > gate.tiles) fail(set, "counts", (double)alive, (double)refined);
+    const float *trust = p.trust.data() + 7 * i, *old = before.trust.data() + 7 * i;
+    const float steps = trust[4] - old[4], exact = trust[5] - old[5];
+    if (!(steps == 0 || steps == 1) || exact > steps || exact < 0) fail(set, "trust's counts", steps, exact);
+    for (int k = 0; k < 7; k++)
+      if (!c.wild && !std::isfinite(trust[k])) fail(set, "trust", (double)i, k);
+  }
+  // What is no number leaves no trace, but the mean of what was one before stays.
+  for (size_t i = 0; i < p.history.size(); i += 2)
+    if (!(p.history[i] >= 0 && p.history[i] < 1.01f)) fail(set, "history", (double)i, p.history[i]);
+}
+
+static void fuzz_predicted(uint64_t seed, const std::vector<std::string> &sets) {
+  Case c(seed, true);
+  Gate gate(c);
+  const Predicted before{{{}, {}, {}, c.state.copy(), c.stats.copy(), {}}, gate.history.copy(), gate.trust.copy()};
+  const auto planes = c.k_high.copy();
+  const auto summary = gate.summary.copy();
+  const Predicted plain = attend_predicted(c, gate, "portable", 1, before);
+  for (const std::string &set : sets) {
+    const Predicted one = set == "portable" ? plain : attend_predicted(c, gate, set.c_str(), 1, before);
+    check_predicted(c, gate, set.c_str(), one, before);
+    bool alike = true;  // a threshold may fall on either side of an importance
+    for (size_t i = 0; i < one.result.stats.size(); i++) alike &= one.result.stats[i] == plain.result.stats[i];
+    if (alike && !c.wild) check_close(c, set.c_str(), one.result, plain.result);
+    for (size_t i = 0; alike && !c.wild && i < one.history.size(); i++)
+      if (std::fabs(one.history[i] - plain.history[i]) > 1e-3f)
+        fail(set.c_str(), "history differs", one.history[i], plain.history[i]);
+    const int64_t more[] = {2, 3, 5, 16};
+    for (int k = 0; k < 2; k++)
+      if (!(attend_predicted(c, gate, set.c_str(), c.random.pick(more), before) == one))
+        fail(set.c_str(), "other bits with other threads");
+  }
+  if (!c.k_high.same(planes) || !gate.summary.same(summary)) fail("all", "planes or summaries were written");
+}
+
+static void fuzz_summarize(uint64_t seed, const std::vector<std::string> &sets) {
+  Case c(seed, true);
+  Summary s(c);
+  const auto before = s.gate.summary.copy();
+  std::vector<char> written(before.size());
+  bool twice = false;  // two sequences whose tables list one page
+  for (int64_t b = 0; b < c.batch; b++)
+    for (int64_t g = 0; g < c.kv_heads; g++) {
+      const int64_t row = s.row(c, b, g);
+      for (int64_t r = 0; row >= 0 && r < s.call.rank; r++) {
+        twice |= written[(size_t)(row * s.call.rank + r)] != 0;
+        written[(size_t)(row * s.call.rank + r)] = 1;
+      }
+    }
+  std::vector<uint16_t> first;
+  for (const std::string &set : sets) {
+    lamp_use(set.c_str());
+    for (int64_t threads : {1, 3}) {
+      s.gate.summary.assign(before);
+      s.call.threads = threads;
+      if (lamp_summarize(&s.call)) fail(set.c_str(), "not summarised");
+      if (first.empty()) first = s.gate.summary.copy();
+      for (size_t i = 0; i < written.size(); i++) {
+        const float now = float_of(s.gate.summary[(int64_t)i], LAMP_FLOAT16), then = float_of(first[i], LAMP_FLOAT16);
+        if (!written[i] && s.gate.summary[(int64_t)i] != before[i]) fail(set.c_str(), "wrote another summary");
+        if (written[i] && !twice && std::fabs(now - then) > 2e-3f * (1 + std::fabs(then)))
+          fail(set.c_str(), "summary", now, then);
+      }
+    }
+  }
+}
+
 int main(int count, char **arguments) {
   const uint64_t first = count > 1 ? std::strtoull(arguments[1], nullptr, 10) : 1;
   const uint64_t cases = count > 2 ? std::strtoull(arguments[2], nullptr, 10) : 1000;
@@ -218,6 +325,10 @@ int main(int count, char **arguments) {
     seed_now = first + i;
     if (seed_now % 5 == 0)
       fuzz_append(seed_now, sets);
+    else if (seed_now % 10 == 7)
+      fuzz_summarize(seed_now, sets);
+    else if (seed_now % 5 == 3 || seed_now % 10 == 2)
+      fuzz_predicted(seed_now, sets);
     else
       fuzz_attend(seed_now, sets);
   }

@@ -68,10 +68,15 @@ ABOUT = {
         `positions`; `group` keys share one ([look-ahead networks](lookahead.md)).""",
     "predict": """Importance of each sub-tile from queries, summaries and what was important before, float
         `[B, G, S, T]`; -1 where no key is live. `seen` is the exact importance, for several rows at a time.""",
-    "arbitrate": """Whom to believe: the importance to act on, the new history and trust, and the importance at which
-        sub-tiles are skipped `[B, G]`.""",
+    "arbitrate": """Whom to believe, before a key is read: the importance to act on `[B, G, 1, T]`, and the importance
+        at which sub-tiles are skipped `[B, G]`.""",
+    "audit": """What the softmax weights of a step, at the precisions `levels`, say of its prediction: the new history
+        and trust. `state` is that before the step.""",
     "attention.predicted": """The meeting point over a cache where a network has predicted. Gives the output, the
         guard's new state and statistics, the new history and trust.""",
+    "fused_predicted": """`predict` and all that follows over a cache in one, for one new token of each sequence; gives
+        the output and writes the guard's state and statistics, history and trust in place. It stands in rewritten
+        graphs where [kernels](kernels.md) apply; called anywhere else it runs the reference.""",
     "linear_int8": """x `[..., K]` times INT8 weights `[N, K]` with scales `[N, groups]` over groups of inputs, plus
         bias `[N]`: `[..., N]` ([linears](linears.md)). With `dynamic` each row of x is rounded to 8 bits by a scale of
         its own, and there is one group.""",

@@ -92,7 +92,6 @@ class NetworkLayer(NestedLayer):
             return super()._run(q, seen, options)
         controls = self.controls
         hot = (controls.tau, controls.floor, controls.budget, self.state, self.stats)
-        how = {name: options[name] for name in ("causal", "window", "scale", "softcap")}
         options = {**options, "trained": self.network.trained, "skip": self.network.skip}
         one = q.shape[2] == 1
         if one and not (compiling or self.reference_only):
@@ -102,6 +101,7 @@ class NetworkLayer(NestedLayer):
             )  # fmt: skip
             return inference_only(out, q)
         kept = (self.history, self.trust, *self._now[4:])
+        how = {name: options[name] for name in ("causal", "window", "scale", "softcap")}
         if one:
             predicted = self._predict(q, seen, None, **how)
             out, *new = torch.ops.lamp.attention.predicted(

@@ -38,7 +38,7 @@ LAMP_INLINE AheadSizes ahead_sizes(const LampAttend &call, const LampPredict &ga
 
 // Natural logarithm of positive numbers, NaN for all others: the polynomial of Cephes' logf.
 LAMP_INLINE Vf log_of(Vf x) {
-  const Vi u = (Vi)x, e = (u - splat(0x3f3504f3)) >> 23;
+  const Vi u = (Vi)select(x > splat(0.0f), x, splat(1.0f)), e = (u - splat(0x3f3504f3)) >> 23;
   const Vf f = bits(u - (e << 23)) - splat(1.0f), z = f * f, n = floats(e);
   Vf p = splat(7.0376836292e-2f);
   p = p * f + splat(-1.1514610310e-1f);
