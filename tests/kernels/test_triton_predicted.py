@@ -9,7 +9,7 @@ import torch
 
 from lamp_compile.ir import Precision
 from lamp_compile.runtime import formats, guard
-from lamp_compile.runtime.network import audit
+from lamp_compile.runtime.network import audit, gate
 from tests.kernels import calls, predicted, triton_predicted
 from tests.kernels.test_decode import (
     LAUNCHES,
@@ -106,6 +106,29 @@ def test_kernels_do_what_the_reference_does(name, triton_device):
 def test_however_the_call_is_cut(name, case, triton_device, monkeypatch):
     calls.use_launch(monkeypatch, refine_programs=64, **LAUNCHES[name])
     check(triton_predicted.make(**{"keys": 400, "batch": 2, **CASES[case], "heads": 2}), triton_device)
+
+
+def test_kernels_know_the_constants_of_the_audit_and_the_gate(triton_device):
+    """Kernels import nothing of networks."""
+    from lamp_compile.runtime.kernels import decode_predicted, predict
+
+    assert {
+        "HOLD": audit.HOLD, "SLACK": audit.SLACK, "CEILING": audit.CEILING, "LAVISH": audit.LAVISH_LIMIT,
+        "MOST_EXCESS": audit.MOST_EXCESS,
+    } == decode_predicted.AUDIT  # fmt: skip
+    known = (decode_predicted.WINDOW, decode_predicted.TRUST_FIELDS, decode_predicted.AGES, decode_predicted.DECAY)
+    assert known == (audit.WINDOW, audit.FIELDS, gate.AGES, gate.DECAY)
+    assert (predict.LOWEST.value, predict.LEAST.value) == (gate.LOWEST, gate.LEAST)
+    assert (*range(7),) == (
+        audit.EXCESS,
+        audit.EXPENSE,
+        audit.HELD,
+        audit.FLAGS,
+        audit.STEPS,
+        audit.EXACT,
+        audit.DROPPED,
+    )
+    assert (audit.MISSED, audit.LAVISH, audit.NO_NUMBER, audit.TOO_LONG) == (1, 2, 4, 8)
 
 
 def test_several_parts_of_a_prediction(triton_device, monkeypatch):

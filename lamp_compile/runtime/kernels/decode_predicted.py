@@ -17,13 +17,17 @@ from lamp_compile.runtime.kernels.decode import Call, Listed, Results, Scratch
 from lamp_compile.runtime.kernels.predict import list_subtiles, predict_parts
 from lamp_compile.runtime.kernels.result import Result
 from lamp_compile.runtime.kernels.targets import Cut
-from lamp_compile.runtime.network import audit
-from lamp_compile.runtime.network import gate as gates
 
 PART = 64
 """Sub-tiles of one program of ``predict_parts``."""
 LIST_CHUNK = 4096
 """Sub-tiles that a program lists at a time."""
+AUDIT: dict[str, int | float] = {
+    "HOLD": 64, "SLACK": 4.0, "CEILING": 1e4, "LAVISH": 2.5, "MOST_EXCESS": 20.0,
+}  # fmt: skip
+"""``network/audit.py``'s constants; kernels know nothing of networks but what they are given."""
+WINDOW, TRUST_FIELDS, AGES, DECAY = 16, 7, 16, 0.9
+"""Its window and fields of the trust; of ``network/gate.py`` the points of the bias by age, the decay of running means."""
 AUDIT_CHUNK = 256
 """Sub-tiles of one program of the audit."""
 LISTED_STEPS = 32
@@ -145,7 +149,7 @@ def _predict(call: Call, gate: Gate, projected: Tensor, listed: Listed, predicte
         **_live(call), mask_b=keys["mask_b"], mask_h=keys["mask_h"], mask_key=keys["mask_key"],
         **_pages(call), **rows, subtiles=subtiles, tiles=gate.history.shape[2], summary_groups=gate.summary.shape[2],
         scale=call.scale, NP=max(call.target.columns, call.cut.rows), SPANS=spans, RANK=gate.rank, RP=gate.padded_rank,
-        AGES=gates.AGES, CHUNK=chunk,
+        AGES=AGES, CHUNK=chunk,
         **call.dependent(), num_warps=4,
     )  # fmt: skip
     list_subtiles[(call.heads,)](
@@ -165,7 +169,7 @@ def _power(tiles: int, most: int) -> int:
 
 def _trust(call: Call) -> dict[str, Any]:
     """Constants of the audit that two kernels know."""
-    return {"SKIPS": call.options["skip"] > 0, "AUDIT_WINDOW": audit.WINDOW, "TRUST_FIELDS": audit.FIELDS}
+    return {"SKIPS": call.options["skip"] > 0, "AUDIT_WINDOW": WINDOW, "TRUST_FIELDS": TRUST_FIELDS}
 
 
 def _join_and_audit(
@@ -183,12 +187,11 @@ def _join_and_audit(
     merge_and_audit[(call.rows(0)["GROUP"] + parts, call.heads, 1)](
         **decode.joining(call, scratch, 0, results), GUARD_COUNTS=results.counts, ENERGY=scratch.energy,
         PREDICTED=predicted, LEVELS=listed.levels, MARGIN=gate.margin, HISTORY=gate.history, **known, **live,
-        subtiles=call.cut.subtiles, tiles=tiles, AUDIT_CHUNK=chunk, DECAY=gates.DECAY,
+        subtiles=call.cut.subtiles, tiles=tiles, AUDIT_CHUNK=chunk, DECAY=DECAY,
     )  # fmt: skip
     lengths = {name: live[name] for name in ("LENGTHS", "length_stride", "keys", "BN", "HAS_LENGTHS")}
     trust_and_guard[(call.heads,)](
         *decode.guard_arguments(call, results), LIMIT=gate.limit, **known, **lengths, **decode.guard_rows(call),
-        parts=parts, trained=options["trained"], PARTS_P2=triton.next_power_of_2(parts), HOLD=audit.HOLD,
-        SLACK=audit.SLACK, CEILING=audit.CEILING, LAVISH=audit.LAVISH_LIMIT, MOST_EXCESS=audit.MOST_EXCESS,
+        parts=parts, trained=options["trained"], PARTS_P2=triton.next_power_of_2(parts), **AUDIT,
         **call.dependent(), num_warps=1,
     )  # fmt: skip
