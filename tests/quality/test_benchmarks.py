@@ -201,10 +201,8 @@ def test_the_decode_kernel_benchmark_times_checks_and_writes(decode_kernel, root
 def test_the_benchmark_of_predicted_steps_imposes_shares_and_checks(root, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(root / "benchmarks"))
     script, out = importlib.import_module("decode_predicted"), tmp_path / "predicted.json"
-    arguments = (
-        "--cases 2x1024 --kv-heads 2 --group 2 --dim 64 --shares 0.1 --skips 0,0.5 --repeats 1 --device cpu --out"
-    )
-    assert script.main([*arguments.split(), str(out)]) == 0
+    arguments = "--cases 2x1024 --kv-heads 2 --group 2 --dim 64 --shares 0.1 --skips 0,0.5 --repeats 1 --device cpu"
+    assert script.main([*arguments.split(), "--out", str(out)]) == 0
     rows = {row["name"]: row for row in json.loads(out.read_text())["rows"]}
     for name, skipped in (("network 10%, skip 0%", 0.0), ("network 10%, skip 50%", 0.5)):
         assert rows[name]["refined_share"] == pytest.approx(0.1, abs=0.05)

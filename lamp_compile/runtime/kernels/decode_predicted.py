@@ -27,7 +27,7 @@ AUDIT: dict[str, int | float] = {
 }  # fmt: skip
 """``network/audit.py``'s constants; kernels know nothing of networks but what they are given."""
 WINDOW, TRUST_FIELDS, AGES, DECAY = 16, 7, 16, 0.9
-"""Its window and fields of the trust; of ``network/gate.py`` the points of the bias by age, the decay of running means."""
+"""Its window and fields of the trust; of ``network/gate.py`` the points of the bias by age, and the decay of means."""
 AUDIT_CHUNK = 256
 """Sub-tiles of one program of the audit."""
 LISTED_STEPS = 32
