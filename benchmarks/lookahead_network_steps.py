@@ -4,9 +4,9 @@ read, and what it costs in quality, against the exact look-ahead in the same run
     python benchmarks/lookahead_network_steps.py MODEL TEXT --network FILE --context 4096 --part speed --out FILE
 
 for each of the parts (speed, quality, retrieval, audit) and contexts; an output that is there already is added to.
-Every step decodes real text, which is forced, with the kernels that serve users; the end of TEXT is taken, which training held
-out. "core" is the compiled attention alone with whatever the caches hold after the linear layers, "call" is with the
-operator around it. Ways take turns, sixteen steps at a time: one that skips nothing and fifteen that may.
+Every step decodes real text, which is forced, with the kernels that serve users; the end of TEXT is taken, which
+training held out. "core" is the compiled attention alone with whatever the caches hold after the linear layers, "call"
+is with the operator around it. Ways take turns, sixteen steps at a time: one that skips nothing and fifteen that may.
 """
 
 from __future__ import annotations

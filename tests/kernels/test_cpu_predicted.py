@@ -169,6 +169,16 @@ def test_nothing_is_read_of_what_is_skipped_nor_the_residual_of_what_is_cold(nat
     assert predicted.by_kernel(replace(other, kept=step.kept), native).out.isnan().all()
 
 
+def test_the_audit_hears_of_what_is_refined_from_both_planes(native: calls.Native) -> None:
+    """Its energies are those of the weights that the step ended up with, not of the exact look-ahead."""
+    step = predicted.make(keys=500, share=0.9, sharpness=3.0)
+    everything = replace(step, call=replace(step.call, hot=(torch.zeros(2), *step.call.hot[1:])))
+    mine, both = (predicted.by_kernel(x, native).history[..., 0] for x in (step, everything))
+    exact = calls.importance_of(step.call)[:, :, 0].clamp_min(0.0)
+    assert calls.whole(mine, both) < 0.5 * calls.whole(exact, both)
+    assert calls.whole(both, exact) > 1e-3
+
+
 @pytest.mark.parametrize("level", [0.0, -9.0, 9.0])
 def test_many_steps_with_gates_that_lie_and_that_do_not(level: float, native: calls.Native) -> None:
     """History and trust go their way as in the reference, dropped and tried again."""

@@ -78,15 +78,23 @@ LAMP_INLINE Vf part_of(const void *from, int64_t dtype, int64_t at, int64_t rank
 }
 
 // x [dim] times weights [dim, rank]: `out` of RANK_PARTS vectors, zeros behind the last.
-LAMP_INLINE void project(const float *x, int dim, const void *weights, int64_t dtype, int64_t first, int64_t rank,
-                         Vf *out) {
-  for (int p = 0; p * LANES < rank; p++) {
-    Vf sum[4] = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};  // four, because each waits for the one before
-    for (int c = 0; c < dim; c += 4)
-      for (int i = 0; i < 4; i++)
-        sum[i] += splat(x[c + i]) * part_of(weights, dtype, first + (c + i) * rank, rank, p, (dim - c - i) * rank);
-    out[p] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-  }
+template <int PARTS>
+static void project_parts(const float *x, int dim, const void *weights, int64_t dtype, int64_t first, int64_t rank,
+                          Vf *out) {
+  Vf sum[PARTS][2];  // two, because each waits for the one before
+  for (int p = 0; p < PARTS; p++) sum[p][0] = sum[p][1] = splat(0.0f);
+  for (int c = 0; c < dim; c += 2)
+    for (int i = 0; i < 2; i++)
+      for (int p = 0; p < PARTS; p++)
+        sum[p][i] += splat(x[c + i]) * part_of(weights, dtype, first + (c + i) * rank, rank, p, (dim - c - i) * rank);
+  for (int p = 0; p < PARTS; p++) out[p] = sum[p][0] + sum[p][1];
+}
+static void project(const float *x, int dim, const void *weights, int64_t dtype, int64_t first, int64_t rank, Vf *out) {
+  const auto by = rank <= LANES       ? project_parts<1>
+                  : rank <= 2 * LANES ? project_parts<2>
+                  : rank <= 3 * LANES ? project_parts<3>
+                                      : project_parts<4>;
+  by(x, dim, weights, dtype, first, rank, out);
 }
 
 // The queries of all rows as the gate sees them, scaled: [rows][RANK_PARTS].
@@ -137,6 +145,7 @@ static void score_tiles(const LampAttend &call, const Rows &rows, const LampPred
   for (int k = 0; k < LANES; k++) {
     const Place place = place_of(call.planes, rows.b, rows.g, (t + (k < there ? k : 0)) * call.subtile);
     at[k] = (place.tile * per_page + place.offset / gate.group) * rank;
+    fetch(gate.summary + at[k] + LANES * per * rank, 2 * per * rank);  // of the next sixteen, where pages lie in order
   }
   for (int i = 0; i < per; i++) {
     Vf summary[LANES][PARTS];
