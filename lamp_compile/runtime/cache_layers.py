@@ -170,7 +170,9 @@ class NestedLayer(GrowableLayer):
         Raises:
             CacheError: See ``admit``.
         """
-        fresh = prompt.is_one(self, key_states, value_states, self._longest == 0)
+        # A graph must not look at what the host counts: it would be made anew when that changes.
+        compiling = torch.compiler.is_compiling()
+        fresh = not compiling and prompt.is_one(self, key_states, value_states, self._longest == 0)
         rows = self.admit(key_states, value_states)
         plan = self.plan
         if self.by_kernel:

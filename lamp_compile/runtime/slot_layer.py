@@ -103,7 +103,8 @@ class SlotLayer(NestedLayer):
             key_states, value_states, *self.planes, self.balance, rows.positions, rows.block_table,
             k_format=plan.k_format, v_format=plan.v_format, rotation=plan.rotation, site=self.name,
         )  # fmt: skip
-        fresh = prompt.is_one(self, key_states, value_states, rows.empty)
+        compiling = torch.compiler.is_compiling()
+        fresh = not compiling and prompt.is_one(self, key_states, value_states, rows.empty)
         if self.commits:
             rows.commit(count)
         return self._handles(SlotHandle, key_states, value_states, fresh)

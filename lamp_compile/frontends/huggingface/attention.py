@@ -83,8 +83,8 @@ def lamp_attention(
         "softcap": float(kwargs.get("softcap") or 0.0),
     }
     sinks, out = kwargs.get("s_aux"), None
-    if key.fresh is not None and attention_mask is None:
-        out = prompt.attend(query, key.fresh, value.fresh, sinks=sinks, **how)
+    if key.fresh is not None and bias is None:
+        out = prompt.attend(query, key.fresh, value.fresh, mask, sinks, **how)
     if out is None:
         out = key.layer.attend(query, mask, bias, sinks, **how)
     return out.transpose(1, 2).contiguous(), None
