@@ -23,6 +23,7 @@ from typing import Any
 
 import _cpu_machine
 import _onnx_models
+import _onnx_prompt
 import _onnx_rows
 import numpy as np
 import torch
@@ -33,6 +34,8 @@ from lamp_compile.quality.environment import environment, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL, TEXT = ROOT / "examples" / "models" / "nano", ROOT / "examples" / "data" / "walden.txt"
+PROMPT = 512
+"""Tokens of the prompt."""
 LONG = 4096
 """Cached tokens from which the native operators must pay."""
 TARGETS = {
@@ -61,9 +64,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """All rows of all models."""
-    names, found = args.rows.split(","), []
+def run(args: argparse.Namespace, folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """All rows of all models, and those of a prompt."""
+    names, found, prompts = args.rows.split(","), [], []
     for which in args.models.split(","):
         source = args.model if which == "given" else "wide"
         place = folder / which
@@ -86,7 +89,9 @@ def run(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
             for row in _onnx_rows.context(cached, task, names):
                 print(_onnx_rows.line(row), flush=True)
                 found.append({"model": which, **row})
-    return found
+        timed = _onnx_prompt.rows(place / "lamp.onnx", ids[:PROMPT].astype(np.int64), args.threads, names)
+        prompts += [{"model": which, **row} for row in timed]
+    return found, prompts
 
 
 def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -114,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     began, load_before = time.monotonic(), os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as temporary:
-        rows = run(args, Path(args.folder or temporary))
+        rows, prompts = run(args, Path(args.folder or temporary))
     checked = targets(rows)
     for item in checked:
         value = "-" if item["measured"] is None else f"{item['measured']:.3g}"
@@ -125,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
             **environment("cpu"), "machine": _cpu_machine.describe(), "threads": args.threads,
             "load_before": load_before, "load_after": os.getloadavg()[0], "about": _onnx_rows.ABOUT,
             "options": {k: v for k, v in vars(args).items() if k not in ("model", "text", "folder", "out")},
-            "rows": rows, "targets": checked, "seconds": round(time.monotonic() - began),
+            "rows": rows, "prompts": prompts, "targets": checked, "seconds": round(time.monotonic() - began),
         }  # fmt: skip
         write_json(file, data)
     failed = any("failed" in row for row in rows)

@@ -25,7 +25,7 @@ import transformers
 from torch import nn
 
 from lamp_compile.errors import LampError
-from lamp_compile.frontends.onnx.rewrite import rewrite_onnx
+from lamp_compile.frontends.onnx.rewriting.rewrite import rewrite_onnx
 from lamp_compile.quality.environment import environment, write_json
 
 TORCH = (

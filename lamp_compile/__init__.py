@@ -19,7 +19,7 @@ _HOME = {
     "snapshot": "lamp_compile.diff.api",
     "backend": "lamp_compile.torch_backend",
     "export_onnx": "lamp_compile.onnx_export",
-    "rewrite_onnx": "lamp_compile.frontends.onnx.rewrite",
+    "rewrite_onnx": "lamp_compile.frontends.onnx.rewriting.rewrite",
     "DecodeStep": "lamp_compile.frontends.huggingface.decode_step",
     "OrtSession": "lamp_compile.runtime.ort.session",
     "NestedCache": "lamp_compile.runtime.kv_cache",
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from lamp_compile.diff.api import compare, snapshot
     from lamp_compile.errors import LampError
     from lamp_compile.frontends.huggingface.decode_step import DecodeStep
-    from lamp_compile.frontends.onnx.rewrite import rewrite_onnx
+    from lamp_compile.frontends.onnx.rewriting.rewrite import rewrite_onnx
     from lamp_compile.linear_plan import LinearPlan
     from lamp_compile.onnx_export import export_onnx
     from lamp_compile.plan import GuardPlan, Plan, SitePlan

@@ -12,9 +12,9 @@ from torch import nn
 from lamp_compile import api
 from lamp_compile.driver import rewrite
 from lamp_compile.errors import ExportError, ModelError, OptionError
-from lamp_compile.frontends.onnx import export, targets
-from lamp_compile.frontends.onnx.export import Artifact, Export
-from lamp_compile.frontends.onnx.targets import Target
+from lamp_compile.frontends.onnx.exporting import export, targets
+from lamp_compile.frontends.onnx.exporting.export import Artifact, Export
+from lamp_compile.frontends.onnx.exporting.targets import Target
 
 
 def export_onnx(
@@ -98,7 +98,7 @@ def _artifact(
         return _module(model, example_inputs, how, dynamic_shapes, options)
     if dynamic_shapes is not None:
         raise OptionError("dynamic_shapes for a decoder", where="dynamic_shapes", fix="leave it out: all are dynamic")
-    from lamp_compile.frontends.onnx import build_decoder
+    from lamp_compile.frontends.onnx.exporting import build_decoder
 
     return build_decoder.build(fast, example_inputs, *how)
 
@@ -114,7 +114,7 @@ def _is_decoder(model: nn.Module) -> bool:
 def _module(
     model: nn.Module, example_inputs: Any, how: tuple[Target, str], dynamic_shapes: Any, options: dict[str, Any]
 ) -> Artifact:
-    from lamp_compile.frontends.onnx import build_module, modules
+    from lamp_compile.frontends.onnx.exporting import build_module, modules
 
     if model.training:
         raise ModelError("the model is in training mode", where=type(model).__name__, fix="model.eval()")

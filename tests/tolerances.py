@@ -170,7 +170,7 @@ NETWORK = {
 }
 """Look-ahead networks."""
 ONNX = {
-    "node": Tolerance(1e-5, "float32 in another order; values lose 1e-5 of a step to the zero points (nibbles.py)"),
+    "node": Tolerance(1e-5, "float32 in another order, through softmax and two products"),
     "state": Tolerance(1e-4, "a mean of squared errors: twice the relative error, over sums of 10^3 terms"),
     "decoder": Tolerance(2e-3, "one layer of random weights: a key on the edge of a rounding step moves by one step"),
     "encoder": Tolerance(1e-4, "the same, and encoders quantise keys that differ in the last bit"),

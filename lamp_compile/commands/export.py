@@ -39,7 +39,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Export, verify, and say what was measured."""
     from lamp_compile.commands import _measure
-    from lamp_compile.frontends.onnx import report
+    from lamp_compile.frontends.onnx.exporting import report
     from lamp_compile.onnx_export import export_onnx
 
     options = _options.compile_options(args)

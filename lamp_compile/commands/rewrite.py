@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     if (args.output is None) != args.dry_run:
         what = "nowhere to write to" if args.output is None else "--dry-run beside a file to write"
         raise OptionError(what, where="OUT.onnx", fix="name a file, or give --dry-run")
-    from lamp_compile.frontends.onnx.rewrite import rewrite_onnx
+    from lamp_compile.frontends.onnx.rewriting.rewrite import rewrite_onnx
 
     given = {name: getattr(args, name) for name in ("preset", "plan") if getattr(args, name) is not None}
     done = rewrite_onnx(

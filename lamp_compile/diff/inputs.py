@@ -81,7 +81,7 @@ def _from_file(path: Path, weights: bool) -> Snapshot:
         program = read_pt2(path, weights)
     else:
         from lamp_compile.diff.readers.onnx_model import read_model
-        from lamp_compile.frontends.onnx.reading import Folder, load
+        from lamp_compile.frontends.onnx.files.reading import Folder, load
 
         program = read_model(load(path, domains="*"), Folder(path), weights)
     made = canonical(program)
@@ -105,7 +105,7 @@ def _program(thing: Any, weights: bool) -> Program:
     module = type(thing).__module__.split(".")[0]
     if module == "onnx":
         from lamp_compile.diff.readers.onnx_model import read_model
-        from lamp_compile.frontends.onnx import reading
+        from lamp_compile.frontends.onnx.files import reading
 
         if hasattr(thing, "opset_import") and hasattr(thing, "graph"):
             reading.check(thing, "model", domains="*")

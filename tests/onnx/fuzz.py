@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import onnx
 
 from lamp_compile.errors import LampError, PassError
-from lamp_compile.frontends.onnx import reading
-from lamp_compile.frontends.onnx.rewrite import rewrite_onnx
+from lamp_compile.frontends.onnx.files import reading
+from lamp_compile.frontends.onnx.rewriting.rewrite import rewrite_onnx
 from tests.onnx import hostile
 
 _THEIRS = (RuntimeError, ValueError)

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from lamp_compile.frontends.onnx.rewrite import RewrittenOnnx, rewrite_onnx
+from lamp_compile.frontends.onnx.rewriting.rewrite import RewrittenOnnx, rewrite_onnx
 from tests import tolerances
 
 

@@ -17,8 +17,9 @@ from onnx.reference import ReferenceEvaluator
 
 import lamp_compile
 from lamp_compile.errors import ExportError, InputError, LimitError, ModelError, OptionError
-from lamp_compile.frontends.onnx import targets, verify
-from lamp_compile.frontends.onnx.decoder import DecoderGraph
+from lamp_compile.frontends.onnx.exporting import targets, verify
+from lamp_compile.frontends.onnx.exporting.decoder import DecoderGraph
+from lamp_compile.frontends.onnx.form import Form
 from tests.tolerances import ONNX
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
@@ -78,7 +79,7 @@ def test_the_file_says_what_it_is(exported) -> None:
     functions = {f.name for f in model.functions}
     assert functions >= {"Append", "FusedAttention", "LookAhead", "Select", "Attend", "Guard"}
     attend = next(f for f in model.functions if f.name == "Attend")
-    assert sum(node.op_type == "If" for node in attend.node) == 2
+    assert sum(node.op_type == "If" for node in attend.node) == 1
     properties = {item.key: item.value for item in model.metadata_props}
     assert lamp_compile.Plan.from_json(properties["lamp.plan"]) == fast.lamp.plan
     assert json.loads(properties["lamp.versions"])["lamp_compile"] == lamp_compile.__version__
@@ -91,6 +92,46 @@ def test_the_file_says_what_it_is(exported) -> None:
         v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT for v in model.graph.input if "_high" in v.name
     )
     assert model.ir_version <= 13
+
+
+def test_logits_of_all_tokens_or_from_one_on(exported) -> None:
+    """The default are all; what is left out is not computed, and the rest is the same."""
+    _, fast, made = exported
+    run = session(made.path)
+    assert [x.name for x in run.get_overridable_initializers() if x.type == "tensor(int64)"] == ["logits_from"]
+    every, cache = step(run, TEXT, [0, 0], empty(fast, 2, 48))
+    assert every.shape[:2] == (2, 48)
+    for first in (-1, 47, -5, 0):
+        some, same = step(run, TEXT, [0, 0], empty(fast, 2, 48), logits_from=np.array([first]))
+        assert np.array_equal(some, every[:, first:])
+        assert all(np.array_equal(same[name], x) for name, x in cache.items())
+    about = json.loads(run.get_modelmeta().custom_metadata_map["ai.lamp"])
+    assert about["logits_from"] == "logits_from"
+
+
+def test_a_model_that_cannot_choose_logits_computes_all(tmp_path, monkeypatch) -> None:
+    original = transformers.LlamaForCausalLM.forward
+
+    def forward(self, input_ids=None, position_ids=None, past_key_values=None, **rest):
+        places = {"position_ids": position_ids, "past_key_values": past_key_values}
+        return original(self, input_ids=input_ids, **places, **rest)
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", forward)
+    made = lamp_compile.export_onnx(llama(), TEXT[:, :16], tmp_path / "m.onnx")
+    assert "logits_from" not in {x.name for x in onnx.load(made.path).graph.input}
+    opened = lamp_compile.OrtSession(made.path, native=False)
+    assert opened.artifact.logits_from == ""
+    opened.start(2)
+    assert opened.step(TEXT[:, :16].numpy()).shape == (2, 64)
+
+
+def test_a_session_computes_the_last_logits_alone(exported) -> None:
+    opened = lamp_compile.OrtSession(exported[2].path, native=False)
+    opened.start(2)
+    last = opened.step(TEXT.numpy())
+    assert opened._bound.binding.get_outputs()[-1].shape() == [2, 1, 64]
+    every, _ = step(session(exported[2].path), TEXT, [0, 0], empty(exported[1], 2, 64))
+    assert relative(last, every[:, -1]) < ONNX["node"].relative
 
 
 def test_no_folder_is_in_it(exported, root) -> None:
@@ -270,12 +311,10 @@ def test_an_artifact_that_is_the_float_model_fails() -> None:
 def test_a_wrong_body_is_noticed_and_nothing_is_written(tmp_path, monkeypatch) -> None:
     from lamp_compile.frontends.onnx.bodies import scores
 
-    original = scores.look_ahead
-
-    def unscaled(form):
-        return original(form).replace("factor = Mul(step, scale)", "factor = Identity(step)")
-
-    monkeypatch.setattr(scores, "look_ahead", unscaled)
+    right, wrong = "factor = Mul(step, scale)", "factor = Identity(step)"
+    original = scores.prepare_query
+    assert right in original(Form())
+    monkeypatch.setattr(scores, "prepare_query", lambda form: original(form).replace(right, wrong))
     with pytest.raises(ExportError, match="logits differs from torch"):
         lamp_compile.export_onnx(llama(), TEXT, tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
@@ -324,7 +363,7 @@ def test_bad_input(change, error, message, tmp_path, monkeypatch) -> None:
 
 
 def test_missing_packages_are_named(tmp_path, monkeypatch) -> None:
-    from lamp_compile.frontends.onnx import export
+    from lamp_compile.frontends.onnx.exporting import export
 
     monkeypatch.setattr(export, "PACKAGES", ("a_package_that_is_not_there",))
     with pytest.raises(InputError, match=r"lamp_compile\[onnx-cpu\]"):

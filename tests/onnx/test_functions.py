@@ -10,7 +10,8 @@ from onnx import checker
 from onnx.reference import ReferenceEvaluator
 
 from lamp_compile.errors import OptionError
-from lamp_compile.frontends.onnx import functions, targets
+from lamp_compile.frontends.onnx import functions
+from lamp_compile.frontends.onnx.exporting import targets
 from lamp_compile.frontends.onnx.form import Form
 from lamp_compile.runtime import guard
 from lamp_compile.runtime.attend_in_parts import attend_in_parts
@@ -35,6 +36,8 @@ CASES = {
     "bf16 query in float": (Form(query_bits=16, arithmetic="float"), {}),
     "float query": (Form(query_bits=0, guard="select"), {}),
     "large tiles": (Form(tile=64, subtile=16, window=True), {"window": 50}),
+    "newest key alone in its sub-tile": (Form(), {"lengths": (97, 33)}),
+    "sub-tile just behind": (Form(), {"lengths": (96, 32)}),
     "everything": (Form(**EVERYTHING), {"softcap": 3.0}),
     "one column": (Form(mask="column", causal="top_left"), {}),
 }
@@ -44,7 +47,7 @@ def relative(got: np.ndarray, wanted: torch.Tensor) -> float:
     return float(np.linalg.norm(got - wanted.numpy()) / max(1e-30, np.linalg.norm(wanted.numpy())))
 
 
-def cached(form: Form, tau=0.1, floor=0.0, window=0, softcap=0.0):
+def cached(form: Form, tau=0.1, floor=0.0, window=0, softcap=0.0, lengths=(N - 20, N - 60)):
     """Inputs of a FusedAttention node, its attributes, and what the reference gives."""
     q, k, v = torch.randn(B, H, S, D), torch.randn(B, G, N - 20, D), torch.randn(B, G, N - 20, DV)
     q[:, :, :, :] += 2 * k[:, :1, 5:6]  # one key that matters
@@ -61,7 +64,7 @@ def cached(form: Form, tau=0.1, floor=0.0, window=0, softcap=0.0):
     planes = torch.ops.lamp.quantize(
         k, v, given["balance"], k_format="nested8", v_format="nested8", rotation=kind, tile=form.tile, site=""
     )
-    lengths = torch.tensor([N - 20, N - 60])
+    lengths = torch.tensor(lengths)
     hot = (torch.full((G,), tau), torch.full((G,), floor), torch.full((G,), 0.01))
     state, stats = guard.new_state(B, G), guard.new_stats(B, G)
     state[0, 0] = torch.tensor([0.0, 1.0, 2.0, 1.0])
@@ -114,9 +117,39 @@ def test_reference_evaluator_agrees() -> None:
             close(ReferenceEvaluator(model).run(None, inputs), wanted)
 
 
+def test_a_row_that_is_not_finite_and_a_step_over_budget_are_counted_as_the_reference_does() -> None:
+    """NaN in one query: the floor of its kv head goes to 2 without being counted as raised; others are over budget."""
+    form = Form()
+    inputs, numbers, _ = cached(form)
+    inputs["q"] = inputs["q"].copy()
+    inputs["q"][0, 0, 1, 5], inputs["budget"] = np.nan, np.full(G, 1e-6, np.float32)
+    tensors = {name: torch.from_numpy(x) for name, x in inputs.items()}
+    given = [tensors[name] for name in (*functions.HOT, "state", "stats")]
+    wanted = attend_in_parts(
+        tensors["q"], [tensors[name] for name in PLANES], given,
+        (None, None, None, None, None, tensors["lengths"], None),
+        dict(
+            numbers, causal=form.causal, window=0, softcap=0.0, keys=N, k_format="nested8", v_format="nested8",
+            rotation="hadamard", rule="energy", query_bits=8, subtile=32, site="",
+        ),
+    )  # fmt: skip
+    model = node_model("FusedAttention", form, inputs, ["out", "state_new", "stats_new"], **numbers)
+    got = session(model).run(None, inputs)
+    assert np.isnan(got[0][0, 0, 1]).all()
+    assert np.isnan(got[0]).sum() == DV
+    assert got[1][0, 0, guard.FLOOR] == 2.0
+    assert np.array_equal(got[2][..., guard.RAISED :], wanted[2].numpy()[..., guard.RAISED :])
+    assert got[2][0, 0, guard.BAD] == 1
+    assert got[2][1, 1, guard.RAISED] == 1
+    assert relative(got[1], wanted[1]) < ONNX["state"].relative
+
+
 def append_inputs(form: Form, capacity: int = 96, rows: int = 5):
+    DV = D if form.paired else D // 2
     k, v = torch.randn(B, G, rows, D), torch.randn(B, G, rows, DV)
-    k[0, 0, 0, 0], k[0, 1, 1] = float("nan"), 0.0
+    k[0, 0, 0, 0], k[0, 1, 1], v[1, 0, 2, 3] = float("nan"), 0.0, float("nan")
+    if form.arithmetic == "integer":
+        k[1, 1, 2] *= 1e-9  # too small for a scale: stored as 0
     balance = torch.rand(G, D) + 0.5 if form.balance else None
     lead = (B, G, capacity // 32)
     planes = [
@@ -133,7 +166,10 @@ def append_inputs(form: Form, capacity: int = 96, rows: int = 5):
     return inputs, planes
 
 
-@pytest.mark.parametrize("form", [Form(), Form(balance=True), Form(rotation=False), Form(arithmetic="float")])
+PAIRED = [Form(paired=True, balance=True), Form("select", "float", paired=True)]
+
+
+@pytest.mark.parametrize("form", [Form(), Form(balance=True), Form(rotation=False), Form(arithmetic="float"), *PAIRED])
 def test_append_writes_the_same_bytes_in_place(form: Form) -> None:
     inputs, wanted = append_inputs(form)
     model = node_model("Append", form, inputs, list(functions.outputs_of("Append")))
@@ -158,7 +194,7 @@ def test_append_writes_the_same_bytes_in_place(form: Form) -> None:
     ids=["if", "select"],
 )
 def test_uncached_attention(form: Form, floor: float) -> None:
-    from lamp_compile.frontends.onnx import torch_ops  # noqa: F401
+    from lamp_compile.frontends.onnx.exporting import torch_ops  # noqa: F401
 
     rows = 40
     q, k, v = torch.randn(B, H, rows, D) * 2, torch.randn(B, G, rows, D), torch.randn(B, G, rows, DV)

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from lamp_compile.errors import InputError, LampError
-from lamp_compile.frontends.onnx import reading
-from lamp_compile.frontends.onnx.reading import Limits
+from lamp_compile.frontends.onnx.files import reading
+from lamp_compile.frontends.onnx.files.reading import Limits
 from tests.onnx import fuzz, hostile
 from tests.onnx.cases import attention_cases
 
@@ -327,7 +327,7 @@ def test_damaged_models_are_answered_or_refused() -> None:
 
 
 def test_the_fuzzer_notices_what_breaks_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lamp_compile.frontends.onnx.reading.scan", lambda *_: None)  # the walk over the bytes
+    monkeypatch.setattr("lamp_compile.frontends.onnx.files.reading.scan", lambda *_: None)  # the walk over the bytes
     with pytest.raises(AssertionError, match=r"case \d+ of seed 0: "):
         fuzz.run(seed=0, cases=2500)
 

@@ -13,9 +13,10 @@ from onnx import TensorProto, helper, numpy_helper
 import lamp_compile
 from lamp_compile import cli
 from lamp_compile.errors import InputError, ModelError, OptionError, PassError, PlanError
-from lamp_compile.frontends.onnx import reading, rewrite
+from lamp_compile.frontends.onnx.files import reading
 from lamp_compile.frontends.onnx.functions import DOMAIN
-from lamp_compile.frontends.onnx.rewrite import rewrite_onnx
+from lamp_compile.frontends.onnx.rewriting import replace, rewrite
+from lamp_compile.frontends.onnx.rewriting.rewrite import rewrite_onnx
 from lamp_compile.plan import Plan
 from tests.onnx import sessions
 from tests.onnx.test_rewrite_spellings import KT, PLAIN, REPEAT, feeds
@@ -165,10 +166,10 @@ def test_options_are_checked_first() -> None:
 
 def test_a_broken_rewrite_is_not_handed_out(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("lamp_compile.frontends.onnx.replace._complete", lambda *_: None)  # functions forgotten
+        patch.setattr(replace, "_complete", lambda *_: None)  # functions forgotten
         with pytest.raises(PassError, match=r"malformed: domain .* is not imported"):
             rewrite_onnx(three_layers())
-    monkeypatch.setattr("lamp_compile.frontends.onnx.replace._splice", lambda *_: None)  # the graph left as it was
+    monkeypatch.setattr(replace, "_splice", lambda *_: None)  # the graph left as it was
     with pytest.raises(PassError, match=r"sites \[\] came out"):
         rewrite_onnx(three_layers())
 

@@ -10,8 +10,8 @@ import pytest
 from onnx import helper
 
 from lamp_compile.errors import ModelError
-from lamp_compile.frontends.onnx import find
-from lamp_compile.frontends.onnx.rewrite import rewrite_onnx
+from lamp_compile.frontends.onnx.rewriting import find
+from lamp_compile.frontends.onnx.rewriting.rewrite import rewrite_onnx
 from tests import tolerances
 from tests.onnx import sessions
 

@@ -9,7 +9,7 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 from lamp_compile.errors import ModelError
-from lamp_compile.frontends.onnx.rewrite import rewrite_onnx
+from lamp_compile.frontends.onnx.rewriting.rewrite import rewrite_onnx
 from tests import tolerances
 from tests.onnx import sessions
 from tests.onnx.cases import attention_cases

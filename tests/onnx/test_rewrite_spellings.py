@@ -10,7 +10,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from lamp_compile.errors import ModelError, OptionError
-from lamp_compile.frontends.onnx.rewrite import rewrite_onnx
+from lamp_compile.frontends.onnx.rewriting.rewrite import rewrite_onnx
 from tests.onnx import sessions
 
 HEAD = """<ir_version: 8, opset_import: ["" : {opset}]>

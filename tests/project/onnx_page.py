@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 BEGIN = "<!-- onnx table: make golden -->"
 WAYS = {
@@ -36,8 +37,19 @@ def table(results: Path) -> str:
             found = {row["cached"]: row for row in rows if row["name"] == name}
             cells = [f"{found[n]['speed_over_plain']:.2f} ({found[n]['ms']:.1f})" for n in cached]
             text += f"| {way} | {' | '.join(cells)} | {found[cached[0]]['kv_share_of_fp32']:.1%} |\n"
+    text += _prompts(data["prompts"])
     text += "\n| target | limit | measured | |\n|---|---|---|---|\n"
     for item in data["targets"]:
         word = "met" if item["met"] else "missed"
         text += f"| {item['target']} | {item['limit']:g} | {item['measured']:.3g} | {word} |\n"
+    return text
+
+
+def _prompts(rows: list[dict[str, Any]]) -> str:
+    tokens = rows[0]["tokens"]
+    text = f"\nA prompt of {tokens}, ms:\n\n| model | way | logits of all tokens | of the last |\n|---|---|---|---|\n"
+    for row in rows:
+        model = {"given": "25 M parameters", "wide": "2,048 wide"}[row["model"]]
+        ms = f"{row['all_logits_ms']:.0f} | {row['last_logits_ms']:.0f}"
+        text += f"| {model} | {WAYS[row['name']].strip('*')} | {ms} |\n"
     return text

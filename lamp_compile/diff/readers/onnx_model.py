@@ -15,7 +15,7 @@ from lamp_compile.diff.sites import HOT, from_call
 from lamp_compile.errors import InputError
 
 if TYPE_CHECKING:
-    from lamp_compile.frontends.onnx.reading import Folder
+    from lamp_compile.frontends.onnx.files.reading import Folder
 
 _PATH = re.compile(r"[A-Za-z_]\w*(\.\w+)+")
 """Initialisers with such a name are parameters, known by it; all others are constants, known by what they hold."""

@@ -11,7 +11,7 @@ from lamp_compile.diff.graph import Type
 from lamp_compile.errors import InputError
 
 if TYPE_CHECKING:
-    from lamp_compile.frontends.onnx.reading import Folder
+    from lamp_compile.frontends.onnx.files.reading import Folder
 
 _NAMED = ("to", "dtype", "softmax_precision", "stash_type", "output_dtype")
 """Attributes that hold an element type."""
@@ -93,7 +93,7 @@ def _external(item: Any, folder: Folder | None) -> str | None:
     """Hash of external data, which is read from inside the folder only; None without a folder."""
     if folder is None:
         return None
-    from lamp_compile.frontends.onnx.reading import read_external
+    from lamp_compile.frontends.onnx.files.reading import read_external
 
     return literals.digest(read_external(item, folder, f"external data of {item.name}"))
 

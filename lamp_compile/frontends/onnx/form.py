@@ -39,6 +39,7 @@ class Form:
         bias: Whether something is added to the scores.
         sinks: Whether there are sink logits.
         start: Whether each sequence has a first live key.
+        paired: Whether keys and values are equally wide, so that a cache's new rows of both are encoded as one tensor.
         cache: Whether keys and values come as planes of a cache. Without one the original keys and values serve
             level 2, and the guard's state is one for the whole batch.
     """
@@ -58,6 +59,7 @@ class Form:
     bias: bool = False
     sinks: bool = False
     start: bool = False
+    paired: bool = False
     cache: bool = True
 
     def __post_init__(self) -> None:

@@ -25,11 +25,11 @@ What the last two consist of, and call:
 | function | inputs | outputs |
 |---|---|---|
 | ``Quantize`` | k, v, rotate_k, rotate_v, balance | six planes |
-| ``Visible`` | q, k_scale, lengths, start, mask | live: boolean, broadcastable to ``[B, H, S, N]`` |
-| ``LookAhead`` | q, k_high, k_scale, live, rotate_k, balance, bias, sinks | importance ``[B, G, S, T]``, scores ``[B, H, S, N]`` |
-| ``Select`` | importance, tau, floor, state | levels ``[B, G, S, T]`` (``ir.Precision``; uint8, or float in "float" forms) |
-| ``Attend`` | q, scores, levels, live, k_residual, k_scale, v_high, v_residual, v_scale, rotate_k, rotate_v, balance, bias, sinks, k_exact, v_exact | out, lse ``[B, H, S]``, certificate ``[B, H, S, 3]`` |
-| ``Guard`` | out, lse, certificate, levels, state, stats, floor, budget | state ``[B, G, 4]``, stats int64 ``[B, G, 7]`` |
+| ``Visible`` | q, k_scale, lengths, start, mask | live: boolean, broadcastable to ``[B, G, H / G, S, N]``; tiles: the same for sub-tiles |
+| ``LookAhead`` | q, k_high, k_scale, live, tiles, rotate_k, balance, bias, sinks | importance ``[B, G, S, T]``, scores ``[B, G, H / G, S, N]`` |
+| ``Select`` | importance, tau, floor, state | levels ``[B, G, S, T]`` (``ir.Precision``, as float) |
+| ``Attend`` | q, scores, levels, live, k_residual, k_scale, v_high, v_residual, v_scale, rotate_k, rotate_v, balance, bias, sinks, k_exact, v_exact | out; of each row ``[B, G, R, 1]``: the square of its norm, the certificate's estimate of the squared error, the sum of its weights |
+| ``Guard`` | the last three, levels, state, stats, floor, budget | state ``[B, G, 4]``, stats int64 ``[B, G, 7]`` |
 
 | input | |
 |---|---|
@@ -54,7 +54,8 @@ What the last two consist of, and call:
 
 No function is called ``Attention``: some readers of ONNX files look at the name and not at the domain.
 
-``scores`` are scaled products with the high plane, before soft-cap, bias and mask. Rows at and beyond ``lengths`` may
+``scores`` are scaled products with the high plane, before soft-cap, bias and mask. Masks and biases of these five have
+five axes, as scores (``ByGroup``). Rows at and beyond ``lengths`` may
 hold anything finite. Bodies use operators that did not change from opset 18 to 26, and are made at the opset of the
 model they go into, because runtimes paste them in.
 """  # noqa: E501
@@ -176,16 +177,20 @@ def make_node(op: str, form: Form, inputs: Mapping[str, str], outputs: Sequence[
 
 def _texts(form: Form) -> list[str]:
     """Those that are called come first: the reference evaluator of the onnx package wants it so."""
-    parts = [
+    parts = [scores.SHAPES, scores.KEY_ROWS]
+    if form.mask or form.bias:
+        parts.append(scores.BY_GROUP)
+    parts += [
         nibbles.products(form), nibbles.sums(form), scores.prepare_query(form), scores.visible(form),
         scores.logits(form), scores.weights(form), scores.look_ahead(form), scores.select(form),
-        attend.dense_keys(), attend.dense_values(),
+        attend.dense_keys(), attend.dense_values(), attend.high_values(form),
     ]  # fmt: skip
     if form.guard == "if":
         parts += [attend.gathered_keys(), attend.gathered_values()]
-    parts += [attend.attend(form), guard.guard(form), store.pack(), store.encode(form, form.balance)]
-    if form.balance:
-        parts.append(store.encode(form, False))
+    parts += [attend.attend(form), guard.guard(form)]
+    if form.arithmetic == "float":
+        parts.append(store.pack())
+    parts.append(store.encode(form))
     if form.cache:
         return [*parts, store.append(form), whole.fused_attention(form)]
     return [*parts, store.key_tiles(form), store.quantize(form), whole.attention(form)]

@@ -13,6 +13,8 @@ from lamp_compile.runtime.hot_values import FIELDS, per_head
 
 KEY = "ai.lamp"
 VERSION = 1
+FIRST_LOGITS = "logits_from"
+"""Field that names the input which says whose logits are computed; artifacts without it compute those of all tokens."""
 PLANES = ("k_high", "k_residual", "k_scale", "v_high", "v_residual", "v_scale")
 GUARD = ("state", "stats")
 MOST = 1 << 20
@@ -81,6 +83,8 @@ class Artifact:
         inputs: Names of the inputs ``tokens`` ``[B, S]`` and ``slots`` ``[B]``, where each sequence's first new row
             goes.
         logits: Name of that output.
+        logits_from: Name of the input ``[1]`` that says from which of the new tokens on logits are computed, negative
+            from the end; empty where all are.
         sites: With planes first, then those whose keys stay in float.
         max_length: Tokens the model was made for, or None.
         stop: Token ids that end a sequence.
@@ -90,6 +94,7 @@ class Artifact:
     kind: str
     inputs: Mapping[str, str]
     logits: str
+    logits_from: str
     sites: tuple[Site, ...]
     max_length: int | None
     stop: tuple[int, ...]
@@ -131,7 +136,7 @@ def read(session: Any, where: str) -> Artifact:
 def _artifact(about: Any) -> Artifact:
     kind = about["kind"]
     if kind == "module":
-        return Artifact(kind, {}, "", (), None, (), about)
+        return Artifact(kind, {}, "", "", (), None, (), about)
     if kind != "decoder":
         raise ValueError(f"kind {kind!r}")
     inputs = {name: _name(value) for name, value in about["inputs"].items() if value is not None}
@@ -141,10 +146,11 @@ def _artifact(about: Any) -> Artifact:
     sites += [_float_site(row) for row in about.get("float_sites", ())]
     if len({site.name for site in sites}) != len(sites):
         raise ValueError("two sites of one name")
+    chosen = _name(about[FIRST_LOGITS]) if FIRST_LOGITS in about else ""
     longest, stop = about.get("max_length"), about.get("eos_token_id")
     stop = () if stop is None else (stop,) if isinstance(stop, int) else tuple(stop)
     return Artifact(
-        kind, inputs, _name(about["logits"]), tuple(sites), None if longest is None else _size(longest),
+        kind, inputs, _name(about["logits"]), chosen, tuple(sites), None if longest is None else _size(longest),
         tuple(int(token) for token in stop), about,
     )  # fmt: skip
 
@@ -214,6 +220,7 @@ def _match(artifact: Artifact, session: Any, where: str) -> None:
             wanted.append((given, name, "float32", (site.kv_heads,) if site.row is None else (None, site.kv_heads)))
     if artifact.kind == "decoder":
         wanted.append((made, artifact.logits, "float32", None))
+        wanted += [(given, artifact.logits_from, "int64", (1,))] if artifact.logits_from else []
     for there, name, dtype, shape in wanted:
         found = there.get(name)
         side = "input" if there is given else "output"

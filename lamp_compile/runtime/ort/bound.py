@@ -57,6 +57,9 @@ class BoundStep:
         self._tokens = np.zeros((batch, rows), np.int64)
         self._slots = np.zeros(batch, np.int64)
         self._arrays = {names["tokens"]: self._tokens, names["slots"]: self._slots, **settings}
+        if artifact.logits_from:  # nobody looks at the others
+            self._arrays[artifact.logits_from] = np.array([-1], np.int64)
+            rows = 1
         self._sent: dict[str, NDArray[Any]] = {}
         self._values: dict[str, Any] = {}
         self._logits = None

@@ -1,10 +1,11 @@
 """Products with one plane of nibbles: ``NibbleProducts`` for keys, ``NibbleSums`` for values.
 
-A byte holds two nibbles in two's complement. ``x = byte ^ 0x88`` is ``16 (upper + 8) + (lower + 8)`` and ``l = x & 15``
-is ``lower + 8``: with zero points 136 and 8 both are signed numbers, and 16 * upper is their difference. The difference
-is taken after multiplying, where there are few numbers. All factors stay below 256 as unsigned and the other operand
-is unsigned too: signed ones saturate on x86 machines without VNNI. Values are multiplied in float, and the zero points
-taken off afterwards: that costs 1e-5 of a step, rounding to both planes costs 0.3.
+A byte holds two nibbles in two's complement, ``byte = 16 upper + rest`` with ``rest`` the lower one without its sign.
+In arithmetic that wraps at 256, ``16 byte`` is 16 times the lower nibble and ``byte - rest`` 16 times the upper one,
+in two's complement. ONNX Runtime's sums and products of bytes (it has them from 1.21 on) are vectorised, its bit
+operations are not: one of those takes as long as fifteen of these. Both operands of ``MatMulInteger`` are unsigned,
+with zero point 128: signed ones saturate on x86 machines without VNNI. Values are multiplied in float, since rounding
+their weights to 8 bits costs 0.3 of a step.
 """
 
 from __future__ import annotations
@@ -30,77 +31,63 @@ _NIBBLES_FLOAT = """
   lower = Sub(low4, low_wrap)
 """
 
-_NIBBLES_BITS = """
-  flip = Constant<value = uint8 {136}>()
-  fifteen = Constant<value = uint8 {15}>()
-  x = BitwiseXor(plane, flip)
-  l = BitwiseAnd(x, fifteen)
+_NIBBLES_BYTES = """
+  sixteenfold = Constant<value = uint8 {16}>()
+  none = Constant<value = uint8 {0}>()
+  sixteen = Constant<value = float {16.0}>()
+  lower = Mul(plane, sixteenfold)
+  lower_float = Cast<to = 1>(lower)
+  rest = QuantizeLinear(lower_float, sixteen, none)
+  upper = Sub(plane, rest)
 """
 
 
 def products(form: Form) -> str:
-    """Planes ``[M, N, W]`` and queries ``[M, R, 2W]`` -> 16 * nibbles . query, float ``[M, N, R]``."""
+    """Planes ``[.., N, W]`` and queries ``[.., R, 2W]``, four axes each -> 16 * nibbles . query, ``[.., R, N]``."""
     if not form.integer:
         return f"""NibbleProducts (plane, query) => (y) {{
   {_NIBBLES_FLOAT}
-  columns = Transpose<perm = [0, 2, 1]>(query)
-  q_upper, q_lower = Split<axis = 1, num_outputs = 2>(columns)
+  columns = Transpose<perm = [0, 1, 3, 2]>(query)
+  q_upper, q_lower = Split<axis = 2, num_outputs = 2>(columns)
   from_upper = MatMul(upper, q_upper)
   from_lower = MatMul(lower, q_lower)
   both = Add(from_upper, from_lower)
-  y = Mul(both, sixteen)
+  turned = Transpose<perm = [0, 1, 3, 2]>(both)
+  y = Mul(turned, sixteen)
 }}"""
     return f"""NibbleProducts (plane, query) => (y) {{
-  {_NIBBLES_BITS}
-  eight = Constant<value = uint8 {{8}}>()
+  {_NIBBLES_BYTES}
   middle = Constant<value = uint8 {{128}}>()
   offset = Constant<value = float {{128.0}}>()
-  sixteen = Constant<value = int32 {{16}}>()
+  both = Concat<axis = 3>(upper, lower)
+  nibbles = Add(both, middle)
   shifted = Add(query, offset)
   bytes = Cast<to = 2>(shifted)
-  columns = Transpose<perm = [0, 2, 1]>(bytes)
-  q_upper, q_lower = Split<axis = 1, num_outputs = 2>(columns)
-  q_both = Concat<axis = 2>(q_upper, q_lower)
-  all_upper = MatMulInteger(x, q_upper, flip, middle)
-  low_both = MatMulInteger(l, q_both, eight, middle)
-  low_upper, low_lower = Split<axis = 2, num_outputs = 2>(low_both)
-  from_upper = Sub(all_upper, low_upper)
-  from_lower = Mul(low_lower, sixteen)
-  exact = Add(from_upper, from_lower)
-  y = Cast<to = 1>(exact)
+  columns = Transpose<perm = [0, 1, 3, 2]>(bytes)
+  exact = MatMulInteger(nibbles, columns, middle, middle)
+  turned = Transpose<perm = [0, 1, 3, 2]>(exact)
+  y = Cast<to = 1>(turned)
 }}"""
 
 
 def sums(form: Form) -> str:
-    """Planes ``[M, W, N]`` and weights ``[M, R, N]`` -> 16 * nibbles weighted and summed, float ``[M, R, 2W]``."""
+    """Planes ``[.., W, N]`` and weights ``[.., R, N]``, four axes each -> 16 * nibbles weighted and summed, float
+    ``[.., R, 2W]``."""
     if form.arithmetic == "float":
         return f"""NibbleSums (plane, weight) => (y) {{
   {_NIBBLES_FLOAT}
-  upper_columns = Transpose<perm = [0, 2, 1]>(upper)
-  lower_columns = Transpose<perm = [0, 2, 1]>(lower)
+  upper_columns = Transpose<perm = [0, 1, 3, 2]>(upper)
+  lower_columns = Transpose<perm = [0, 1, 3, 2]>(lower)
   from_upper = MatMul(weight, upper_columns)
   from_lower = MatMul(weight, lower_columns)
-  both = Concat<axis = 2>(from_upper, from_lower)
+  both = Concat<axis = 3>(from_upper, from_lower)
   y = Mul(both, sixteen)
 }}"""
     return f"""NibbleSums (plane, weight) => (y) {{
-  {_NIBBLES_BITS}
-  middle = Constant<value = float {{136.0}}>()
-  eight = Constant<value = float {{8.0}}>()
-  sixteen = Constant<value = float {{16.0}}>()
-  last = Constant<value_ints = [-1]>()
-  all_float = Cast<to = 1>(x)
-  low_float = Cast<to = 1>(l)
-  all_columns = Transpose<perm = [0, 2, 1]>(all_float)
-  low_columns = Transpose<perm = [0, 2, 1]>(low_float)
-  all_raw = MatMul(weight, all_columns)
-  low_raw = MatMul(weight, low_columns)
-  total = ReduceSum(weight, last)
-  all_offset = Mul(total, middle)
-  low_offset = Mul(total, eight)
-  all_sums = Sub(all_raw, all_offset)
-  low_sums = Sub(low_raw, low_offset)
-  from_upper = Sub(all_sums, low_sums)
-  from_lower = Mul(low_sums, sixteen)
-  y = Concat<axis = 2>(from_upper, from_lower)
+  {_NIBBLES_BYTES}
+  both = Concat<axis = 2>(upper, lower)
+  nibbles = Cast<to = 3>(both)
+  numbers = Cast<to = 1>(nibbles)
+  columns = Transpose<perm = [0, 1, 3, 2]>(numbers)
+  y = MatMul(weight, columns)
 }}"""

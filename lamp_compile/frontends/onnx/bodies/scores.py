@@ -1,4 +1,8 @@
-"""What comes before values are read: ``PrepareQuery``, ``Visible``, ``LookAhead``, ``Select``."""
+"""What comes before values are read: ``PrepareQuery``, ``Visible``, ``LookAhead``, ``Select``.
+
+Shape letters as in ``functions``. Scores and weights have five axes, ``[B, G, H / G, S, N]``, so that what belongs to a
+kv head is broadcast to its query heads; products are formed in rows ``[B, G, R, N]``, which lie in the same order.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,48 @@ from lamp_compile.frontends.onnx.form import Form
 
 TINY = "1.17549435e-38"
 
+SHAPES = """Shapes (q, k_scale) => (by_group, grouped, rows, by_head) {
+  copy = Constant<value_ints = [0]>()
+  copies = Constant<value_ints = [0, 0, -1]>()
+  rest = Constant<value_ints = [-1, 0]>()
+  groups = Shape<start = 1, end = 2>(k_scale)
+  heads = Shape<start = 1, end = 2>(q)
+  queries = Shape<start = 2, end = 3>(q)
+  keys = Shape<start = 2, end = 3>(k_scale)
+  by_group = Concat<axis = 0>(copy, groups, rest)
+  grouped = Concat<axis = 0>(copies, queries, keys)
+  rows = Concat<axis = 0>(copies, keys)
+  by_head = Concat<axis = 0>(copy, heads, rest)
+}"""
+"""Shapes for Reshape: ``[B, H, S, x]`` to ``[B, G, R, x]``; rows to five axes; five axes to rows; and rows to heads."""
+
+BY_GROUP = """ByGroup (x, q, k_scale) => (y) {
+  one = Constant<value_ints = [1]>()
+  copy = Constant<value_ints = [0]>()
+  last = Constant<value_ints = [-1]>()
+  heads = Shape<start = 1, end = 2>(q)
+  groups = Shape<start = 1, end = 2>(k_scale)
+  every_head = Concat<axis = 0>(one, heads, one, one)
+  spread = Expand(x, every_head)
+  tail = Shape<start = 2, end = 4>(spread)
+  shape = Concat<axis = 0>(copy, groups, last, tail)
+  y = Reshape(spread, shape)
+}"""
+"""A mask or bias that may be broadcast over heads, with five axes."""
+
+KEY_ROWS = """KeyRows (plane) => (rows) {
+  copies = Constant<value_ints = [0, 0, -1]>()
+  width = Shape<start = 4>(plane)
+  shape = Concat<axis = 0>(copies, width)
+  rows = Reshape(plane, shape)
+}"""
+
 
 def prepare_query(form: Form) -> str:
-    """Query ``[B, H, S, D]`` -> ``[B, G, R, D]`` (R = H / G * S), balanced, rotated, in whole steps of ``step``
-    ``[B, G, R, 1]`` where it is rounded to 8 bits (steps of 1 otherwise). G is that of ``k_scale``."""
-    inputs = "q, k_scale" + (", rotate_k" if form.rotation else "") + (", balance" if form.balance else "")
-    balanced = "factor = Unsqueeze(balance, minus_two)\n  x2 = Mul(x1, factor)" if form.balance else "x2 = Identity(x1)"
+    """Query ``[B, H, S, D]`` -> ``[B, G, R, D]``, balanced, rotated, in whole steps where it is rounded to 8 bits;
+    half of each row's sum; and ``factor``: a step times the scale of scores (that scale where it is not rounded)."""
+    inputs = "q, k_scale, by_group" + (", rotate_k" if form.rotation else "") + (", balance" if form.balance else "")
+    balanced = "ratio0 = Unsqueeze(balance, minus_two)\n  x2 = Mul(x1, ratio0)" if form.balance else "x2 = Identity(x1)"
     turned = "x3 = MatMul(x2, rotate_k)" if form.rotation else "x3 = Identity(x2)"
     if form.query_bits == 8:
         rounded = f"""
@@ -36,22 +76,25 @@ def prepare_query(form: Form) -> str:
             )
         whole_step = "step = Constant<value = float[1,1,1,1] {1.0}>()"
         rounded = f"{bf16 if form.query_bits == 16 else 'query = Identity(x3)'}\n  {whole_step}"
-    return f"""PrepareQuery ({inputs}) => (query, step) {{
+    return f"""PrepareQuery <scale: float = 1.0> ({inputs}) => (query, half, factor) {{
   last = Constant<value_ints = [-1]>()
   minus_two = Constant<value_ints = [-2]>()
   x0 = Cast<to = 1>(q)
-  lead = Shape<start = 0, end = 2>(k_scale)
-  width = Shape<start = 3, end = 4>(q)
-  shape = Concat<axis = 0>(lead, last, width)
-  x1 = Reshape(x0, shape)
+  x1 = Reshape(x0, by_group)
   {balanced}
   {turned}
   {rounded}
+  one_half = Constant<value = float {{0.5}}>()
+  query_sum = ReduceSum(query, last)
+  half = Mul(query_sum, one_half)
+  scale = Constant<value_float: float = @scale>()
+  factor = Mul(step, scale)
 }}"""
 
 
 def visible(form: Form) -> str:
-    """Which key each query sees: boolean, broadcastable to ``[B, H, S, N]``, with all N columns."""
+    """Which key each query sees, boolean, broadcastable to ``[B, G, H / G, S, N]`` with all N columns; and which
+    sub-tile holds any such key, ``[.., T]``."""
     inputs = "q, k_scale, lengths" + (", start" if form.start else "") + (", mask" if form.mask else "")
     window = " <window: int = 0>" if form.window else ""
     steps = ["live0 = Less(key, end)"]
@@ -75,14 +118,25 @@ def visible(form: Form) -> str:
         )
         live = "live3"
     if form.mask:
-        steps.append(f"live4 = And({live}, mask)")
+        steps.append(f"allowed = ai.lamp.ByGroup(mask, q, k_scale)\n  live4 = And({live}, allowed)")
         live = "live4"
+    if form.causal == "bottom_right" and live == "live1":
+        steps.append(f"""subtile = Constant<value = int64 {{{form.subtile}}}>()
+  first_key = Range(zero, keys, subtile)
+  tiles = LessOrEqual(first_key, at)""")
+    else:
+        steps.append(f"""by_subtile = Constant<value_ints = [0, 0, 0, 0, -1, {form.subtile}]>()
+  number = Cast<to = 1>({live})
+  tiled = Reshape(number, by_subtile)
+  any = ReduceMax<keepdims = 0>(tiled, last)
+  tiles = Cast<to = 9>(any)""")
     body = "\n  ".join(steps)
-    return f"""Visible{window} ({inputs}) => (live) {{
+    return f"""Visible{window} ({inputs}) => (live, tiles) {{
   zero = Constant<value = int64 {{0}}>()
   one = Constant<value = int64 {{1}}>()
   first1 = Constant<value_ints = [1]>()
-  outer = Constant<value_ints = [1, 2, 3]>()
+  last = Constant<value_ints = [-1]>()
+  outer = Constant<value_ints = [1, 2, 3, 4]>()
   keys1 = Shape<start = 2, end = 3>(k_scale)
   keys = Squeeze(keys1)
   queries1 = Shape<start = 2, end = 3>(q)
@@ -113,38 +167,33 @@ def logits(form: Form) -> str:
 
 
 def weights(form: Form) -> str:
-    """Softmax over live keys and sinks; a row with no live key has weights 0."""
+    """Softmax over live keys and sinks. Rows with no live key are left undefined."""
     if not form.sinks:
-        return """Weights (logits, live) => (p) {
-  zero = Constant<value = float {0.0}>()
-  p0 = Softmax<axis = -1>(logits)
-  p = Where(live, p0, zero)
+        return """Weights (logits) => (p) {
+  p = Softmax<axis = -1>(logits)
 }"""
-    return """Weights (logits, live, sinks) => (p) {
-  zero = Constant<value = float {0.0}>()
-  outer = Constant<value_ints = [0, 2, 3]>()
+    return """Weights (logits, sinks) => (p) {
   one = Constant<value_ints = [1]>()
-  lead = Shape<start = 0, end = 3>(logits)
+  last = Constant<value_ints = [-1]>()
+  groups = Shape<start = 1, end = 2>(logits)
+  by_group = Concat<axis = 0>(one, groups, last, one, one)
+  lead = Shape<start = 0, end = 4>(logits)
   column = Concat<axis = 0>(lead, one)
   sinks0 = Cast<to = 1>(sinks)
-  sinks1 = Unsqueeze(sinks0, outer)
+  sinks1 = Reshape(sinks0, by_group)
   sinks2 = Expand(sinks1, column)
-  extended = Concat<axis = 3>(logits, sinks2)
+  extended = Concat<axis = 4>(logits, sinks2)
   p0 = Softmax<axis = -1>(extended)
   begin = Constant<value_ints = [0]>()
-  end = Constant<value_ints = [-1]>()
-  axis = Constant<value_ints = [3]>()
-  p1 = Slice(p0, begin, end, axis)
-  p = Where(live, p1, zero)
+  axis = Constant<value_ints = [4]>()
+  p = Slice(p0, begin, last, axis)
 }"""
 
 
 _RULES = {
     "energy": """
-  square = Mul(p, p)
-  tiled = Reshape(square, by_subtile)
-  energy = ReduceSum<keepdims = 0>(tiled, last)
-  importance0 = Sqrt(energy)""",
+  tiled = Reshape(p, by_subtile)
+  importance0 = ReduceL2<keepdims = 0>(tiled, last)""",
     "lamp_strict": """
   rest = Sub(one, p)
   spread = Mul(p, rest)
@@ -164,7 +213,6 @@ _RULES = {
 _SIZE = """
   one = Constant<value = float {1.0}>()
   zero = Constant<value = float {0.0}>()
-  never = Constant<value = float {-inf}>()
   at_live = Where(live, score_of_rule, zero)
   size = Abs(at_live)"""
 
@@ -184,83 +232,61 @@ def look_ahead(form: Form) -> str:
             else "score_of_rule = Identity(scores)"
         )
         rule = f"{seen}{_SIZE}{rule}"
-    return f"""LookAhead <scale: float = 1.0{cap}> (q, k_high, k_scale, live{turned}{added}) => (importance, scores) {{
+    return f"""LookAhead <scale: float = 1.0{cap}> (q, k_high, k_scale, live, tiles{turned}{added})
+=> (importance, scores) {{
   last = Constant<value_ints = [-1]>()
-  query, step = ai.lamp.PrepareQuery(q, k_scale{turned})
-  keys = Shape<start = 2, end = 3>(k_scale)
-  width = Shape<start = 4, end = 5>(k_high)
-  plane_shape = Concat<axis = 0>(last, keys, width)
-  plane = Reshape(k_high, plane_shape)
-  query_tail = Shape<start = 2, end = 4>(query)
-  query_shape = Concat<axis = 0>(last, query_tail)
-  flat = Reshape(query, query_shape)
-  products = ai.lamp.NibbleProducts(plane, flat)
-  turned = Transpose<perm = [0, 2, 1]>(products)
-  lead = Shape<start = 0, end = 3>(query)
-  row_shape = Concat<axis = 0>(lead, keys)
-  rows = Reshape(turned, row_shape)
-  half = Constant<value = float {{0.5}}>()
-  total = ReduceSum(query, last)
-  offset = Mul(total, half)
-  unbiased = Sub(rows, offset)
-  scale = Constant<value_float: float = @scale>()
-  factor = Mul(step, scale)
-  scaled = Mul(unbiased, factor)
+  by_group, grouped, row_shape, by_head = ai.lamp.Shapes(q, k_scale)
+  query, half, factor = ai.lamp.PrepareQuery<scale: float = @scale>(q, k_scale, by_group{turned})
+  plane = ai.lamp.KeyRows(k_high)
+  products = ai.lamp.NibbleProducts(plane, query)
+  unbiased = Sub(products, half)
   k_scale0 = Cast<to = 1>(k_scale)
   minus_two = Constant<value_ints = [-2]>()
   k_scale1 = Unsqueeze(k_scale0, minus_two)
-  scores0 = Mul(scaled, k_scale1)
-  q_lead = Shape<start = 0, end = 3>(q)
-  score_shape = Concat<axis = 0>(q_lead, keys)
-  scores = Reshape(scores0, score_shape)
+  unit = Mul(factor, k_scale1)
+  scaled = Mul(unbiased, unit)
+  scores = Reshape(scaled, grouped)
   logits = ai.lamp.Logits{capped}(scores, live{", bias" if form.bias else ""})
-  p = ai.lamp.Weights(logits, live{", sinks" if form.sinks else ""})
-  by_subtile = Constant<value_ints = [0, 0, 0, -1, {form.subtile}]>()
+  p = ai.lamp.Weights(logits{", sinks" if form.sinks else ""})
+  by_subtile = Constant<value_ints = [0, 0, 0, 0, -1, {form.subtile}]>()
   {rule}
-  live0 = Cast<to = 1>(live)
-  live1 = Reshape(live0, by_subtile)
-  live2 = ReduceMax<keepdims = 0>(live1, last)
-  live3 = Cast<to = 9>(live2)
   dead = Constant<value = float {{-1.0}}>()
-  importance1 = Where(live3, importance0, dead)
-  groups = Shape<start = 0, end = 2>(k_scale)
-  tail = Shape<start = 2, end = 4>(importance1)
-  grouped = Concat<axis = 0>(groups, last, tail)
-  importance2 = Reshape(importance1, grouped)
+  importance1 = Where(tiles, importance0, dead)
   two = Constant<value_ints = [2]>()
-  importance = ReduceMax<keepdims = 0>(importance2, two)
+  importance = ReduceMax<keepdims = 0>(importance1, two)
 }}"""
 
 
 def select(form: Form) -> str:
-    """Importance, tau, floor and state -> precision of each sub-tile, uint8 ``[B, G, S, T]`` (``ir.Precision``)."""
-    exact = (
-        "two = Constant<value = float {2.0}>()\n  three = Constant<value = float {3.0}>()\n"
-        "  called = GreaterOrEqual(level, two)\n  chosen = Where(called, three, precision)"
-    )
+    """Importance, tau, floor and state -> precision of each sub-tile, float ``[B, G, S, T]`` (``ir.Precision``). A
+    raised level refines whatever is live: a number between that of dead sub-tiles and 0 takes the place of tau."""
+    exact = """
+  two = Constant<value = float {2.0}>()
+  called = GreaterOrEqual(level1, two)
+  chosen = Where(called, three, precision)"""
     return f"""Select (importance, tau, floor, state) => (levels) {{
-  tail = Constant<value_ints = [-1, -2]>()
-  tau1 = Unsqueeze(tau, tail)
-  floor1 = Unsqueeze(floor, tail)
+  last = Constant<value_ints = [-1]>()
   begin = Constant<value_ints = [1]>()
   end = Constant<value_ints = [2]>()
   axis = Constant<value_ints = [2]>()
-  last = Constant<value_ints = [-1]>()
-  raised0 = Slice(state, begin, end, axis)
-  raised = Unsqueeze(raised0, last)
-  level = Max(floor1, raised)
-  below = LessOrEqual(importance, tau1)
-  above = Not(below)
   one = Constant<value = float {{1.0}}>()
+  below_all = Constant<value = float {{-0.5}}>()
+  tau1 = Unsqueeze(tau, last)
+  floor1 = Unsqueeze(floor, last)
+  raised = Slice(state, begin, end, axis)
+  level = Max(floor1, raised)
+  forced = GreaterOrEqual(level, one)
+  limit0 = Where(forced, below_all, tau1)
+  limit = Unsqueeze(limit0, last)
+  level1 = Unsqueeze(level, last)
+  unimportant = LessOrEqual(importance, limit)
   high = Constant<value = float {{1.0}}>()
   both = Constant<value = float {{2.0}}>()
-  forced = GreaterOrEqual(level, one)
-  refine = Or(above, forced)
-  precision = Where(refine, both, high)
-  {"chosen = Identity(precision)" if form.cache else exact}
+  three = Constant<value = float {{3.0}}>()
+  precision = Where(unimportant, high, both)
+  {"chosen = Identity(precision)" if form.cache else exact.strip()}
   dead = Constant<value = float {{-1.0}}>()
   skip = Constant<value = float {{0.0}}>()
   nobody = Equal(importance, dead)
-  levels0 = Where(nobody, skip, chosen)
-  {"levels = Cast<to = 2>(levels0)" if form.arithmetic == "integer" else "levels = Identity(levels0)"}
+  levels = Where(nobody, skip, chosen)
 }}"""

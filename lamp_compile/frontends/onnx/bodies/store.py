@@ -4,49 +4,67 @@ from __future__ import annotations
 
 from lamp_compile.frontends.onnx.form import Form
 
+_PACK_BYTES = """
+  offset = Constant<value = float {136.0}>()
+  signs = Constant<value = uint8 {136}>()
+  four = Constant<value = uint8 {4}>()
+  fifteen = Constant<value = uint8 {15}>()
+  upper_half = Constant<value = uint8 {240}>()
+  shifted = Add(q, offset)
+  whole_byte = Cast<to = 2>(shifted)
+  both = BitwiseXor(whole_byte, signs)
+  upper, lower = Split<axis = -1, num_outputs = 2>(both)
+  upper_high = BitwiseAnd(upper, upper_half)
+  lower_high = BitShift<direction = "RIGHT">(lower, four)
+  high = BitwiseOr(upper_high, lower_high)
+  upper_low = BitShift<direction = "LEFT">(upper, four)
+  lower_low = BitwiseAnd(lower, fifteen)
+  residual = BitwiseOr(upper_low, lower_low)"""
+"""q + 136 has hi + 8 in its upper nibble and lo + 8 in its lower one; 8 turns a nibble's sign."""
 
-def encode(form: Form, balance: bool) -> str:
-    """Rows ``[B, G, n, D]`` -> high, residual uint8 ``[B, G, n, D/2]``, scale ``[B, G, n]`` rounded to float16 (kept as
-    float32), bit by bit as ``runtime/formats/nested8.py``. A NaN or infinity in a row goes into its scale."""
-    rotation = form.rotation
-    name = f"Encode{'Rotated' if rotation else ''}{'Balanced' if balance else ''}"
-    inputs = ", ".join(["rows", *(["rotate"] if rotation else []), *(["balance"] if balance else [])])
-    divide = "divisor = Unsqueeze(balance, minus_two)\n  x1 = Div(x0, divisor)" if balance else "x1 = Identity(x0)"
-    turn = "x = MatMul(x1, rotate)" if rotation else "x = Identity(x1)"
-    return f"""{name} ({inputs}) => (high, residual, scale) {{
-  last = Constant<value_ints = [-1]>()
-  minus_two = Constant<value_ints = [-2]>()
-  zero = Constant<value = float {{0.0}}>()
-  largest = Constant<value = float {{119.0}}>()
-  smallest = Constant<value = float {{-119.0}}>()
-  eight = Constant<value = float {{8.0}}>()
-  sixteen = Constant<value = float {{16.0}}>()
-  sixteenth = Constant<value = float {{0.0625}}>()
-  x0 = Cast<to = 1>(rows)
-  {divide}
-  {turn}
-  size = Abs(x)
-  peak = ReduceMax<keepdims = 0>(size, last)
-  total = ReduceSum<keepdims = 0>(x, last)
-  nothing = Mul(total, zero)
-  step0 = Div(peak, largest)
-  step = Add(step0, nothing)
-  {rounded_to_half("step", "scale", form)}
-  divisor1 = Unsqueeze(scale, last)
-  ratio = Div(x, divisor1)
-  unscaled = Equal(divisor1, zero)
-  undefined = IsNaN(ratio)
-  empty = Or(unscaled, undefined)
-  steps = Where(empty, zero, ratio)
-  whole = Round(steps)
-  q = Clip(whole, smallest, largest)
+_PACK_FLOAT = """
+  eight = Constant<value = float {8.0}>()
+  sixteen = Constant<value = float {16.0}>()
+  sixteenth = Constant<value = float {0.0625}>()
   raised = Add(q, eight)
   shifted = Mul(raised, sixteenth)
   hi = Floor(shifted)
   hi16 = Mul(hi, sixteen)
   lo = Sub(q, hi16)
   high = ai.lamp.Pack(hi)
-  residual = ai.lamp.Pack(lo)
+  residual = ai.lamp.Pack(lo)"""
+
+
+def encode(form: Form) -> str:
+    """Rows ``[.., D]``, rotated and balanced -> high, residual uint8 ``[.., D/2]``, scale ``[..]`` rounded to
+    float16 (float32 of that value without a cache), bit by bit as ``runtime/formats/nested8.py``. A NaN or infinity in
+    a row goes into its scale."""
+    if not form.cache:
+        stored_scale = "scale = Squeeze(divisor, last)"
+    elif form.arithmetic == "integer":
+        stored_scale = "scale = Squeeze(divisor_half, last)"
+    else:
+        stored_scale = "scale0 = Squeeze(divisor, last)\n  scale = Cast<to = 10>(scale0)"
+    return f"""Encode (x) => (high, residual, scale) {{
+  last = Constant<value_ints = [-1]>()
+  zero = Constant<value = float {{0.0}}>()
+  largest = Constant<value = float {{119.0}}>()
+  smallest = Constant<value = float {{-119.0}}>()
+  size = Abs(x)
+  peak = ReduceMax(size, last)
+  total = ReduceSum(x, last)
+  nothing = Mul(total, zero)
+  step0 = Div(peak, largest)
+  step = Add(step0, nothing)
+  {rounded_to_half("step", "divisor", form)}
+  ratio = Div(x, divisor)
+  no_difference = Sub(ratio, ratio)
+  defined = Equal(no_difference, zero)
+  steps = Where(defined, ratio, zero)
+  whole = Round(steps)
+  q = Clip(whole, smallest, largest)
+  {_PACK_BYTES if form.arithmetic == "integer" else _PACK_FLOAT}
+  {stored_scale}
 }}"""
 
 
@@ -76,94 +94,121 @@ def pack() -> str:
 }"""
 
 
-def _encoded(form: Form, prefix: str = "") -> tuple[str, str]:
-    """The two calls of ``Encode``, and the inputs that they need."""
-    turned = "Rotated" if form.rotation else ""
+def _turned(form: Form) -> tuple[str, str]:
+    """Nodes that make ``k_turned`` and ``v_turned``, and the inputs that they need."""
     inputs = (", rotate_k, rotate_v" if form.rotation else "") + (", balance" if form.balance else "")
-    rotate_k, rotate_v = (", rotate_k", ", rotate_v") if form.rotation else ("", "")
-    balance, balanced = (", balance", "Balanced") if form.balance else ("", "")
+    divide = "ratio = Unsqueeze(balance, minus_two)\n  k1 = Div(k0, ratio)" if form.balance else "k1 = Identity(k0)"
     return (
-        f"""k_bytes, k_rest, k_step = ai.lamp.Encode{turned}{balanced}(k{rotate_k}{balance})
-  v_bytes, v_rest, v_step = ai.lamp.Encode{turned}(v{rotate_v})""",
+        f"""minus_two = Constant<value_ints = [-2]>()
+  k0 = Cast<to = 1>(k)
+  v0 = Cast<to = 1>(v)
+  {divide}
+  k_turned = {"MatMul(k1, rotate_k)" if form.rotation else "Identity(k1)"}
+  v_turned = {"MatMul(v0, rotate_v)" if form.rotation else "Identity(v0)"}""",
         inputs,
     )
 
 
-_INDEX = """
-  last = Constant<value_ints = [-1]>()
+_ENCODE_EACH = """k_rows = Flatten<axis = 3>(k_turned)
+  v_rows = Flatten<axis = 3>(v_turned)
+  k_bytes, k_rest, k_step = ai.lamp.Encode(k_rows)
+  v_bytes, v_rest, v_step = ai.lamp.Encode(v_rows)"""
+_ENCODE_BOTH = """both_turned = Concat<axis = 0>(k_turned, v_turned)
+  both_rows = Flatten<axis = 3>(both_turned)
+  bytes, rest, step = ai.lamp.Encode(both_rows)
+  k_bytes, v_bytes = Split<axis = 0, num_outputs = 2>(bytes)
+  k_rest, v_rest = Split<axis = 0, num_outputs = 2>(rest)
+  k_step, v_step = Split<axis = 0, num_outputs = 2>(step)"""
+
+_COORDINATES = {
+    "if": """
+  every = ConstantOfShape<value = int64[1] {1}>(lead)
+  coordinates = NonZero(every)
+  b, g, row = Split<axis = 0, num_outputs = 3>(coordinates)""",
+    "select": """
+  none = Constant<value = int64 {0}>()
+  next = Constant<value = int64 {1}>()
+  every_axis = Constant<value_ints = [0]>()
+  heads = Shape<start = 1, end = 2>(k)
+  rows = Shape<start = 2, end = 3>(k)
+  count = ReduceProd<keepdims = 0>(lead)
+  number = Range(none, count, next)
+  numbers = Unsqueeze(number, every_axis)
+  row = Mod(numbers, rows)
+  head = Div(numbers, rows)
+  g = Mod(head, heads)
+  b = Div(head, heads)""",
+}
+"""Batch, kv head and row of each of the M = B * G * n rows, ``[1, M]``; "select" without an output whose size
+depends on numbers, which a CUDA graph cannot hold."""
+
+_PLACES = """
+  first = Gather(positions, b)
+  place = Add(first, row)
+  tile = Shape<start = 3, end = 4>(k_high)
+  page = Div(place, tile)
+  key = Mod(place, tile)
+  scale_places = Concat<axis = 0>(b, g, place)
+  at_scale = Transpose<perm = [1, 0]>(scale_places)
+  key_places = Concat<axis = 0>(b, g, page, key)
+  at_key = Transpose<perm = [1, 0]>(key_places)
+"""
+"""Where each row goes: ``at_scale [M, 3]``, ``at_key [M, 4]``."""
+
+_CHANNELS = """
   zero = Constant<value = int64 {0}>()
   one = Constant<value = int64 {1}>()
-  first1 = Constant<value_ints = [1]>()
-  outer2 = Constant<value_ints = [1, 2]>()
-  outer0 = Constant<value_ints = [0, 2]>()
-  lead = Shape<start = 0, end = 3>(k)
-  batch1, heads1, rows1 = Split<axis = 0, num_outputs = 3>(lead)
-  batch = Squeeze(batch1)
-  heads = Squeeze(heads1)
-  rows = Squeeze(rows1)
-  every_batch = Range(zero, batch, one)
-  every_head = Range(zero, heads, one)
-  every_row = Range(zero, rows, one)
-  b0 = Unsqueeze(every_batch, outer2)
-  b1 = Expand(b0, lead)
-  b = Unsqueeze(b1, last)
-  g0 = Unsqueeze(every_head, outer0)
-  g1 = Expand(g0, lead)
-  g = Unsqueeze(g1, last)
-  first = Unsqueeze(positions, first1)
-  place0 = Add(first, every_row)
-  place1 = Unsqueeze(place0, first1)
-  place2 = Expand(place1, lead)
-  place = Unsqueeze(place2, last)
+  second = Constant<value_ints = [1]>()
+  along = Constant<value = int64[5] {0,0,0,1,0}>()
+  AT_ROW
+  at_rows = Unsqueeze(at_row, second)
+  width1 = Shape<start = 1>(v_bytes)
+  width = Squeeze(width1)
+  channels = Range(zero, width, one)
+  channel = Unsqueeze(channels, second)
+  steps = Mul(channel, along)
+  at_value = Add(at_rows, steps)
 """
+"""The same for every channel of a value, ``at_value [M, Dv/2, 5]``: batch, head, tile, channel, key in the tile."""
+_AT_ROW = {
+    "if": """apart = Constant<value = int64[4,5] {1,0,0,0,0, 0,1,0,0,0, 0,0,1,0,0, 0,0,0,0,1}>()
+  at_row = MatMul(at_key, apart)""",
+    "select": """no_channel = Mul(b, zero)
+  value_places = Concat<axis = 0>(b, g, page, no_channel, key)
+  at_row = Transpose<perm = [1, 0]>(value_places)""",
+}
+"""CUDA has no product of integer matrices."""
 
 
 def append(form: Form) -> str:
     """New rows into the planes of a cache. The scattered planes have their own shape from input to output, with nothing
     in between: bound to one buffer on both sides they are written in place."""
-    calls, inputs = _encoded(form)
+    turned, inputs = _turned(form)
     planes = "k_high, k_residual, k_scale, v_high, v_residual, v_scale"
     outputs = ", ".join(f"{name}_new" for name in planes.split(", "))
     return f"""Append (k, v, {planes}, positions{inputs}) => ({outputs}) {{
-  {calls}
-  {_INDEX}
-  tile = Shape<start = 3, end = 4>(k_high)
-  page = Div(place, tile)
-  before = Mul(page, tile)
-  key = Sub(place, before)
-  at_scale = Concat<axis = -1>(b, g, place)
-  at_key = Concat<axis = -1>(b, g, page, key)
+  {turned}
+  {_ENCODE_BOTH if form.paired else _ENCODE_EACH}
+  lead = Shape<start = 0, end = 3>(k)
+  {_COORDINATES[form.guard].strip()}
+  {_PLACES.strip()}
+  {_CHANNELS.replace("AT_ROW", _AT_ROW[form.guard]).strip()}
   k_high_new = ScatterND(k_high, at_key, k_bytes)
   k_residual_new = ScatterND(k_residual, at_key, k_rest)
-  k_half = Cast<to = 10>(k_step)
-  v_half = Cast<to = 10>(v_step)
-  k_scale_new = ScatterND(k_scale, at_scale, k_half)
-  v_scale_new = ScatterND(v_scale, at_scale, v_half)
-  width1 = Shape<start = 3, end = 4>(v_bytes)
-  width = Squeeze(width1)
-  every_channel = Range(zero, width, one)
-  channel0 = Unsqueeze(every_channel, last)
-  v_lead = Concat<axis = 0>(lead, width1, first1)
-  channel = Expand(channel0, v_lead)
-  minus_two = Constant<value_ints = [-2]>()
-  bgp0 = Concat<axis = -1>(b, g, page)
-  bgp1 = Unsqueeze(bgp0, minus_two)
-  three = Constant<value_ints = [3]>()
-  bgp_lead = Concat<axis = 0>(lead, width1, three)
-  bgp = Expand(bgp1, bgp_lead)
-  key1 = Unsqueeze(key, minus_two)
-  key2 = Expand(key1, v_lead)
-  at_value = Concat<axis = -1>(bgp, channel, key2)
+  k_scale_new = ScatterND(k_scale, at_scale, k_step)
   v_high_new = ScatterND(v_high, at_value, v_bytes)
   v_residual_new = ScatterND(v_residual, at_value, v_rest)
+  v_scale_new = ScatterND(v_scale, at_scale, v_step)
 }}"""
 
 
 def quantize(form: Form) -> str:
     """Keys and values ``[B, G, N, D]`` -> planes of whole storage tiles, padded with zeros."""
-    calls, inputs = _encoded(form)
+    turned, inputs = _turned(form)
     return f"""Quantize (k, v{inputs}) => (k_high, k_residual, k_scale, v_high, v_residual, v_scale) {{
-  {calls}
+  {turned}
+  k_bytes, k_rest, k_step = ai.lamp.Encode(k_turned)
+  v_bytes, v_rest, v_step = ai.lamp.Encode(v_turned)
   k_high, k_residual, k_scale = ai.lamp.KeyTiles(k_bytes, k_rest, k_step)
   v_rows, v_rest_rows, v_scale = ai.lamp.KeyTiles(v_bytes, v_rest, v_step)
   v_high = Transpose<perm = [0, 1, 2, 4, 3]>(v_rows)

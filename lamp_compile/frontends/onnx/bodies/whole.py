@@ -25,14 +25,15 @@ def _parts(form: Form) -> str:
     _, products, visible = _attributes(form)
     turned_k = (", rotate_k" if form.rotation else "") + _given(form, "balance")
     turned = (", rotate_k, rotate_v" if form.rotation else "") + _given(form, "balance")
-    added = _given(form, "bias", "sinks")
+    bias = "bias5 = ai.lamp.ByGroup(bias, q, k_scale)\n  " if form.bias else ""
+    added = (", bias5" if form.bias else "") + _given(form, "sinks")
     exact = "" if form.cache else ", k, v"
     rest = _PLANES.removeprefix("k_high, ")
-    return f"""live = ai.lamp.Visible{visible}(q, k_scale, lengths{_given(form, "start", "mask")})
-  importance, scores = ai.lamp.LookAhead{products}(q, k_high, k_scale, live{turned_k}{added})
+    return f"""live, tiles = ai.lamp.Visible{visible}(q, k_scale, lengths{_given(form, "start", "mask")})
+  {bias}importance, scores = ai.lamp.LookAhead{products}(q, k_high, k_scale, live, tiles{turned_k}{added})
   levels = ai.lamp.Select(importance, tau, floor, state)
-  out, lse, certificate = ai.lamp.Attend{products}(q, scores, levels, live, {rest}{turned}{added}{exact})
-  state_new, stats_new = ai.lamp.Guard{_GUARD}(out, lse, certificate, levels, state, stats, floor, budget)"""
+  out, square, estimate, mass = ai.lamp.Attend{products}(q, scores, levels, live, {rest}{turned}{added}{exact})
+  state_new, stats_new = ai.lamp.Guard{_GUARD}(estimate, square, mass, levels, state, stats, floor, budget)"""
 
 
 def fused_attention(form: Form) -> str:

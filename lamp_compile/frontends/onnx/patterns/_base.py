@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lamp_compile.frontends.onnx.emit import Emitter
-from lamp_compile.frontends.onnx.graph import Graph
-from lamp_compile.frontends.onnx.sites import OnnxSite
+from lamp_compile.frontends.onnx.graphs.emit import Emitter
+from lamp_compile.frontends.onnx.graphs.graph import Graph
+from lamp_compile.frontends.onnx.graphs.sites import OnnxSite
 from lamp_compile.passes.patterns._base import NoMatch, Refuse
 
 if TYPE_CHECKING:

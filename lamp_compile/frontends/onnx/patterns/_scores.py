@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lamp_compile.frontends.onnx.graph import Graph, attribute, operand
+from lamp_compile.frontends.onnx.graphs.graph import Graph, attribute, operand
+from lamp_compile.frontends.onnx.graphs.sites import BOOL
+from lamp_compile.frontends.onnx.graphs.walk import through
 from lamp_compile.frontends.onnx.patterns._base import NoMatch, Refuse
-from lamp_compile.frontends.onnx.sites import BOOL
-from lamp_compile.frontends.onnx.walk import through
 
 if TYPE_CHECKING:
     from onnx import NodeProto

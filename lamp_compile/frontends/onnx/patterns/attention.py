@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lamp_compile.frontends.onnx.emit import Emitter
-from lamp_compile.frontends.onnx.graph import Graph, attribute, operand, result
+from lamp_compile.frontends.onnx.graphs.emit import Emitter
+from lamp_compile.frontends.onnx.graphs.graph import Graph, attribute, operand, result
+from lamp_compile.frontends.onnx.graphs.sites import BOOL, FLOAT, OnnxSite
+from lamp_compile.frontends.onnx.graphs.walk import checked, sizes_of
 from lamp_compile.frontends.onnx.patterns._base import OnnxPattern, Refuse
-from lamp_compile.frontends.onnx.sites import BOOL, FLOAT, OnnxSite
-from lamp_compile.frontends.onnx.walk import checked, sizes_of
 
 if TYPE_CHECKING:
     from onnx import NodeProto

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING, Any
 
-from lamp_compile.frontends.onnx.emit import Emitter
-from lamp_compile.frontends.onnx.graph import Graph, operand, result
+from lamp_compile.frontends.onnx.graphs.emit import Emitter
+from lamp_compile.frontends.onnx.graphs.graph import Graph, operand, result
+from lamp_compile.frontends.onnx.graphs.sites import BOOL, FLOAT, FLOATS, INT64, OnnxSite
+from lamp_compile.frontends.onnx.graphs.values import attribute as any_attribute
+from lamp_compile.frontends.onnx.graphs.walk import checked, sizes_of
 from lamp_compile.frontends.onnx.patterns._base import OnnxPattern, Refuse
-from lamp_compile.frontends.onnx.sites import BOOL, FLOAT, FLOATS, INT64, OnnxSite
-from lamp_compile.frontends.onnx.values import attribute as any_attribute
-from lamp_compile.frontends.onnx.walk import checked, sizes_of
 
 if TYPE_CHECKING:
     from onnx import NodeProto

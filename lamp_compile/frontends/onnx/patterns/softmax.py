@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from lamp_compile.frontends.onnx.emit import Emitter
-from lamp_compile.frontends.onnx.graph import Graph, attribute
+from lamp_compile.frontends.onnx.graphs.emit import Emitter
+from lamp_compile.frontends.onnx.graphs.graph import Graph, attribute
+from lamp_compile.frontends.onnx.graphs.sites import BOOL, OnnxSite
+from lamp_compile.frontends.onnx.graphs.walk import checked, sizes_of, training, transposed, true_kv, with_heads
 from lamp_compile.frontends.onnx.patterns._base import NoMatch, OnnxPattern, Refuse
 from lamp_compile.frontends.onnx.patterns._scores import NOT_ATTENTION, Scores, unscaled, walk_up
-from lamp_compile.frontends.onnx.sites import BOOL, OnnxSite
-from lamp_compile.frontends.onnx.walk import checked, sizes_of, training, transposed, true_kv, with_heads
 
 if TYPE_CHECKING:
     from onnx import NodeProto

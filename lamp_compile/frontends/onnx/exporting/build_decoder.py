@@ -10,15 +10,15 @@ import torch
 from torch.export import Dim
 
 from lamp_compile.errors import ModelError
-from lamp_compile.frontends.onnx import describe, finish, trace
-from lamp_compile.frontends.onnx import verify as verification
-from lamp_compile.frontends.onnx.decoder import DecoderGraph
-from lamp_compile.frontends.onnx.export import Artifact, token_ids
-from lamp_compile.frontends.onnx.targets import Target
-from lamp_compile.frontends.onnx.translate import Translation
+from lamp_compile.frontends.onnx.exporting import describe, finish, kept_logits, trace
+from lamp_compile.frontends.onnx.exporting import verify as verification
+from lamp_compile.frontends.onnx.exporting.decoder import DecoderGraph
+from lamp_compile.frontends.onnx.exporting.export import Artifact, token_ids
+from lamp_compile.frontends.onnx.exporting.targets import Target
+from lamp_compile.frontends.onnx.exporting.translate import Translation
 from lamp_compile.runtime.ort import artifact
 
-TRACED = {"batch": 2, "tokens": 5, "capacity": 96}
+TRACED = {"batch": 2, "tokens": 5, "capacity": 96, "kept": 3}
 """Sizes of the example that is recorded; none of them ends up in the graph."""
 
 
@@ -44,9 +44,11 @@ def build(fast: Any, example_inputs: Any, target: Target, guard: str) -> Artifac
     program = _program(graph)
     traced = trace.to_onnx(program, translation, target.opset, type(lamp.original).__name__)
     model, names = traced.model, graph.cache_names()
+    given = list(model.graph.inputs)[2:]
+    kept = given.pop(0) if graph.chooses_logits else None
     renamed = dict(
         zip(
-            [str(value.name) for value in (*model.graph.inputs[2:], *model.graph.outputs)],
+            [str(value.name) for value in (*given, *model.graph.outputs)],
             [*(f"past.{name}" for name in names), "logits", *(f"present.{name}" for name in names)],
             strict=True,
         )
@@ -54,8 +56,10 @@ def build(fast: Any, example_inputs: Any, target: Target, guard: str) -> Artifac
     finish.wire(model, translation)
     sites = {layer.name: str(index) for index, layer in enumerate(graph.layers)}
     finish.rename(model, translation, sites, renamed)
-    finish.name_dimensions(model, _dimensions(names))
+    finish.name_dimensions(model, _dimensions(names, "tokens" if kept is None else "kept"))
     trace.optimize(traced)
+    if kept is not None:
+        kept_logits.choose(model, kept)
     report = replace(lamp.report(), backend=f"ONNX, {target.name}", notes=())
     metadata = trace.metadata("decoder", report, target, guard)
     metadata[artifact.KEY] = json.dumps(describe.decoder(graph, lamp.original), separators=(",", ":"))
@@ -75,7 +79,9 @@ def _program(graph: DecoderGraph) -> Any:
     ids = torch.zeros(TRACED["batch"], TRACED["tokens"], dtype=torch.long)
     positions = torch.zeros(TRACED["batch"], dtype=torch.long)
     cache = graph.empty_cache(TRACED["batch"], TRACED["capacity"])
-    shapes = tuple(_dynamic(name, batch) for name in graph.cache_names())
+    shapes: tuple[dict[int, Any], ...] = tuple(_dynamic(name, batch) for name in graph.cache_names())
+    if graph.chooses_logits:
+        cache, shapes = [torch.arange(TRACED["kept"]), *cache], ({0: Dim("kept")}, *shapes)
     return trace.program(graph, (ids, positions, *cache), ({0: batch, 1: tokens}, {0: batch}, shapes))
 
 
@@ -84,11 +90,11 @@ def _dynamic(name: str, batch: Any) -> dict[int, Any]:
     return {0: batch, **({2: Dim.DYNAMIC} if grows else {})}
 
 
-def _dimensions(names: list[str]) -> dict[str, tuple[str | None, ...]]:
+def _dimensions(names: list[str], rows: str) -> dict[str, tuple[str | None, ...]]:
     wanted: dict[str, tuple[str | None, ...]] = {
         "input_ids": ("batch", "tokens"),
         "positions": ("batch",),
-        "logits": ("batch", "tokens"),
+        "logits": ("batch", rows),
     }
     for name in names:
         stored = name.endswith(("high", "residual"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any, cast
 
-from lamp_compile.frontends.onnx.limits import bad, shown
+from lamp_compile.frontends.onnx.files.limits import bad, shown
 
 _CHECKED = ("", "ai.onnx.ml")
 _OF_ONNX_RUNTIME = ("SimplifiedLayerNormalization", "LayerNormalization")

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lamp_compile.frontends.onnx.emit import Emitter
+from lamp_compile.frontends.onnx.files.limits import shown
 from lamp_compile.frontends.onnx.functions import DOMAIN
-from lamp_compile.frontends.onnx.graph import Graph, nodes_within
-from lamp_compile.frontends.onnx.limits import shown
+from lamp_compile.frontends.onnx.graphs.emit import Emitter
+from lamp_compile.frontends.onnx.graphs.graph import Graph, nodes_within
+from lamp_compile.frontends.onnx.graphs.sites import OnnxSite
 from lamp_compile.frontends.onnx.patterns import all_patterns
 from lamp_compile.frontends.onnx.patterns._base import NoMatch, OnnxPattern, Refuse
-from lamp_compile.frontends.onnx.sites import OnnxSite
 from lamp_compile.ir import Refusal
 
 if TYPE_CHECKING:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
-from lamp_compile.frontends.onnx.functions_called import check_calls
-from lamp_compile.frontends.onnx.limits import KNOWN_DOMAINS, Limits, bad, shown
-from lamp_compile.frontends.onnx.operators import check_operator
-from lamp_compile.frontends.onnx.tensors import Folder, check_shape, check_sparse, check_tensor, tensors_of
+from lamp_compile.frontends.onnx.files.functions_called import check_calls
+from lamp_compile.frontends.onnx.files.limits import KNOWN_DOMAINS, Limits, bad, shown
+from lamp_compile.frontends.onnx.files.operators import check_operator
+from lamp_compile.frontends.onnx.files.tensors import Folder, check_shape, check_sparse, check_tensor, tensors_of
 
 _EXPORT = "export the model again"
 _KINDS = {

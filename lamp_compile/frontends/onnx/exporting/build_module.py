@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from lamp_compile.errors import ModelError
-from lamp_compile.frontends.onnx import describe, finish, modules, trace
-from lamp_compile.frontends.onnx import verify as verification
-from lamp_compile.frontends.onnx.export import Artifact
-from lamp_compile.frontends.onnx.targets import Target
-from lamp_compile.frontends.onnx.translate import Translation
+from lamp_compile.frontends.onnx.exporting import describe, finish, modules, trace
+from lamp_compile.frontends.onnx.exporting import verify as verification
+from lamp_compile.frontends.onnx.exporting.export import Artifact
+from lamp_compile.frontends.onnx.exporting.targets import Target
+from lamp_compile.frontends.onnx.exporting.translate import Translation
 from lamp_compile.runtime.ort import artifact
 
 

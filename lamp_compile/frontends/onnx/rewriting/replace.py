@@ -9,11 +9,11 @@ import numpy as np
 
 from lamp_compile.errors import OptionError, PlanError
 from lamp_compile.frontends.onnx import functions
-from lamp_compile.frontends.onnx.emit import Emitter
-from lamp_compile.frontends.onnx.find import Claimed
 from lamp_compile.frontends.onnx.form import RULES, Form
-from lamp_compile.frontends.onnx.graph import Graph
-from lamp_compile.frontends.onnx.sites import FLOAT, OnnxSite
+from lamp_compile.frontends.onnx.graphs.emit import Emitter
+from lamp_compile.frontends.onnx.graphs.graph import Graph
+from lamp_compile.frontends.onnx.graphs.sites import FLOAT, OnnxSite
+from lamp_compile.frontends.onnx.rewriting.find import Claimed
 from lamp_compile.plan import Plan, SitePlan
 from lamp_compile.runtime import guard as guards
 from lamp_compile.runtime import rotation

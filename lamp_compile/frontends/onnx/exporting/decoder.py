@@ -19,7 +19,7 @@ from lamp_compile.frontends.huggingface import attention
 from lamp_compile.frontends.huggingface.compiled import Lamp
 from lamp_compile.frontends.huggingface.sites import ProbedSite
 from lamp_compile.frontends.huggingface.slots import why_masked
-from lamp_compile.frontends.onnx import torch_ops as _torch_ops  # noqa: F401  (registers torch.ops.lamp_onnx)
+from lamp_compile.frontends.onnx.exporting import torch_ops as _torch_ops  # noqa: F401  (registers torch.ops.lamp_onnx)
 from lamp_compile.frontends.onnx.form import check_row
 from lamp_compile.frontends.structure import structural_copy
 from lamp_compile.runtime import guard
@@ -144,7 +144,11 @@ class DecoderGraph(nn.Module):
     """``forward(input_ids [B, n], positions [B], *cache)`` -> ``(logits [B, n, V], *cache)``.
 
     ``cache`` lists for each layer in turn its planes, state and stats, or its float keys and values
-    (``cache_names``).
+    (``cache_names``). Where the model can tell which tokens' logits are wanted, their numbers ``[kept]`` within the new
+    ones come before it, and logits are ``[B, kept, V]``.
+
+    Attributes:
+        chooses_logits: Whether it can.
 
     Args:
         fast: A transformers decoder from ``lamp_compile.compile``.
@@ -162,7 +166,9 @@ class DecoderGraph(nn.Module):
         if getattr(self.model, "_can_set_experts_implementation", lambda: False)():
             # The grouped product of the default has no ONNX operator; this one gathers weights and multiplies.
             self.model.set_experts_implementation("batched_mm")  # type: ignore[operator]
-        if "position_ids" not in inspect.signature(self.model.forward).parameters:
+        taken = inspect.signature(self.model.forward).parameters
+        self.chooses_logits = "logits_to_keep" in taken
+        if "position_ids" not in taken:
             raise ModelError(
                 "its forward takes no position_ids",
                 where=type(lamp.original).__name__,
@@ -215,6 +221,7 @@ class DecoderGraph(nn.Module):
     def forward(self, input_ids: Tensor, positions: Tensor, *cache: Tensor) -> tuple[Tensor, ...]:
         """One step: append the tokens, and give back their logits and the cache."""
         given = iter(cache)
+        wanted = {"logits_to_keep": next(given)} if self.chooses_logits else {}
         rows = input_ids.shape[1]
         for index, layer in enumerate(self.layers):
             layer.tensors = {name: next(given) for name in layer.names}
@@ -225,7 +232,7 @@ class DecoderGraph(nn.Module):
         places = positions[:, None] + torch.arange(rows, device=input_ids.device)
         held = _GraphCache(list(self.layers))
         logits = self.model(
-            input_ids=input_ids, position_ids=places, past_key_values=held, use_cache=True, return_dict=True
+            input_ids=input_ids, position_ids=places, past_key_values=held, use_cache=True, return_dict=True, **wanted
         ).logits
         return (logits, *(layer.tensors[name] for layer in self.layers for name in layer.names))
 

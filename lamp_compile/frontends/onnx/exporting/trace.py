@@ -15,8 +15,8 @@ import torch
 
 from lamp_compile import __version__
 from lamp_compile.errors import LampError, ModelError
-from lamp_compile.frontends.onnx.targets import Target
-from lamp_compile.frontends.onnx.translate import Translation
+from lamp_compile.frontends.onnx.exporting.targets import Target
+from lamp_compile.frontends.onnx.exporting.translate import Translation
 from lamp_compile.report import Report
 
 PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir")

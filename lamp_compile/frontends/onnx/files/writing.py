@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lamp_compile.errors import InputError
-from lamp_compile.frontends.onnx.reading import all_tensors
-from lamp_compile.frontends.onnx.tensors import Folder
+from lamp_compile.frontends.onnx.files.reading import all_tensors
+from lamp_compile.frontends.onnx.files.tensors import Folder
 
 if TYPE_CHECKING:
     from onnx import ModelProto

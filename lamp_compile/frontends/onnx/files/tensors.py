@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
-from lamp_compile.frontends.onnx.limits import Limits, bad, shown
+from lamp_compile.frontends.onnx.files.limits import Limits, bad, shown
 
 if TYPE_CHECKING:
     from onnx import SparseTensorProto, TensorProto

@@ -14,7 +14,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import Graph, Node
 
 from lamp_compile.errors import InputError, ModelError
-from lamp_compile.frontends.onnx import torch_ops as _torch_ops  # noqa: F401  (registers torch.ops.lamp_onnx)
+from lamp_compile.frontends.onnx.exporting import torch_ops as _torch_ops  # noqa: F401  (registers torch.ops.lamp_onnx)
 from lamp_compile.frontends.onnx.form import check_row
 from lamp_compile.passes._nodes import lamp_nodes, outcome, outputs, sweep
 from lamp_compile.passes.patterns._dialect import bind

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from lamp_compile import __version__
 from lamp_compile.errors import InputError, ModelError, OptionError, PassError
-from lamp_compile.frontends.onnx import functions, reading
-from lamp_compile.frontends.onnx.find import Claimed, FoundOnnx, find_sites
+from lamp_compile.frontends.onnx import functions
+from lamp_compile.frontends.onnx.files import reading
+from lamp_compile.frontends.onnx.files.writing import write
 from lamp_compile.frontends.onnx.form import GUARDS
-from lamp_compile.frontends.onnx.graph import Graph
-from lamp_compile.frontends.onnx.replace import replace_sites
-from lamp_compile.frontends.onnx.values import SMALL
-from lamp_compile.frontends.onnx.writing import write
+from lamp_compile.frontends.onnx.graphs.graph import Graph
+from lamp_compile.frontends.onnx.graphs.values import SMALL
+from lamp_compile.frontends.onnx.rewriting.find import Claimed, FoundOnnx, find_sites
+from lamp_compile.frontends.onnx.rewriting.replace import replace_sites
 from lamp_compile.ir import Found
 from lamp_compile.passes.make_plan import choose_sites, make_plan
 from lamp_compile.plan import PRESETS, Plan, template

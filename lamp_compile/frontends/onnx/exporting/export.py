@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lamp_compile.errors import ExportError, InputError, LimitError, ModelError
-from lamp_compile.frontends.onnx.targets import Target
-from lamp_compile.frontends.onnx.verify import Verification
+from lamp_compile.frontends.onnx.exporting.targets import Target
+from lamp_compile.frontends.onnx.exporting.verify import Verification
 from lamp_compile.plan import SitePlan
 from lamp_compile.report import Report
 
@@ -58,8 +58,8 @@ def write(artifact: Artifact, file: Path, target: Target, guard: str, limits: di
     """Into a folder of its own beside the place, verified there, then put in place."""
     import onnx
 
-    from lamp_compile.frontends.onnx import report as reports
-    from lamp_compile.frontends.onnx.verify import session
+    from lamp_compile.frontends.onnx.exporting import report as reports
+    from lamp_compile.frontends.onnx.exporting.verify import session
 
     size = artifact.proto.ByteSize()
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=".lamp-") as folder:

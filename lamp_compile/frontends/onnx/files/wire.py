@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lamp_compile.frontends.onnx.limits import Limits, bad
+from lamp_compile.frontends.onnx.files.limits import Limits, bad
 
 _TEXT = "text"
 _DAMAGED = "the file is damaged or no ONNX model: copy or export it again"

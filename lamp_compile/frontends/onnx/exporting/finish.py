@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lamp_compile.frontends.onnx import functions
-from lamp_compile.frontends.onnx.translate import Translation
+from lamp_compile.frontends.onnx.exporting.translate import Translation
 from lamp_compile.runtime import rotation
 
 if TYPE_CHECKING:

@@ -44,7 +44,7 @@ class Translation:
         """The custom translation table for ``torch.onnx.export``."""
         import torch
 
-        from lamp_compile.frontends.onnx import torch_ops as _torch_ops  # noqa: F401  (registers the operators)
+        from lamp_compile.frontends.onnx.exporting import torch_ops as _torch_ops  # noqa: F401  (registers the operators)
 
         ops = torch.ops.lamp_onnx
         return {getattr(ops, name).default: self._translator(name) for name in _CALLED}
@@ -85,13 +85,15 @@ class Translation:
         rotation = options["rotation"] != "none"
         if name == "append":
             # Of a form only the storage matters here; whatever attends over it decides about the rest.
-            return Form(self.guard, self.arithmetic, rotation=rotation, balance=has["balance"])
-        mask = given.get("mask")
+            same = int(given["k"].shape[3]) == int(given["v"].shape[3])
+            return Form(self.guard, self.arithmetic, rotation=rotation, balance=has["balance"], paired=same)
+        mask, cache = given.get("mask"), name == "fused_attention"
+        paired = cache and int(given["k_high"].shape[4]) == int(given["v_high"].shape[3])
         return Form(
             self.guard, self.arithmetic, options["rule"], options["query_bits"], options["subtile"],
             tile=options.get("tile", 32), rotation=rotation, causal=options["causal"], window=options["window"] > 0,
             softcap=options["softcap"] != 0, mask="" if mask is None else "column" if mask.shape[3] == 1 else "keys",
-            cache=name == "fused_attention", **has,
+            paired=paired, cache=cache, **has,
         )  # fmt: skip
 
     def _rotation(self, width: int) -> Any:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lamp_compile.frontends.onnx.graph import Dims, Graph
-from lamp_compile.frontends.onnx.sites import BOOL, INT64
+from lamp_compile.frontends.onnx.graphs.graph import Dims, Graph
+from lamp_compile.frontends.onnx.graphs.sites import BOOL, INT64
 from lamp_compile.passes.patterns._base import Refuse
 
 if TYPE_CHECKING:

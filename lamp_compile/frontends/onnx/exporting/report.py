@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lamp_compile.frontends.onnx.targets import Target
-from lamp_compile.frontends.onnx.verify import Verification
+from lamp_compile.frontends.onnx.exporting.targets import Target
+from lamp_compile.frontends.onnx.exporting.verify import Verification
 from lamp_compile.quality.metrics import Scores
 
 if TYPE_CHECKING:
-    from lamp_compile.frontends.onnx.export import Artifact
+    from lamp_compile.frontends.onnx.exporting.export import Artifact
 
 
 def markdown(artifact: Artifact, name: str, target: Target, guard: str, verification: Verification, size: int) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lamp_compile.frontends.onnx.emit import Emitter
-from lamp_compile.frontends.onnx.graph import Dims, Graph, attribute
-from lamp_compile.frontends.onnx.sites import BOOL, FLOATS, OnnxSite
+from lamp_compile.frontends.onnx.graphs.emit import Emitter
+from lamp_compile.frontends.onnx.graphs.graph import Dims, Graph, attribute
+from lamp_compile.frontends.onnx.graphs.sites import BOOL, FLOATS, OnnxSite
 from lamp_compile.passes.patterns._base import Refuse
 
 if TYPE_CHECKING:

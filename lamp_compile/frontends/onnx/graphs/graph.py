@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lamp_compile.frontends.onnx.validate import read_by
-from lamp_compile.frontends.onnx.values import Dims, Values, attribute, operand, result
+from lamp_compile.frontends.onnx.files.validate import read_by
+from lamp_compile.frontends.onnx.graphs.values import Dims, Values, attribute, operand, result
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lamp_compile.frontends.onnx.decoder import DecoderGraph, PlaneLayer
+from lamp_compile.frontends.onnx.exporting import kept_logits
+from lamp_compile.frontends.onnx.exporting.decoder import DecoderGraph, PlaneLayer
 from lamp_compile.runtime.hot_values import FIELDS
 from lamp_compile.runtime.ort import artifact
 
@@ -43,11 +44,12 @@ def decoder(graph: DecoderGraph, original: Any) -> dict[str, Any]:
             "plan": {**{name: _plain(value) for name, value in values.items()}, "window": plan.guard.window},
         }  # fmt: skip
         rows["sites"].append(about)
+    chosen = {artifact.FIRST_LOGITS: kept_logits.NAME} if graph.chooses_logits else {}
     return {
         "version": artifact.VERSION, "kind": "decoder", "vocab": int(config.vocab_size),
         "max_length": getattr(config, "max_position_embeddings", None),
         "eos_token_id": config.eos_token_id if stop is None else stop,
-        "inputs": {"tokens": "input_ids", "slots": "positions"}, "logits": "logits", **rows,
+        "inputs": {"tokens": "input_ids", "slots": "positions"}, "logits": "logits", **chosen, **rows,
     }  # fmt: skip
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lamp_compile.errors import InputError, LampError
-from lamp_compile.frontends.onnx.limits import Limits, bad
-from lamp_compile.frontends.onnx.tensors import Folder, read_external, tensors_of
-from lamp_compile.frontends.onnx.validate import check_model
-from lamp_compile.frontends.onnx.wire import scan
+from lamp_compile.frontends.onnx.files.limits import Limits, bad
+from lamp_compile.frontends.onnx.files.tensors import Folder, read_external, tensors_of
+from lamp_compile.frontends.onnx.files.validate import check_model
+from lamp_compile.frontends.onnx.files.wire import scan
 
 if TYPE_CHECKING:
     from onnx import ModelProto, TensorProto

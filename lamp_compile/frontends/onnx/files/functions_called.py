@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from lamp_compile.frontends.onnx.limits import Limits, bad, shown
+from lamp_compile.frontends.onnx.files.limits import Limits, bad, shown
 
 Key = tuple[str, str, str]
 
