@@ -163,6 +163,9 @@ NETWORK = {
     "summaries": Tolerance(
         2e-2, "means of 8 stored keys (0.7 % rms each), rounded to 11 bits, against the keys themselves"
     ),
+    "kernel": Tolerance(2e-6, "importance and its running mean: float32 in another order; integer products are exact"),
+    "trust": Tolerance(1e-4, "relative: sums of squares of these over sub-tiles, against sums that may be small"),
+    "rounding": Tolerance(1e-3, "a summary once in a while falls to the next float16: 2^-11 of it"),
     "share": Tolerance(2e-2, "tau is searched to 0.5 % of the refined share on two windows, and measured on others"),
 }
 """Look-ahead networks."""

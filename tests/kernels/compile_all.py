@@ -5,6 +5,7 @@ Run as a program, without TRITON_INTERPRET: a process that interprets kernels ca
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from dataclasses import replace
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lamp_compile.runtime import ops as _ops  # noqa: F401 (registers torch.ops.lamp)
-from lamp_compile.runtime.kernels import append_rows, decode, targets
+from lamp_compile.runtime.kernels import append_rows, decode, decode_predicted, summarize_row, targets
 from tests.kernels import offline
 
 CALLS: dict[str, dict[str, Any]] = {
@@ -26,11 +27,15 @@ CALLS: dict[str, dict[str, Any]] = {
     "dim 80": {"dim": 80},
     "dim 256": {"dim": 256},
     "group 16": {"heads": 16, "kv_heads": 1},
+    "predicted": {"batch": 32, "keys": 32768, "rank": 16},
+    "predicted, paged": {"paged": True, "rank": 16},
 }
 KERNELS = ("prepare_query", "look_ahead", "refine", "merge", "guard_step")
+AROUND = ("predict_parts", "list_subtiles", "merge_and_audit", "trust_and_guard")
+"""Kernels that only a predicted step launches."""
 READERS = ("look_ahead", "refine")
-EVERYWHERE, ON_SM_90 = ("plain",), tuple(CALLS)
-SMALL = ("plain", "dim 80", "dim 256")
+EVERYWHERE, ON_SM_90 = ("plain", "predicted"), tuple(CALLS)
+SMALL = ("plain", "dim 80", "dim 256", "predicted")
 """Calls of which the small kernels are compiled too; the others do not change them."""
 
 
@@ -60,20 +65,26 @@ def signs(dim: int, device: torch.device) -> Tensor:
     return _tensors.signs(dim, torch.device("cpu")).to("meta")
 
 
-def record(module: Any, names: tuple[str, ...], name: str, run: Any) -> dict[str, offline.Recorder]:
-    """What the kernels of a module are launched with on this target."""
-    recorders = {kernel: offline.Recorder(getattr(module, kernel)) for kernel in names}
-    patches: dict[str, Any] = {**recorders, "signs": signs}
-    if hasattr(module, "target_of"):
-        patches["target_of"] = lambda device: target(name)
-    with mock.patch.multiple(module, **patches):
+def record(kernels: dict[Any, tuple[str, ...]], name: str, run: Any) -> dict[str, offline.Recorder]:
+    """What some kernels of some modules are launched with on this target."""
+    found: dict[str, offline.Recorder] = {}
+    with contextlib.ExitStack() as stack:
+        for module, names in kernels.items():
+            recorders = {kernel: offline.Recorder(getattr(module, kernel)) for kernel in names}
+            patches: dict[str, Any] = dict(recorders)
+            if hasattr(module, "signs"):
+                patches["signs"] = signs
+            if hasattr(module, "target_of"):
+                patches["target_of"] = lambda device: target(name)
+            stack.enter_context(mock.patch.multiple(module, **patches))
+            found |= recorders
         run()
-    return recorders
+    return {kernel: recorder for kernel, recorder in found.items() if recorder.calls}
 
 
 def decoded(
     batch: int = 4, heads: int = 32, kv_heads: int = 8, tokens: int = 1, keys: int = 4096, dim: int = 128,
-    paged: bool = False, **given: Any,
+    paged: bool = False, rank: int = 0, **given: Any,
 ) -> None:  # fmt: skip
     options = {
         "causal": "bottom_right", "window": 0, "scale": None, "softcap": 0.0, "keys": keys, "rotation": "hadamard",
@@ -86,7 +97,29 @@ def decoded(
     table = empty(batch, keys // 32, dtype=torch.int32) if paged else None
     stored = planes(1 if paged else batch, kv_heads, keys * (2 if paged else 1), dim)
     seen = (None, None, None, None, empty(batch, dtype=torch.int64), table)
-    decode.decode(q, stored, (setting, setting, setting, *state), None, seen, options)
+    hot = (setting, setting, setting, *state)
+    if rank:
+        known = gate(batch, heads, kv_heads, keys * (2 if paged else 1), dim, rank, 1 if paged else batch)
+        options |= {"trained": keys, "skip": 0.05}
+        decode_predicted.decode_predicted(q, stored, hot, None, seen, known, options)
+    else:
+        decode.decode(q, stored, hot, None, seen, options)
+
+
+def gate(batch: int, heads: int, kv_heads: int, keys: int, dim: int, rank: int, pages: int) -> decode_predicted.Gate:
+    lead, half, real = (batch, kv_heads), torch.float16, torch.float32
+    return decode_predicted.Gate(
+        empty(pages, kv_heads, keys // 8, rank, dtype=half), empty(*lead, keys // 32, 2, dtype=real),
+        empty(*lead, 7, dtype=real), empty(heads, dim, rank, dtype=half), empty(heads, rank, dtype=real),
+        empty(heads, 16, dtype=real), empty(heads, 4, dtype=real), empty(kv_heads, dtype=real),
+        empty(kv_heads, dtype=real),
+    )  # fmt: skip
+
+
+def summarized() -> None:
+    summary = empty(4, 8, 512, 16, dtype=torch.float16)
+    key, bias = empty(8, 128, 16, dtype=torch.float16), empty(8, 16, dtype=torch.float32)
+    summarize_row.summarize(planes(4, 8, 4096, 128)[:3], summary, key, bias, empty(4, dtype=torch.int64), None, 8)
 
 
 def appended(value_dim: int = 128) -> None:
@@ -97,7 +130,7 @@ def appended(value_dim: int = 128) -> None:
 
 def compiled(name: str, case: str, recorders: dict[str, offline.Recorder]) -> None:
     for kernel, recorder in recorders.items():
-        if kernel not in (*READERS, "append_rows") and (case not in SMALL or name != "sm_90"):
+        if kernel not in (*READERS, *AROUND, "append_rows", "summarize_row") and (case not in SMALL or name != "sm_90"):
             continue
         _, args, kwargs = recorder.calls[0]
         made = offline.compile_call(recorder.kernel, args, kwargs, offline.TARGETS[name])
@@ -112,12 +145,14 @@ def compiled(name: str, case: str, recorders: dict[str, offline.Recorder]) -> No
 
 
 def main(names: list[str]) -> None:
-    """Everything for sm_90, the plain call for the others."""
+    """Everything for sm_90, the plain calls for the others."""
+    attention = {decode: KERNELS, decode_predicted: AROUND}
     for name in names:
         for case in ON_SM_90 if name == "sm_90" else EVERYWHERE:
-            compiled(name, case, record(decode, KERNELS, name, lambda case=case: decoded(**CALLS[case])))
+            compiled(name, case, record(attention, name, lambda case=case: decoded(**CALLS[case])))
         for case, value_dim in {"append": 128, "append smaller values": 64}.items():
-            compiled(name, case, record(append_rows, ("append_rows",), name, lambda dim=value_dim: appended(dim)))
+            compiled(name, case, record({append_rows: ("append_rows",)}, name, lambda dim=value_dim: appended(dim)))
+        compiled(name, "summarize", record({summarize_row: ("summarize_row",)}, name, summarized))
 
 
 if __name__ == "__main__":

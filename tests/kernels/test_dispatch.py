@@ -98,6 +98,22 @@ def test_what_kernels_cannot_do_has_a_reason(name):
         assert reason in str(kernels.why_not_store(tuple(arguments.get("stored") or planes()), *formats))
 
 
+def why_not_predicted(tokens=1, rule="energy", pages=4, rank=16, dtype=torch.float16) -> str | None:
+    """Of a site with a network, its planes of 128 keys."""
+    kept = (meta(2, 2, 16, rank, dtype=dtype), *(meta(2, 2, n, dtype=torch.float32) for n in (8, 7)))
+    options = {**OPTIONS, "rule": rule, "pages": pages}
+    return kernels.why_not_predicted(meta(2, 8, tokens, 128), tuple(planes()), kept, options)
+
+
+def test_what_predicted_steps_cannot_do_has_a_reason():
+    assert why_not_predicted() is None
+    assert "5 new tokens" in str(why_not_predicted(tokens=5))
+    assert "'lamp_strict'" in str(why_not_predicted(rule="lamp_strict"))
+    assert "summaries of 64 keys" in str(why_not_predicted(pages=32))
+    assert "rank 65" in str(why_not_predicted(rank=65))
+    assert "not contiguous float16" in str(why_not_predicted(dtype=torch.float32))
+
+
 def on_cpu(**given) -> tuple[calls.Call, tuple, tuple]:
     """(call, arguments of the operators, its state and statistics)."""
     call = calls.make(tokens=2, causal="bottom_right", lengths=torch.tensor([150, 70]), budget=1e-6, **given)

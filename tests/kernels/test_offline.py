@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is n
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")
 READERS = ("look_ahead", "refine")
+AROUND = ("predict_parts", "list_subtiles", "merge_and_audit", "trust_and_guard")
 
 
 def run(name: str) -> list[dict]:
@@ -43,10 +44,11 @@ def compiled(name: str) -> list[dict]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_kernel_compiles(name):
-    """Seven calls of the large kernels and three of the small ones for Hopper, one call of the large ones elsewhere."""
+    """Nine calls of the large kernels and four of the small ones for Hopper, two calls of the large ones elsewhere; of
+    a predicted step also what stands around them."""
     rows = compiled(name)
-    assert len(rows) == (7 * 2 + 3 * 3 if name == "sm_90" else 2) + 2
-    assert {row["kernel"] for row in rows} >= {*READERS, "append_rows"}
+    assert len(rows) == (9 * 2 + 3 * 3 + 1 + 2 * 4 if name == "sm_90" else 2 * 2 + 4) + 3
+    assert {row["kernel"] for row in rows} >= {*READERS, *AROUND, "append_rows", "summarize_row"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -63,13 +65,16 @@ def test_planes_are_loaded_asynchronously(name):
 
 
 def test_pages_cost_no_asynchronous_load():
-    """Where a sub-tile stands is read a step before its planes are."""
+    """Where a sub-tile stands is read a step before its planes are; so are lists of them."""
     rows = {(row["case"], row["kernel"]): row["asynchronous"] for row in compiled("sm_90")}
-    assert all(rows["paged", kernel] == rows["plain", kernel] for kernel in READERS), rows
+    for case in ("paged", "predicted", "predicted, paged"):
+        loops = 2 if "predicted" in case else 1  # of the refinement: what was known before, and what was not
+        assert rows[case, "look_ahead"] == rows["plain", "look_ahead"], rows
+        assert rows[case, "refine"] == loops * rows["plain", "refine"], rows
 
 
 def test_the_look_ahead_of_one_token_keeps_its_registers():
     """The loop that reads every key: what it spilled would cost more than it reads."""
     rows = [row for row in compiled("sm_90") if row["kernel"] == "look_ahead" and row["case"] != "tokens"]
-    assert len(rows) == 6
+    assert len(rows) == 8
     assert all(row["spilled"] == 0 for row in rows), rows

@@ -198,6 +198,20 @@ def test_the_decode_kernel_benchmark_times_checks_and_writes(decode_kernel, root
     assert str(root) not in out.read_text(), "no folder of this machine in a result"
 
 
+def test_the_benchmark_of_predicted_steps_imposes_shares_and_checks(root, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    script, out = importlib.import_module("decode_predicted"), tmp_path / "predicted.json"
+    arguments = "--cases 2x1024 --kv-heads 2 --group 2 --dim 64 --shares 0.1 --skips 0,0.5 --repeats 1 --device cpu"
+    assert script.main([*arguments.split(), "--out", str(out)]) == 0
+    rows = {row["name"]: row for row in json.loads(out.read_text())["rows"]}
+    for name, skipped in (("network 10%, skip 0%", 0.0), ("network 10%, skip 50%", 0.5)):
+        assert rows[name]["refined_share"] == pytest.approx(0.1, abs=0.05)
+        assert rows[name]["skipped_share"] == pytest.approx(skipped, abs=0.15)
+        assert rows[name]["error_to_reference"] < 2e-2
+        assert rows[name]["exact_steps"] == 0
+    assert rows["network 10%, skip 50%"]["error"] > rows["network 10%, skip 0%"]["error"]
+
+
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.1, 0.35, 1.0])
 def test_an_imposed_share_is_what_the_statistics_count(decode_kernel, share):
     case, shape = decode_kernel.Case.parse("2x3200"), decode_kernel.Shape(2, 2, 64)

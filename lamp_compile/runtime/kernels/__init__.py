@@ -22,6 +22,10 @@ SUBTILES = (32, 64, 128)
 LARGEST_DIM = 256
 
 
+SPANS = (4, 8, 16, 32)
+"""Keys per summary of a look-ahead network that Triton's kernels take."""
+MOST_RANK = 64
+"""And numbers per summary."""
 MOST_HEADS = 65535
 """Sequences times kv heads: one axis of a grid."""
 OLDEST = (8, 0)
@@ -119,18 +123,16 @@ def why_not_predicted(
         options: Of ``lamp::fused_predicted``.
     """
     summary, history, trust = kept
-    if q.device.type != "cpu":
-        return "no kernel on this device takes a network's importance"
     if q.shape[2] != 1:
         return f"{q.shape[2]} new tokens; kernels predict for one"
     if options["rule"] != "energy":
         return f"rule {options['rule']!r}: networks predict what 'energy' asks"
     # Sizes of a graph may be symbols that this must not pin down: keys of a page over summaries of a page.
-    group = planes[0].shape[3] * options["pages"] // summary.shape[2]
-    if group not in cpu.GROUPS:
-        return f"summaries of {group} keys; kernels take {', '.join(map(str, cpu.GROUPS))}"
-    if summary.shape[3] > cpu.MOST_RANK:
-        return f"rank {summary.shape[3]}; kernels go up to {cpu.MOST_RANK}"
+    group, (groups, most) = planes[0].shape[3] * options["pages"] // summary.shape[2], _summaries(q.device)
+    if group not in groups:
+        return f"summaries of {group} keys; kernels take {', '.join(map(str, groups))}"
+    if summary.shape[3] > most:
+        return f"rank {summary.shape[3]}; kernels go up to {most}"
     wanted = ((summary, torch.float16), (history, torch.float32), (trust, torch.float32))
     if not all(x.is_contiguous() and x.dtype == dtype for x, dtype in wanted):
         return "summaries, history or trust that are not contiguous float16 and float32"
@@ -204,7 +206,12 @@ def attend_predicted(
         weights: query, query_bias, age, extra, limit, margin of the gate.
         options: Of ``lamp::fused_predicted``.
     """
-    return cpu.attend(q, planes, hot, seen[0], seen[1:], options, predicted=(kept, weights)).out
+    if q.device.type == "cpu":
+        return cpu.attend(q, planes, hot, seen[0], seen[1:], options, predicted=(kept, weights)).out
+    from lamp_compile.runtime.kernels.decode_predicted import Gate, decode_predicted
+
+    with _on(q.device):
+        return decode_predicted(q, planes, hot, seen[0], seen[1:], Gate(*kept, *weights), options).out
 
 
 def summarize(
@@ -213,23 +220,34 @@ def summarize(
 ) -> None:  # fmt: skip
     """``lamp::summarize`` by kernel; the caller has asked ``why_not_summarize``. ``keys`` are three planes, ``weights``
     the gate's key and key_bias."""
-    cpu.summarize(keys, summary, *weights, positions, table, group)
+    if summary.device.type == "cpu":
+        return cpu.summarize(keys, summary, *weights, positions, table, group)
+    from lamp_compile.runtime.kernels import summarize_row as kernel
+
+    with _on(summary.device):
+        kernel.summarize(keys, summary, *weights, positions, table, group)
+    return None
 
 
 def why_not_summarize(planes: tuple[Tensor, ...], summary: Tensor, rows: int, group: int, k_format: str) -> str | None:
     """Why summaries of new keys cannot be made by a kernel, or None. ``planes`` are those of the keys."""
-    if planes[0].device.type != "cpu" or rows != 1:
-        return "kernels summarise one new key, on a CPU"
-    reason: str | None = cpu.why_not()
-    if reason:
+    if rows != 1:
+        return "kernels summarise one new key"
+    if reason := why_not_device(planes[0].device.type) or _refused.get(planes[0].device):
         return reason
     if k_format != FORMAT or 2 * planes[0].shape[4] > LARGEST_DIM or planes[0].shape[3] % 32:
         return f"kernels summarise {FORMAT} of up to {LARGEST_DIM} channels, in tiles of 32 keys"
-    if group not in cpu.GROUPS or summary.shape[-1] > cpu.MOST_RANK or summary.dtype != torch.float16:
-        return f"kernels make float16 summaries of {cpu.GROUPS} keys, of rank {cpu.MOST_RANK} at most"
+    groups, most = _summaries(planes[0].device)
+    if group not in groups or summary.shape[-1] > most or summary.dtype != torch.float16:
+        return f"kernels make float16 summaries of {groups} keys, of rank {most} at most"
     if not all(x.is_contiguous() for x in (*planes, summary)):
         return "planes or summaries that are not contiguous"
     return None
+
+
+def _summaries(device: torch.device) -> tuple[tuple[int, ...], int]:
+    """Keys per summary, and the largest rank, that kernels take."""
+    return (cpu.GROUPS, cpu.MOST_RANK) if device.type == "cpu" else (SPANS, MOST_RANK)
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:

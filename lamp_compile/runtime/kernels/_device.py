@@ -126,6 +126,12 @@ def to_columns(x, PACK: tl.constexpr, GP: tl.constexpr):
 
 
 @triton.jit
+def of_part(x, PACK: tl.constexpr, GP: tl.constexpr):
+    """``[PACK]`` -> ``[PACK * GP]``: each sub-tile's number in all of its columns."""
+    return tl.reshape(tl.broadcast_to(x[:, None], (PACK, GP)), (PACK * GP,))
+
+
+@triton.jit
 def query_of(Q8, ROWINFO, place, row, scale, GP: tl.constexpr, HP: tl.constexpr):
     """Of the columns: both halves of the query ``[HP, columns]``; the factor from products to scores in log2 units; the
     sum of q8; where products of the high plane start, so that the + 8 of lower nibbles is taken off beforehand (the

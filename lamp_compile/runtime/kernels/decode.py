@@ -37,7 +37,7 @@ SCRATCH = 1 << 28
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """One attention: its tensors, its sizes, and the arguments that several kernels share."""
 
     q: Tensor
@@ -93,6 +93,10 @@ class _Call:
             "PACK": self.cut.pack, "subtiles": self.cut.subtiles,
         }  # fmt: skip
 
+    def sums(self) -> dict[str, Any]:
+        """Of all kernels that know partial results."""
+        return {"slots": self.cut.slots, "splits": self.cut.splits, "scale": self.scale, "FIELDS": FIELDS}
+
     def rows(self, first_block: int) -> dict[str, Any]:
         """Of all kernels that know rows."""
         kv_heads = self.planes[0].shape[1]
@@ -100,6 +104,61 @@ class _Call:
             "kv_heads": kv_heads, "queries": self.q.shape[2], "first_token": first_block * self.cut.tokens,
             "GROUP": self.q.shape[1] // kv_heads, "GP": self.cut.rows, "TOKENS": self.cut.tokens,
         }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """What the launches of some blocks of rows hand on."""
+
+    q8: Tensor
+    rowinfo: Tensor
+    partial: Tensor
+    meta: Tensor
+    energy: Tensor
+    other: Tensor
+    peak: Tensor
+
+
+@dataclass(frozen=True)
+class Listed:
+    """What was known before any key is read, of one token (``predict.list_subtiles``)."""
+
+    list: Tensor
+    places: Tensor
+    levels: Tensor
+    counts: Tensor
+
+
+@dataclass(frozen=True)
+class Results:
+    """What the launches leave: as ``Result``, and for the guard ``merge``'s evidence and counts."""
+
+    out: Tensor
+    lse: Tensor
+    certificate: Tensor
+    evidence: Tensor
+    counts: Tensor
+
+
+def begin(
+    q: Tensor, planes: tuple[Tensor, ...], hot: tuple[Tensor, ...], balance: Tensor | None,
+    seen: tuple[Tensor | None, ...], options: Mapping[str, Any],
+) -> tuple[Call, Results]:  # fmt: skip
+    """A call, cut, and room for its results."""
+    if q.stride(-1) != 1:
+        q = q.contiguous()
+    hot = (*(setting.contiguous() for setting in hot[:3]), *hot[3:])
+    balance = None if balance is None else balance.contiguous()
+    pages = planes[0].shape[2] if seen[5] is None else seen[5].shape[1]
+    room = min(int(options["keys"]), pages * planes[0].shape[3])
+    launch, target = LaunchPlan.parse(options.get("launch", "")), target_of(q.device)
+    sizes = cut(target, launch, q, planes, room, options["subtile"], mixed=seen[5] is not None)
+    call = Call(q, planes, hot, balance, seen, options, target, sizes)
+    made: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
+    out = torch.empty(*q.shape[:3], 2 * planes[3].shape[3], dtype=q.dtype, device=q.device)
+    certificate = torch.empty(*q.shape[:3], 3, **made)
+    evidence, counts = torch.empty_like(certificate), torch.empty(call.heads, sizes.blocks, 2, **made)
+    return call, Results(out, torch.empty(q.shape[:3], **made), certificate, evidence, counts)
 
 
 def decode(
@@ -116,79 +175,109 @@ def decode(
         seen: mask, bias, sinks, start, lengths, block table.
         options: The keyword arguments of ``lamp::fused_attention``.
     """
-    target = target_of(q.device)
-    if q.stride(-1) != 1:
-        q = q.contiguous()
-    hot = (*(setting.contiguous() for setting in hot[:3]), *hot[3:])
-    balance = None if balance is None else balance.contiguous()
-    pages = planes[0].shape[2] if seen[5] is None else seen[5].shape[1]
-    room = min(int(options["keys"]), pages * planes[0].shape[3])
-    launch = LaunchPlan.parse(options.get("launch", ""))
-    sizes = cut(target, launch, q, planes, room, options["subtile"], mixed=seen[5] is not None)
-    call = _Call(q, planes, hot, balance, seen, options, target, sizes)
-    value_dim = 2 * planes[3].shape[3]
-    made: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
-    out = torch.empty(*q.shape[:3], value_dim, dtype=q.dtype, device=q.device)
-    lse, certificate = torch.empty(q.shape[:3], **made), torch.empty(*q.shape[:3], 3, **made)
-    evidence, counts = torch.empty_like(certificate), torch.empty(call.heads, call.cut.blocks, 2, **made)
-    per_slot = call.cut.rows * (value_dim + FIELDS)
+    call, results = begin(q, planes, hot, balance, seen, options)
+    per_slot = call.cut.rows * (2 * planes[3].shape[3] + FIELDS)
     per_block = 4 * call.heads * (call.cut.slots * per_slot + call.cut.subtiles * (2 * call.cut.rows + 1))
     step = max(1, SCRATCH // per_block)
     for first in range(0, call.cut.blocks, step):
         blocks = min(step, call.cut.blocks - first)
-        _attend_block(call, first, blocks, (out, lse, certificate, evidence, counts))
-    _, floor, budget, state, stats = hot
-    rows = q.shape[1] // planes[0].shape[1] * q.shape[2]
-    guard_step[(call.heads,)](
-        evidence, counts, state, stats, floor, budget, per_head_step(floor), per_head_step(budget),
-        planes[0].shape[1], rows, call.cut.blocks, options["guard_window"], options["guard_hold"],
-        options["hysteresis"], ROWS=min(512, triton.next_power_of_2(rows)), **call.dependent(), num_warps=1,
+        scratch = room_for(call, blocks)
+        prepare(call, scratch, first, NO_GATE)
+        read(call, scratch, first, None)
+        join(call, scratch, first, results)
+    guard_step[(call.heads,)](*guard_arguments(call, results), **guard_rows(call), **call.dependent(), num_warps=1)
+    return Result(results.out, results.lse, results.certificate)
+
+
+def room_for(call: Call, blocks: int) -> Scratch:
+    """Scratch of some blocks of rows."""
+    cut, planes, grid = call.cut, call.planes, (call.heads, blocks)
+    made: dict[str, Any] = {"dtype": torch.float32, "device": call.q.device}
+    width = 2 * padded_half(planes[0].shape[4])
+    energy = torch.empty(*grid, cut.subtiles, cut.rows, **made)
+    return Scratch(
+        torch.empty(*grid, cut.rows, width, dtype=torch.int8, device=call.q.device),
+        torch.empty(*grid, 4, cut.rows, **made),
+        torch.empty(*grid, cut.slots, cut.rows, 2 * planes[3].shape[3], **made),
+        torch.empty(*grid, cut.slots, FIELDS, cut.rows, **made),
+        energy, energy if call.options["rule"] == "energy" else torch.empty_like(energy),
+        torch.empty(*grid, cut.subtiles, **made),
     )  # fmt: skip
-    return Result(out, lse, certificate)
 
 
-def _attend_block(call: _Call, first_block: int, blocks: int, results: tuple[Tensor, ...]) -> None:
-    """Four launches for some blocks of rows."""
-    cut, q, planes, launch = call.cut, call.q, call.planes, call.cut.launch
-    tau, floor, _, state, _ = call.hot
-    out, lse, certificate, evidence, counts = results
-    mask, bias, sinks, start, lengths, table = call.seen
-    grid = (call.heads, blocks)
-    half_k, value_dim = planes[0].shape[4], 2 * planes[3].shape[3]
-    made: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
-    q8 = torch.empty(*grid, cut.rows, 2 * padded_half(half_k), dtype=torch.int8, device=q.device)
-    rowinfo = torch.empty(*grid, 4, cut.rows, **made)
-    partial = torch.empty(*grid, cut.slots, cut.rows, value_dim, **made)
-    meta = torch.empty(*grid, cut.slots, FIELDS, cut.rows, **made)
-    energy, peak = torch.empty(*grid, cut.subtiles, cut.rows, **made), torch.empty(*grid, cut.subtiles, **made)
-    other = energy if call.options["rule"] == "energy" else torch.empty_like(energy)
-    rows, keys = call.rows(first_block), call.keys()
-    warps, refine_warps = cut.warps(keys["HP_V"])
-    sums = {"slots": cut.slots, "splits": cut.splits, "scale": call.scale, "FIELDS": FIELDS}
-    prepare_query[grid](
-        q, call.balance, call.signs(q.shape[-1]), q8, rowinfo, *q.stride()[:3],
-        0 if call.balance is None or call.balance.dim() == 2 else row_step(call.balance),
-        root=q.shape[-1] ** -0.5, **rows, HALF=half_k, HP=padded_half(half_k), ROTATE=call.rotates,
+NO_GATE: dict[str, Any] = {"GATE": None, "GATE_BIAS": None, "PROJECTED": None, "RANK": 0, "RP": 0, "STEP": 1}
+"""Of ``prepare_query`` at a site without a look-ahead network."""
+
+
+def prepare(call: Call, scratch: Scratch, first_block: int, gate: dict[str, Any]) -> None:
+    """The first launch."""
+    q, half_k = call.q, call.planes[0].shape[4]
+    prepare_query[tuple(scratch.q8.shape[:2])](
+        q, call.balance, call.signs(q.shape[-1]), scratch.q8, scratch.rowinfo, **gate,
+        stride_b=q.stride(0), stride_h=q.stride(1), stride_s=q.stride(2),
+        balance_b=0 if call.balance is None or call.balance.dim() == 2 else row_step(call.balance),
+        root=q.shape[-1] ** -0.5, **call.rows(first_block), HALF=half_k, HP=padded_half(half_k), ROTATE=call.rotates,
         BALANCED=call.balance is not None, PARTS=parts(q, call.balance), PDL=call.dependent()["PDL"], num_warps=4,
     )  # fmt: skip
+
+
+def read(call: Call, scratch: Scratch, first_block: int, listed: Listed | None) -> None:
+    """The two launches that read the planes."""
+    cut, planes, launch, grid = call.cut, call.planes, call.cut.launch, scratch.q8.shape[:2]
+    tau, floor, _, state, _ = call.hot
+    mask, bias, sinks, start, lengths, table = call.seen
+    rows, keys = call.rows(first_block), call.keys()
+    warps, refine_warps = cut.warps(keys["HP_V"])
+    common = {**keys, **rows, **call.sums(), "LISTED": listed is not None}
+    found = (scratch.partial, scratch.meta, scratch.energy, scratch.other, scratch.peak)
+    known = (None,) * 4 if listed is None else (listed.list, listed.places, listed.counts, listed.levels)
     look_ahead[(cut.splits, *grid)](
-        q8, rowinfo, planes[0], planes[2], planes[3], planes[5], tau, floor, state, mask, bias, start, lengths, table,
-        partial, meta, energy, other, peak, **keys, **rows, **sums,
+        scratch.q8, scratch.rowinfo, planes[0], planes[2], planes[3], planes[5], tau, floor, state, mask, bias, start,
+        lengths, table, *found, *known[:3], **common,
         least_steps=cut.least_steps, **call.dependent(), num_warps=warps, num_stages=launch.stages,
     )  # fmt: skip
-    splits_p2 = triton.next_power_of_2(cut.splits)
     refine[(cut.segments, *grid)](
-        q8, rowinfo, *planes, tau, floor, state, sinks, mask, bias, start, lengths, table, partial, meta, energy,
-        other, peak, **keys, **rows, **sums, segments=cut.segments, least_tiles=cut.least_tiles,
-        SPLITS_P2=splits_p2, SEGMENT=cut.segment,
+        scratch.q8, scratch.rowinfo, *planes, tau, floor, state, sinks, mask, bias, start, lengths, table, *found,
+        known[3], known[2], **common, segments=cut.segments, least_tiles=cut.least_tiles,
+        SPLITS_P2=triton.next_power_of_2(cut.splits), SEGMENT=cut.segment,
         HAS_SINKS=sinks is not None, **call.dependent(), num_warps=refine_warps, num_stages=launch.refine_stages,
     )  # fmt: skip
-    value_width = triton.next_power_of_2(value_dim)
-    merge[(rows["GROUP"] * cut.tokens, *grid)](
-        partial, meta, rowinfo, sinks, call.signs(value_dim), out, lse, certificate, evidence, counts[:, first_block:],
-        heads=q.shape[1], all_blocks=cut.blocks, root=value_dim**-0.5, **rows, **sums, DIM=q.shape[-1],
-        VALUE_DIM=value_dim, VP=value_width, SEGMENTS_P2=triton.next_power_of_2(cut.segments),
-        CHUNK=min(launch.merge_chunk, triton.next_power_of_2(cut.segments)), COLUMNS=min(value_width, 64),
-        ROTATE=call.rotates, HAS_SINKS=sinks is not None, **call.dependent(),
-        num_warps=launch.merge_warps,
-    )  # fmt: skip
+
+
+def join(call: Call, scratch: Scratch, first_block: int, results: Results) -> None:
+    """The launch that joins the partial results."""
+    merge[(call.rows(first_block)["GROUP"] * call.cut.tokens, *scratch.q8.shape[:2])](
+        **joining(call, scratch, first_block, results), COUNTS=results.counts[:, first_block:]
+    )
+
+
+def joining(call: Call, scratch: Scratch, first_block: int, results: Results) -> dict[str, Any]:
+    """What ``merge`` is given, but for its counts."""
+    cut, q, launch, sinks, value_dim = call.cut, call.q, call.cut.launch, call.seen[2], results.out.shape[-1]
+    value_width, segments = triton.next_power_of_2(value_dim), triton.next_power_of_2(cut.segments)
+    return {
+        "PARTIAL": scratch.partial, "META": scratch.meta, "ROWINFO": scratch.rowinfo, "SINKS": sinks,
+        "SIGNS": call.signs(value_dim), "OUT": results.out, "LSE": results.lse, "CERTIFICATE": results.certificate,
+        "EVIDENCE": results.evidence, "heads": q.shape[1], "all_blocks": cut.blocks, "root": value_dim**-0.5,
+        **call.rows(first_block), **call.sums(), "DIM": q.shape[-1], "VALUE_DIM": value_dim, "VP": value_width,
+        "SEGMENTS_P2": segments, "CHUNK": min(launch.merge_chunk, segments), "COLUMNS": min(value_width, 64),
+        "ROTATE": call.rotates, "HAS_SINKS": sinks is not None, **call.dependent(), "num_warps": launch.merge_warps,
+    }  # fmt: skip
+
+
+def guard_arguments(call: Call, results: Results) -> tuple[Tensor, ...]:
+    """The tensors of the guard's step."""
+    _, floor, budget, state, stats = call.hot
+    return results.evidence, results.counts, state, stats, floor, budget
+
+
+def guard_rows(call: Call) -> dict[str, Any]:
+    """And its numbers."""
+    _, floor, budget, _, _ = call.hot
+    options, kv_heads = call.options, call.planes[0].shape[1]
+    rows = call.q.shape[1] // kv_heads * call.q.shape[2]
+    return {
+        "floor_b": per_head_step(floor), "budget_b": per_head_step(budget), "kv_heads": kv_heads, "rows": rows,
+        "blocks": call.cut.blocks, "window": options["guard_window"], "hold": options["guard_hold"],
+        "hysteresis": options["hysteresis"], "ROWS": min(512, triton.next_power_of_2(rows)),
+    }  # fmt: skip

@@ -21,6 +21,7 @@ from lamp_compile.runtime.kernels._device import (
     key_mask,
     key_range,
     lower_nibbles,
+    of_part,
     over_parts,
     query_of,
     tanh,
@@ -65,6 +66,17 @@ def stored_tiles(TABLE, tiles, hi, BN: tl.constexpr, TILE: tl.constexpr, PAGED: 
 def first_key(places, parts, u: tl.constexpr, BN: tl.constexpr):
     """Where sub-tile u of ``[PACK]`` begins in its plane, in keys."""
     return tl.sum(tl.where(parts == u, places, 0), 0) * BN
+
+
+@triton.jit
+def listed(LIST, PLACES, entry, count, PAGED: tl.constexpr):
+    """Sub-tiles at some entries of a list ``[PACK]``, and where they stand in the plane; 0 behind its end. Where the
+    planes are pages the list holds both, so that no address waits for two loads."""
+    tiles = tl.load(LIST + entry, mask=entry < count, other=0)
+    places = tiles
+    if PAGED:
+        places = tl.load(PLACES + entry, mask=entry < count, other=0).to(tl.int64)
+    return tiles, places
 
 
 @triton.jit
@@ -134,7 +146,7 @@ def seen_scores(x, j, lo, hi, row_position, MASK, mask_key, BIAS, bias_key, mask
 )
 def look_ahead(
     Q8, ROWINFO, KH, KS, VH, VS, TAU, FLOOR, STATE, MASK, BIAS, START, LENGTHS, TABLE, PARTIAL, META, ENERGY, OTHER,
-    PEAK,
+    PEAK, LIST, PLACES, COUNTS,
     tau_b, floor_b, mask_b, mask_h, mask_s, mask_key, bias_b, bias_h, bias_s, bias_key, start_stride, length_stride,
     table_stride, kv_heads, queries, first_token, keys, plane_keys, subtiles, slots, splits, least_steps, scale,
     softcap,
@@ -143,9 +155,10 @@ def look_ahead(
     RULE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, HAS_MASK: tl.constexpr,
     KEY_MASK: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_START: tl.constexpr, HAS_LENGTHS: tl.constexpr, PAGED: tl.constexpr, ASM: tl.constexpr,
-    FIELDS: tl.constexpr, PDL: tl.constexpr,
+    FIELDS: tl.constexpr, PDL: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
-    """One split of the keys for one block of rows.
+    """One split of the keys for one block of rows; with LISTED one split of the sub-tiles in LIST (``predict.py``), of
+    one token, whose places are read a step ahead like those of pages.
 
     A split has ``least_steps`` steps of the loop at least, so that of a short sequence the last splits are empty.
     PARTIAL ``[.., slots, GP, Dv]`` takes the unnormalised output, of rows that see a key of this split; META
@@ -174,13 +187,21 @@ def look_ahead(
     final = tl.maximum(hi - 1, 0) // BN  # the last sub-tile there is
     all_refined = (tl.load(FLOOR + b * floor_b + g) >= 1.0) | (tl.load(STATE + bg * 4 + 1) >= 1.0)
     all_refined = all_refined | (tl.load(TAU + b * tau_b + g) <= 0.0)
+    count = 0
+    if LISTED:  # steps and sub-tiles are those of the list
+        LIST += bg.to(tl.int64) * subtiles
+        PLACES += bg.to(tl.int64) * subtiles
+        count = tl.load(COUNTS + bg * 4)
+        share = tl.maximum(tl.cdiv(tl.cdiv(count, PACK), splits), least_steps)
+        first = split * share * STEP
+        last = tl.minimum(first + share * STEP, count * BN)
     if all_refined:
         last = first  # everything is refined: nothing is read here
 
     place = bg.to(tl.int64) * tl.num_programs(2) + block
     slot = place * slots + split
     meta = META + slot * FIELDS * GP + rows
-    if split > 0 and first >= hi:  # of a short sequence
+    if split > 0 and first >= (count * BN if LISTED else hi):  # of a short sequence
         nothing = tl.zeros((GP,), tl.float32)
         tl.store(meta, nothing + EMPTY)
         for field in tl.static_range(1, 4):
@@ -216,23 +237,36 @@ def look_ahead(
     largest = tl.full((COLUMNS,), DEAD, tl.float32)
     if KEY_MASK:
         MASK += b.to(tl.int64) * mask_b
-    tiles = tl.minimum(first // BN + parts, final)
-    next_places = stored_tiles(TABLE, tiles, hi, BN, TILE, PAGED)
-    next_k, next_v, next_allowed = narrow_scales(KS, VS, MASK, mask_key, next_places, tiles, hi, BN, KEY_MASK)
     # Scales are plain loads, a step ahead themselves: their places are read for the step after that.
-    scale_places = stored_tiles(TABLE, tl.minimum((first + STEP) // BN + parts, final), hi, BN, TILE, PAGED)
+    if LISTED:
+        next_tiles, next_places = listed(LIST, PLACES, first // BN + parts, count, PAGED)
+        next_k, next_v, next_allowed = narrow_scales(KS, VS, MASK, mask_key, next_places, next_tiles, hi, BN, KEY_MASK)
+        scale_tiles, scale_places = listed(LIST, PLACES, (first + STEP) // BN + parts, count, PAGED)
+    else:
+        tiles = tl.minimum(first // BN + parts, final)
+        next_places = stored_tiles(TABLE, tiles, hi, BN, TILE, PAGED)
+        next_k, next_v, next_allowed = narrow_scales(KS, VS, MASK, mask_key, next_places, tiles, hi, BN, KEY_MASK)
+        scale_places = stored_tiles(TABLE, tl.minimum((first + STEP) // BN + parts, final), hi, BN, TILE, PAGED)
     for n0 in range(first, last, STEP):
         k_narrow, v_narrow, allowed = finite_scale(next_k), finite_scale(next_v), next_allowed
         places = next_places
-        tiles = tl.minimum((n0 + STEP) // BN + parts, final)
-        next_places = stored_tiles(TABLE, tiles, hi, BN, TILE, PAGED)
-        next_k, next_v, next_allowed = narrow_scales(KS, VS, MASK, mask_key, scale_places, tiles, hi, BN, KEY_MASK)
-        scale_places = stored_tiles(TABLE, tl.minimum((n0 + 2 * STEP) // BN + parts, final), hi, BN, TILE, PAGED)
+        if LISTED:
+            here, starts = next_tiles, tl.where(n0 // BN + parts < count, next_tiles * BN, hi)
+            next_tiles, next_places = listed(LIST, PLACES, (n0 + STEP) // BN + parts, count, PAGED)
+            next_k, next_v, next_allowed = narrow_scales(
+                KS, VS, MASK, mask_key, scale_places, scale_tiles, hi, BN, KEY_MASK
+            )
+            scale_tiles, scale_places = listed(LIST, PLACES, (n0 + 2 * STEP) // BN + parts, count, PAGED)
+        else:
+            tiles = tl.minimum((n0 + STEP) // BN + parts, final)
+            next_places = stored_tiles(TABLE, tiles, hi, BN, TILE, PAGED)
+            next_k, next_v, next_allowed = narrow_scales(KS, VS, MASK, mask_key, scale_places, tiles, hi, BN, KEY_MASK)
+            scale_places = stored_tiles(TABLE, tl.minimum((n0 + 2 * STEP) // BN + parts, final), hi, BN, TILE, PAGED)
         product = tl.broadcast_to(origin[None, :], (BN, COLUMNS))
         low_product = tl.zeros((BN, COLUMNS), tl.int32)
         for u in tl.static_range(PACK):
             j = tl.minimum(n0 // BN + u, final) * BN + key
-            if PAGED:
+            if PAGED or LISTED:
                 j = first_key(places, parts, u, BN) + key
             packed = load_keys(KH, j, HALF_K, HP_K)
             mine = (part == u)[None, :]
@@ -244,15 +278,21 @@ def look_ahead(
         x = scores_of(product + (low_product << 4), k_scale, offset, factor, softcap, SOFTCAP)
         y = x
         if CROSSED:
+            j_all = n0 + (part * BN)[None, :] + key[:, None]
+            if LISTED:
+                j_all = to_columns(key[:, None] + starts[None, :], PACK, GP)
             y = seen_scores(
-                x, n0 + (part * BN)[None, :] + key[:, None], lo, hi, row_position, MASK, mask_key, BIAS, bias_key,
+                x, j_all, lo, hi, row_position, MASK, mask_key, BIAS, bias_key,
                 mask_rows, bias_rows, CAUSAL, WINDOW, TOKENS, HAS_MASK, HAS_BIAS,
             )  # fmt: skip
-        rare = (n0 < lo) | (n0 + STEP > hi)
+        if LISTED:
+            rare = (n0 == 0) | (n0 + STEP >= count * BN)  # lists ascend: only their ends lie at the sequence's
+        else:
+            rare = (n0 < lo) | (n0 + STEP > hi)
         if KEY_MASK:
             rare = rare | (tl.min(tl.min(allowed, 0), 0) == 0)
         if rare:  # keys that no row sees: at the two ends, or behind a mask of one number per key
-            narrow = n0 + (parts * BN)[None, :] + key[:, None]
+            narrow = key[:, None] + starts[None, :] if LISTED else n0 + (parts * BN)[None, :] + key[:, None]
             allowed = allowed * ((narrow >= lo) & (narrow < hi)).to(tl.int32)
             inside = to_columns(allowed, PACK, GP) != 0
             y = tl.where(inside, y, DEAD)
@@ -261,15 +301,19 @@ def look_ahead(
         k_most = tl.maximum(k_most, k_narrow)
         local = tl.max(y, 0)
         p = tl.exp2(y - local[None, :])  # 1 where a row sees none of these keys: ``gain`` is 0 there
-        there = valid & (n0 // BN + part < subtiles)
-        tl.store(energies + n0 // BN * GP, local + 0.5 * tl.log2(tl.sum(p * p, 0)), mask=there)
+        if LISTED:
+            there = valid & (n0 // BN + part < count)
+            tile = of_part(here, PACK, GP) - part  # in its columns, as n0 // BN without a list
+        else:
+            there, tile = valid & (n0 // BN + part < subtiles), n0 // BN
+        tl.store(energies + tile * GP, local + 0.5 * tl.log2(tl.sum(p * p, 0)), mask=there)
         if RULE != 0:
             size = tl.log2(tl.abs(x) * (1.0 / 1.4426950408889634))
             other = tl.max(tl.where(y > EMPTY, y + size, DEAD), 0)
-            tl.store(others + n0 // BN * GP, other, mask=there)
+            tl.store(others + tile * GP, other, mask=there)
             largest = tl.maximum(largest, other)
         v_peak = tl.max(v_scale, 0)
-        tl.store(peaks + n0 // BN, v_peak, mask=there & (row == 0))
+        tl.store(peaks + tile, v_peak, mask=there & (row == 0))
         p8, whole = round_row(p, v_scale, v_peak, thresholds, MASKED)
 
         # Sums are kept relative to the first maximum, and moved only when a later one is far above it.
@@ -285,7 +329,7 @@ def look_ahead(
         c = tl.full((HP_V, COLUMNS), MAGIC_BITS, tl.int32)
         for u in tl.static_range(PACK):
             j = tl.minimum(n0 // BN + u, final) * BN + key
-            if PAGED:
+            if PAGED or LISTED:
                 j = first_key(places, parts, u, BN) + key
             values = load_values(VH, j, TILE, HALF_V, HP_V)
             mine = tl.where((part == u)[None, :], p8, 0)

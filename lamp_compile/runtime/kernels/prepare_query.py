@@ -10,15 +10,16 @@ from lamp_compile.runtime.kernels._device import rotated, round_even
 
 @triton.jit(do_not_specialize=["queries", "first_token"])
 def prepare_query(
-    Q, BALANCE, SIGNS, Q8, ROWINFO,
+    Q, BALANCE, SIGNS, Q8, ROWINFO, GATE, GATE_BIAS, PROJECTED,
     stride_b, stride_h, stride_s, balance_b, kv_heads, queries, first_token, root,
     GROUP: tl.constexpr, GP: tl.constexpr, TOKENS: tl.constexpr, HALF: tl.constexpr, HP: tl.constexpr,
     ROTATE: tl.constexpr, BALANCED: tl.constexpr, PARTS: tl.constexpr,
-    PDL: tl.constexpr,
+    PDL: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Q ``[B, H, S, D]`` -> Q8 int8 ``[B*G, blocks, GP, 2*HP]``, ROWINFO ``[B*G, blocks, 4, GP]``: rounding step,
     sum of q8, squared norm of the prepared query, sum of q8 over the lower nibbles' channels. SIGNS and root as of
-    ``rotated``."""
+    ``rotated``. With a RANK, of one token, the projection of a look-ahead network too: GATE ``[H, D, R]``, GATE_BIAS
+    ``[H, R]`` -> PROJECTED ``[B*G, GP, RP]``, STEP numbers at a time."""
     bg, block = tl.program_id(0), tl.program_id(1)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -64,3 +65,15 @@ def prepare_query(
     tl.store(info + GP, tl.sum(upper + lower, 1))
     tl.store(info + 2 * GP, tl.sum(upper * upper + lower * lower, 1) * step * step)
     tl.store(info + 3 * GP, tl.sum(lower, 1))
+    for first in tl.static_range(0, RP if RANK else 0, STEP):
+        r = first + tl.arange(0, STEP)
+        channel = ((g * GROUP + rows) * 2 * HALF)[:, None] + half[None, :]
+        weight = GATE + channel[:, :, None] * RANK + r[None, None, :]
+        mask = (valid[:, None] & (half < HALF)[None, :])[:, :, None] & (r < RANK)[None, None, :]
+        said = tl.sum(upper[:, :, None] * tl.load(weight, mask=mask, other=0.0).to(tl.float32), 1)
+        weight += HALF * RANK
+        said += tl.sum(lower[:, :, None] * tl.load(weight, mask=mask, other=0.0).to(tl.float32), 1)
+        inside = valid[:, None] & (r < RANK)[None, :]
+        bias = tl.load(GATE_BIAS + (g * GROUP + rows)[:, None] * RANK + r[None, :], mask=inside, other=0.0)
+        target_said = PROJECTED + (place * GP + rows)[:, None] * RP + r[None, :]
+        tl.store(target_said, tl.where(inside, said * (step + spoilt)[:, None] + bias, 0.0))

@@ -14,33 +14,13 @@ import triton.language as tl
 from lamp_compile.runtime.kernels._device import (
     DEAD,
     EMPTY,
-    HEADROOM,
     LOG2E,
-    MAGIC,
-    MAGIC_BITS,
-    finite_scale,
     key_range,
-    lower_nibbles,
-    lower_nibbles16,
     over_parts,
     query_of,
-    to_columns,
-    upper_nibbles,
-    upper_nibbles8,
     wait_for_launch,
-    weigh,
 )
-from lamp_compile.runtime.kernels.look_ahead import (
-    dither,
-    first_key,
-    load_keys,
-    load_values,
-    narrow_scales,
-    round_row,
-    scores_of,
-    seen_scores,
-    stored_tiles,
-)
+from lamp_compile.runtime.kernels.correct import corrected
 
 
 @triton.jit
@@ -99,20 +79,23 @@ def decide(
 
 
 @triton.jit
-def differences(p, gain, whole_cold, back, v_scale, v_peak, MASKED: tl.constexpr):
-    """What to add (weights p times gain) and what to take back (rounded as it was: whole_cold times back) in whole
-    numbers of one unit, 15 bits and a sign. On the high plane only their difference counts: its coarse and fine 7
-    bits; on the residual plane what to add, in 7 bits. Then both as whole numbers, and the unit."""
-    larger = tl.maximum(tl.maximum(gain, back), 1e-30)
-    step = 16256.0 / tl.maximum(v_peak, 1e-30) * (gain / larger)
-    add = (weigh(p, v_scale * step[None, :], MASKED) + MAGIC).to(tl.int32, bitcast=True)
-    take = (whole_cold * (128.0 * (back / larger))[None, :] + MAGIC).to(tl.int32, bitcast=True)
-    change = add - take
-    coarse = (change + 64) >> 7
-    fine = change - (coarse << 7)
-    add = (add - (MAGIC_BITS - 64)) >> 7
-    unit = larger * (v_peak / 16256.0)
-    return coarse.to(tl.int8), fine.to(tl.int8), add.to(tl.int8), add, take - MAGIC_BITS, unit
+def decided(ENERGY, PEAK, LEVELS, place, subtiles, tile, end, row_valid, tau, lse, known,
+            GP: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """``decide`` of one token by the energy rule, where ``known`` says that LEVELS decides."""
+    rows = tl.arange(0, GP)
+    looked = tile * BN < end
+    level = tl.load(LEVELS + tile, mask=looked, other=0).to(tl.int32)
+    listed = looked & (level == 1)  # all that live where the gate is not used
+    read = listed[:, None] & row_valid[None, :]
+    energy = tl.load(ENERGY + (place * subtiles + tile)[:, None] * GP + rows[None, :], mask=read, other=DEAD)
+    above = (energy <= (tl.log2(tau) + lse)[None, :]) == 0
+    live = ((energy < EMPTY) == 0) & read
+    hot = tl.max((above & live).to(tl.int32), 1)
+    hot = tl.where(known, (level == 2).to(tl.int32), hot)
+    tokens_live = tl.where(known, (level != 0).to(tl.int32), tl.max(live.to(tl.int32), 1))
+    z = tl.where(live & (hot == 0)[:, None], tl.exp2(2.0 * (energy - lse[None, :])), 0.0)
+    v_peaks = tl.load(PEAK + place * subtiles + tile, mask=listed & (hot == 0), other=0.0)
+    return hot, tokens_live, tl.sum(z, 0), tl.sum(z * (v_peaks * v_peaks)[:, None], 0)
 
 
 @triton.jit
@@ -121,21 +104,13 @@ def by_rows(x, to_row, PACK: tl.constexpr, GP: tl.constexpr):
     return tl.sum(tl.reshape(x * to_row[None, :], (x.shape[0], PACK, GP)), 1)
 
 
-@triton.jit
-def picked(first, order, hot, tile, PACK: tl.constexpr):
-    """The chosen sub-tiles first .. first + PACK - 1 of a segment ``[PACK]``; 0 behind the last."""
-    wanted = first + 1 + tl.arange(0, PACK)
-    match = (order[:, None] == wanted[None, :]) & (hot == 1)[:, None]
-    return tl.sum(tl.where(match, tile[:, None], 0), 0)
-
-
 @triton.jit(
     do_not_specialize=["queries", "first_token", "keys", "subtiles", "slots", "splits", "segments", "least_tiles"],
     do_not_specialize_on_alignment=["START", "LENGTHS", "TABLE"],
 )
 def refine(
     Q8, ROWINFO, KH, KL, KS, VH, VL, VS, TAU, FLOOR, STATE, SINKS, MASK, BIAS, START, LENGTHS, TABLE, PARTIAL, META,
-    ENERGY, OTHER, PEAK,
+    ENERGY, OTHER, PEAK, LEVELS, COUNTS,
     tau_b, floor_b, mask_b, mask_h, mask_s, mask_key, bias_b, bias_h, bias_s, bias_key, start_stride, length_stride,
     table_stride, kv_heads, queries, first_token, keys, plane_keys, subtiles, slots, splits, segments, least_tiles,
     scale, softcap,
@@ -145,17 +120,17 @@ def refine(
     KEY_MASK: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_START: tl.constexpr, HAS_LENGTHS: tl.constexpr, PAGED: tl.constexpr, ASM: tl.constexpr,
     FIELDS: tl.constexpr, SPLITS_P2: tl.constexpr, SEGMENT: tl.constexpr, HAS_SINKS: tl.constexpr,
-    PDL: tl.constexpr,
+    PDL: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
-    """Corrections of one segment for one block of rows, as one more partial result."""
+    """Corrections of one segment for one block of rows, as one more partial result. With LISTED, of a head whose LEVELS
+    were known before (COUNTS, ``predict.py``), the sub-tiles that the look-ahead has left out for it: nothing is taken
+    back, and their energies are written for the audit."""
     wait_for_launch(PDL)
     segment, bg, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, g = bg // kv_heads, bg % kv_heads
     COLUMNS: tl.constexpr = PACK * GP
-    CROSSED: tl.constexpr = (CAUSAL != 0 and TOKENS > 1) or HAS_MASK or HAS_BIAS
-    MASKED: tl.constexpr = CROSSED
     column, rows = tl.arange(0, COLUMNS), tl.arange(0, GP)
-    row, part = column % GP, column // GP
+    row = column % GP
     token = first_token + block * TOKENS + row // GROUP
     row_valid = (rows < GROUP * TOKENS) & (first_token + block * TOKENS + rows // GROUP < queries)
     lo, hi, position = key_range(
@@ -174,16 +149,26 @@ def refine(
         return
     tau = tl.load(TAU + b * tau_b + g)
     all_refined = (tl.load(FLOOR + b * floor_b + g) >= 1.0) | (tl.load(STATE + bg * 4 + 1) >= 1.0) | (tau <= 0.0)
-    delta = tl.where(all_refined, 0.0, 1.0)
+    known = all_refined
+    if LISTED:
+        use = tl.load(COUNTS + bg * 4 + 1) != 0
+        known, all_refined = known | use, all_refined & (use == 0)
+    delta = tl.where(known, 0.0, 1.0)
     lse, largest = looked_ahead(
         META, SINKS, place, slots, splits, g * GROUP + rows % GROUP, row_valid, GP, FIELDS, SPLITS_P2, HAS_SINKS
     )
 
     tile = lo // BN + segment + tl.arange(0, SEGMENT) * taking
-    hot, tokens_live, cold_square, cold_value = decide(
-        ENERGY, OTHER, PEAK, place, subtiles, tile, tl.where(all_refined, 0, hi), row_valid, tau, lse, largest,
-        GROUP, GP, TOKENS, BN, RULE,
-    )  # fmt: skip
+    if LISTED:
+        hot, tokens_live, cold_square, cold_value = decided(
+            ENERGY, PEAK, LEVELS + bg.to(tl.int64) * subtiles, place, subtiles, tile, tl.where(all_refined, 0, hi),
+            row_valid, tau, lse, known, GP, BN,
+        )  # fmt: skip
+    else:
+        hot, tokens_live, cold_square, cold_value = decide(
+            ENERGY, OTHER, PEAK, place, subtiles, tile, tl.where(all_refined, 0, hi), row_valid, tau, lse, largest,
+            GROUP, GP, TOKENS, BN, RULE,
+        )  # fmt: skip
     live_count, hot_count = tl.sum(tokens_live, 0), tl.sum(tokens_live * hot, 0)
     hot = tl.where(all_refined, (tile * BN < hi).to(tl.int32), hot)
     order, count = tl.cumsum(hot, 0), tl.sum(hot, 0)
@@ -203,120 +188,38 @@ def refine(
     VL += plane * HALF_V
     KS += plane
     VS += plane
-    thresholds = dither(BN)
-    key, parts = tl.arange(0, BN), tl.arange(0, PACK)
 
     # This segment's share of the look-ahead's own partial results is joined at the end, relative to the same maximum.
     base = tl.full((GP,), EMPTY, tl.float32)
     for split in range(segment, splits, taking):
         base = tl.maximum(base, tl.load(META + (place * slots + split) * FIELDS * GP + rows))
     top = tl.reshape(tl.broadcast_to(base[None, :], (PACK, GP)), (COLUMNS,))
-    upper = tl.zeros((HP_V, COLUMNS), tl.float32)
-    lower = tl.zeros((HP_V, COLUMNS), tl.float32)
-    shift = tl.zeros((BN, COLUMNS), tl.float32)
-    mass = tl.zeros((BN, COLUMNS), tl.float32)
-    value_mass = tl.zeros((BN, COLUMNS), tl.float32)
-    square = tl.zeros((BN, COLUMNS), tl.float32)
-    value_square = tl.zeros((BN, COLUMNS), tl.float32)
-    k_most = tl.zeros((BN, PACK), tl.float32)
-    seen_tiles = tl.zeros((PACK,), tl.float32)
     counted = (row < GROUP * TOKENS) & ((row % GROUP == 0) | (TOKENS == 1))
     if KEY_MASK:
         MASK += b.to(tl.int64) * mask_b
-    next_tiles = picked(0, order, hot, tile, PACK)
-    next_places = stored_tiles(TABLE, next_tiles, hi, BN, TILE, PAGED)
-    next_k, next_v, next_allowed = narrow_scales(KS, VS, MASK, mask_key, next_places, next_tiles, hi, BN, KEY_MASK)
-    for i in range(0, count, PACK):
-        tiles, places = next_tiles, next_places
-        k_narrow, v_narrow, allowed = finite_scale(next_k), finite_scale(next_v), next_allowed
-        next_tiles = picked(i + PACK, order, hot, tile, PACK)
-        next_places = stored_tiles(TABLE, next_tiles, hi, BN, TILE, PAGED)
-        next_k, next_v, next_allowed = narrow_scales(KS, VS, MASK, mask_key, next_places, next_tiles, hi, BN, KEY_MASK)
-        product = tl.broadcast_to(origin[None, :], (BN, COLUMNS))
-        low_product = tl.zeros((BN, COLUMNS), tl.int32)
-        residual = tl.zeros((BN, COLUMNS), tl.int32)
-        for u in tl.static_range(PACK):
-            at_key = first_key(places, parts, u, BN) + key
-            k_high = load_keys(KH, at_key, HALF_K, HP_K)
-            k_low = load_keys(KL, at_key, HALF_K, HP_K)
-            mine = (part == u)[None, :]
-            q_up, q_down = tl.where(mine, q_upper, 0), tl.where(mine, q_lower, 0)
-            product = tl.dot(upper_nibbles(k_high, ASM), q_up, product, out_dtype=tl.int32)
-            low_product = tl.dot(lower_nibbles(k_high, ASM), q_down, low_product, out_dtype=tl.int32)
-            residual = tl.dot(upper_nibbles8(k_low, ASM), q_up, residual, out_dtype=tl.int32)
-            residual = tl.dot(lower_nibbles(k_low, ASM), q_down, residual, out_dtype=tl.int32)
-        product += low_product << 4
-        k_scale, v_scale = to_columns(k_narrow, PACK, GP), to_columns(v_narrow, PACK, GP)
-        y_cold = scores_of(product, k_scale, cold_offset, factor, softcap, SOFTCAP)
-        y = scores_of(product + residual, k_scale, offset, factor, softcap, SOFTCAP)
-        starts = tl.where(i + parts < count, tiles * BN, hi)  # a part without a sub-tile lies behind the end
-        if CROSSED:
-            j_all = to_columns(key[:, None] + starts[None, :], PACK, GP)
-            y_cold = seen_scores(
-                y_cold, j_all, lo, hi, row_position, MASK, mask_key, BIAS, bias_key, mask_rows, bias_rows, CAUSAL,
-                WINDOW, TOKENS, HAS_MASK, HAS_BIAS,
+    if LISTED:
+        energies = ENERGY + place * subtiles * GP
+        if known:
+            upper, lower, shift, mass, value_mass, square, value_square, k_most, seen_tiles, top = corrected(
+                KH, KL, KS, VH, VL, VS, TABLE, MASK, BIAS, energies, q_upper, q_lower, factor, cold_offset, offset,
+                origin, order, hot, tile, count, top, counted, row_position, mask_rows, bias_rows, lo, hi, mask_key,
+                bias_key, softcap, 0.0, GROUP, GP, PACK, TOKENS, HALF_K, HP_K, HALF_V, HP_V, BN, TILE, CAUSAL, WINDOW,
+                SOFTCAP, HAS_MASK, KEY_MASK, HAS_BIAS, PAGED, ASM, False,
             )  # fmt: skip
-            y = seen_scores(
-                y, j_all, lo, hi, row_position, MASK, mask_key, BIAS, bias_key, mask_rows, bias_rows, CAUSAL,
-                WINDOW, TOKENS, HAS_MASK, HAS_BIAS,
+        else:
+            upper, lower, shift, mass, value_mass, square, value_square, k_most, seen_tiles, top = corrected(
+                KH, KL, KS, VH, VL, VS, TABLE, MASK, BIAS, energies, q_upper, q_lower, factor, cold_offset, offset,
+                origin, order, hot, tile, count, top, counted, row_position, mask_rows, bias_rows, lo, hi, mask_key,
+                bias_key, softcap, delta, GROUP, GP, PACK, TOKENS, HALF_K, HP_K, HALF_V, HP_V, BN, TILE, CAUSAL, WINDOW,
+                SOFTCAP, HAS_MASK, KEY_MASK, HAS_BIAS, PAGED, ASM, True,
             )  # fmt: skip
-        rare = (tl.min(starts, 0) < lo) | (tl.max(starts, 0) + BN > hi)
-        if KEY_MASK:
-            rare = rare | (tl.min(tl.min(allowed, 0), 0) == 0)
-        if rare:  # keys that no row sees: at the two ends, or behind a mask of one number per key
-            narrow = key[:, None] + starts[None, :]
-            allowed = allowed * ((narrow >= lo) & (narrow < hi)).to(tl.int32)
-            inside_all = to_columns(allowed, PACK, GP) != 0
-            y, y_cold = tl.where(inside_all, y, DEAD), tl.where(inside_all, y_cold, DEAD)
-            v_scale = tl.where(inside_all, v_scale, 0.0)
-            k_narrow = tl.where(allowed != 0, k_narrow, 0.0)
-        k_most = tl.maximum(k_most, k_narrow)
-        local, local_cold = tl.max(y, 0), tl.max(y_cold, 0)
-        p, p_cold = tl.exp2(y - local[None, :]), tl.exp2(y_cold - local_cold[None, :])
-        v_peak = tl.max(v_scale, 0)
-        above = tl.maximum(local, tl.where(delta > 0.0, local_cold, DEAD))
-        if tl.max(above - top, 0) > HEADROOM:
-            new = tl.maximum(top, above)
-            keep = tl.exp2(top - new)
-            upper, lower, shift = upper * keep, lower * keep, shift * keep
-            mass, value_mass = mass * keep, value_mass * keep
-            square, value_square = square * keep * keep, value_square * keep * keep
-            top = new
-        gain, back = tl.exp2(local - top), tl.exp2(local_cold - top) * delta
-
-        _, whole_cold = round_row(p_cold, v_scale, v_peak, thresholds, MASKED)
-        coarse, fine, added, add, take, unit = differences(p, gain, whole_cold, back, v_scale, v_peak, MASKED)
-        a = tl.zeros((HP_V, COLUMNS), tl.int32)
-        c = tl.zeros((HP_V, COLUMNS), tl.int32)
-        a_fine = tl.zeros((HP_V, COLUMNS), tl.int32)
-        c_fine = tl.zeros((HP_V, COLUMNS), tl.int32)
-        for u in tl.static_range(PACK):
-            at_value = first_key(places, parts, u, BN) + key
-            v_high = load_values(VH, at_value, TILE, HALF_V, HP_V)
-            v_low = load_values(VL, at_value, TILE, HALF_V, HP_V)
-            mine = (part == u)[None, :]
-            my_coarse, my_fine, my_added = tl.where(mine, coarse, 0), tl.where(mine, fine, 0), tl.where(mine, added, 0)
-            up, down = upper_nibbles(v_high, ASM), lower_nibbles16(v_high, ASM)
-            a = tl.dot(up, my_coarse, a, out_dtype=tl.int32)
-            a = tl.dot(upper_nibbles8(v_low, ASM), my_added, a, out_dtype=tl.int32)
-            a_fine = tl.dot(up, my_fine, a_fine, out_dtype=tl.int32)
-            c = tl.dot(down, my_coarse, c, out_dtype=tl.int32)
-            c = tl.dot(lower_nibbles(v_low, ASM), my_added, c, out_dtype=tl.int32)
-            c_fine = tl.dot(down, my_fine, c_fine, out_dtype=tl.int32)
-        upper += ((a << 7) + a_fine).to(tl.float32) * unit[None, :]
-        lower += ((c << 7) + c_fine).to(tl.float32) * unit[None, :]
-        # The residual bytes carry + 8; lo averages -1/2, which was taken off what is taken back. Whole numbers know no
-        # NaN: the last term brings in those of value scales.
-        shift += (0.5 * take.to(tl.float32) - 1024.0 * add.to(tl.float32)) * unit[None, :]
-        shift += weigh(p, v_scale * 0.0, MASKED)
-        weight, less = p * gain[None, :], p_cold * back[None, :]
-        vv = v_scale * v_scale
-        mass += weight - less
-        value_mass += weigh(weight, vv, MASKED) - weigh(less, vv, MASKED)
-        square += weight * weight
-        value_square += weigh(weight * weight, vv, MASKED)
-        seen = over_parts((((local < EMPTY) == 0) & counted).to(tl.float32), PACK, GP)
-        seen_tiles += tl.max(seen, 1) if TOKENS == 1 else tl.sum(seen, 1)
+    else:
+        upper, lower, shift, mass, value_mass, square, value_square, k_most, seen_tiles, top = corrected(
+            KH, KL, KS, VH, VL, VS, TABLE, MASK, BIAS, ENERGY, q_upper, q_lower, factor, cold_offset, offset, origin,
+            order, hot, tile, count, top, counted, row_position, mask_rows, bias_rows, lo, hi, mask_key, bias_key,
+            softcap, delta, GROUP, GP, PACK, TOKENS, HALF_K, HP_K, HALF_V, HP_V, BN, TILE, CAUSAL, WINDOW, SOFTCAP,
+            HAS_MASK, KEY_MASK, HAS_BIAS, PAGED, ASM, True,
+        )  # fmt: skip
 
     # Columns of the same row into one.
     base = tl.max(over_parts(top, PACK, GP), 0)
