@@ -320,6 +320,34 @@ def test_a_wrong_body_is_noticed_and_nothing_is_written(tmp_path, monkeypatch) -
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("pick", "message"),
+    [
+        (lambda every: every[:, :1], r"logits_from=\[-1\]: the last token's logits alone differ"),
+        (lambda every: every, r"logits_from=\[-1\] gives logits \[2, 8, 64\], the last token's are \[2, 1, 64\]"),
+    ],
+    ids=["another row", "all rows"],
+)
+def test_a_wrong_choice_of_logits_is_noticed(tmp_path, monkeypatch, pick, message) -> None:
+    """Sessions ask for the last row alone, the other runs of verification for all."""
+
+    class Wrong:
+        def __init__(self, path: str) -> None:
+            self._run = session(path)
+
+        def __getattr__(self, name: str):
+            return getattr(self._run, name)
+
+        def run(self, names, given):
+            found = self._run.run(names, {name: x for name, x in given.items() if name != "logits_from"})
+            return [pick(found[0]), *found[1:]] if "logits_from" in given else found
+
+    monkeypatch.setattr(verify, "session", Wrong)
+    with pytest.raises(ExportError, match=message):
+        lamp_compile.export_onnx(llama(), TEXT[:, :32], tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 def test_lint_finds_what_the_target_lacks() -> None:
     from onnx import parser
 

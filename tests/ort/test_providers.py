@@ -67,3 +67,40 @@ def test_what_a_provider_leaves_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> N
     found[providers.CPU] |= {"MatMulInteger": 2, "ai.lamp.Append": 1}
     with pytest.raises(OptionError, match=r"2 MatMulInteger, 1 ai\.lamp\.Append"):
         providers._check_placement(None, cuda)
+
+
+@pytest.mark.parametrize("operator", ["Gather", "Where", "Expand", "Slice", "Reshape", "Identity"])
+def test_only_operators_seen_in_shape_arithmetic_may_stay(monkeypatch: pytest.MonkeyPatch, operator: str) -> None:
+    """What moves planes and activations would be slow there, and goes by names that shape arithmetic has no need of."""
+    monkeypatch.setattr(providers, "placement", lambda session: {providers.CPU: {operator: 1, "Concat": 2}})
+    with pytest.raises(OptionError, match=f"left nodes to the CPU: 1 {operator}") as found:
+        providers._check_placement(None, providers.Provider(providers.CUDA))
+    assert "Concat" not in str(found.value)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("name", [providers.CUDA, providers.MIGRAPHX])
+def test_who_sees_to_strictness(monkeypatch: pytest.MonkeyPatch, name: str, strict: bool) -> None:
+    """ONNX Runtime itself, but for CUDA: its shape arithmetic must be let through to the CPU."""
+    ort, asked = providers.onnxruntime(), {}
+
+    class Session:
+        def __init__(self, model: object, options: object, providers: list, **_: object) -> None:
+            asked["names"] = [each if isinstance(each, str) else each[0] for each in providers]
+
+        def get_providers(self) -> list[str]:
+            return asked["names"]
+
+        def get_provider_graph_assignment_info(self) -> list:
+            return []
+
+    class Options(dict):
+        add_session_config_entry = dict.__setitem__
+
+    monkeypatch.setattr(ort, "InferenceSession", Session)
+    monkeypatch.setattr(ort, "preload_dlls", lambda: None, raising=False)
+    options = Options()
+    providers.make_session("model.onnx", providers.Provider(name), options, strict=strict)
+    alone = strict and name == providers.MIGRAPHX
+    assert options.get("session.disable_cpu_ep_fallback") == ("1" if alone else None)
+    assert asked["names"] == ([name] if alone else [name, providers.CPU])

@@ -42,6 +42,46 @@ class Request:
     config: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Source:
+    """An artifact's file as it was when its session was opened, and its weights beside it where ``export_onnx`` put
+    them there: by size and time of modification, because reading gigabytes again would cost more than it tells.
+
+    Attributes:
+        path: Absolute.
+        stamps: Size in bytes and modification time in nanoseconds of each file; None where there is none.
+    """
+
+    path: str
+    stamps: tuple[tuple[int, int] | None, ...]
+
+    @classmethod
+    def of(cls, path: str) -> Source:
+        """What lies there now."""
+        return cls(path, tuple(_stamp(name) for name in (path, f"{path}.data")))
+
+    def check(self) -> None:
+        """Raise InputError where the file is another by now, or gone."""
+        for name, before, now in zip(
+            (self.path, f"{self.path}.data"), self.stamps, self.of(self.path).stamps, strict=True
+        ):
+            if now != before:
+                raise InputError(
+                    f"{name!r} {'changed' if now else 'is gone'} since this session was opened, and steps with "
+                    "graph=True read it again when they are recorded",
+                    where="OrtSession.step",
+                    fix="open the artifact again",
+                )
+
+
+def _stamp(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):  # open_session says what is wrong with it
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
 def open_session(request: Request, fixed: Mapping[str, int] | None = None) -> Opened:
     """A session; where shapes are ``fixed``, by the names of dimensions, one for a CUDA graph of these.
 

@@ -21,14 +21,10 @@ DEVICES = {CPU: "cpu", CUDA: "cuda", MIGRAPHX: "cuda"}
 """What ONNX Runtime calls the memory of a provider; HIP memory goes by CUDA's name there."""
 SETTINGS = {CUDA: {"use_tf32": "0"}}
 """Options that are not ONNX Runtime's defaults: an artifact says float32, and TF32 has 10 bits of it."""
-SHAPES = frozenset(
-    (
-        "Add", "Cast", "Concat", "ConstantOfShape", "Div", "Equal", "Expand", "Gather", "Identity", "Max", "Min", "Mod",
-        "Mul", "Range", "ReduceMax", "ReduceProd", "Reshape", "Shape", "Size", "Slice", "Split", "Squeeze", "Sub",
-        "Unsqueeze", "Where",
-    )
-)  # fmt: skip
-"""Operators of shape arithmetic, which ONNX Runtime leaves to the CPU on purpose: their results are read there."""
+SHAPES = frozenset(("Add", "Cast", "Concat", "Div", "Mul", "ReduceProd", "Split", "Squeeze", "Sub", "Unsqueeze"))
+"""What ONNX Runtime's CUDA provider leaves to the CPU of the artifacts made for it: their shape arithmetic, whose
+results are read there. Names alone, because ONNX Runtime reports no types, and no names of nodes that came out of
+functions: a float ``Add`` on the CPU would pass."""
 INSTALL = {
     CPU: "pip install 'lamp_compile[onnx-cpu]'",
     CUDA: "pip install 'onnxruntime-gpu[cuda,cudnn]' in an environment without the package onnxruntime",
@@ -103,7 +99,9 @@ def make_session(
         model: Path or bytes.
         provider: Of ``resolve``.
         options: ``onnxruntime.SessionOptions``; entries are added to it.
-        strict: Nothing but shape arithmetic may be left to the CPU. Otherwise such nodes are in ``placement``.
+        strict: With CUDA, nothing may be left to the CPU but nodes of operators in ``SHAPES``, by name and whatever
+            their types; with other providers nothing at all, which ONNX Runtime sees to. Otherwise ``placement``
+            lists what was left.
         settings: The provider's own options, beside ``SETTINGS``.
 
     Raises:
@@ -115,7 +113,10 @@ def make_session(
     if provider.name != CPU:
         if hasattr(ort, "preload_dlls"):
             ort.preload_dlls()
-        wanted.append(CPU)
+        if strict and provider.name != CUDA:
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        else:
+            wanted.append(CPU)
     try:
         session = ort.InferenceSession(model, options, providers=wanted, enable_fallback=0)
     except Exception as error:
@@ -124,6 +125,7 @@ def make_session(
         raise OptionError(
             f"{provider.name} did not take the model: {str(error).splitlines()[0][:300]}",
             where=str(model) if isinstance(model, str) else "the model",
+            fix="strict=False leaves what it cannot run to the CPU and lists it in placement()" if strict else "",
         ) from error
     got = session.get_providers()
     if got[0] != provider.name:
@@ -138,7 +140,7 @@ def make_session(
 
 
 def _check_placement(session: Any, provider: Provider) -> None:
-    """Raise OptionError where nodes were left to the CPU that are no shape arithmetic."""
+    """Raise OptionError where nodes of other operators than ``SHAPES`` were left to the CPU."""
     left = {name: n for name, n in placement(session).get(CPU, {}).items() if name not in SHAPES}
     if left:
         what = ", ".join(f"{n} {name}" for name, n in left.items())

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamp_compile.control_plan import ControlPlan
-from lamp_compile.errors import CacheError, InputError, OptionError
+from lamp_compile.errors import CacheError, InputError, LampError, OptionError
 from lamp_compile.runtime.ort import artifact, opening, providers
 from lamp_compile.runtime.ort.bound import BoundStep, Place, captured
 from lamp_compile.runtime.ort.buffers import Buffers
@@ -59,10 +59,12 @@ class OrtSession:
             native: True: the native operators or an error; False: the artifact's own bodies; None: native where they
                 can be, and a warning where they would be faster and are not there.
             threads: Of ONNX Runtime's pool, which the native operators share; 0 takes the cores of this process.
-            strict: On a GPU, nothing but shape arithmetic may be left to the CPU.
+            strict: On a GPU, nothing may be left to the CPU; with CUDA, nothing but operators that its shape arithmetic
+                is made of (``providers.SHAPES``; operators go by name, types are not known).
             graph: On a CUDA device, steps of one token for all sequences are replays of a CUDA graph, of a second
-                session whose shapes are fixed: weights are in memory twice, and growth and another batch record anew.
-                The artifact must have no control flow (``guard="select"``), and one thread runs the session.
+                session whose shapes are fixed: weights are in memory twice, and growth and another batch record anew,
+                from the file, which must stay as it is. The artifact must have no control flow (``guard="select"``),
+                and one thread runs the session.
             settings: The provider's own options, such as ``{"device_id": "1"}``.
             config: Entries of ONNX Runtime's session configuration.
 
@@ -70,9 +72,11 @@ class OrtSession:
             InputError: There is no such file, or it is no artifact.
             OptionError: The provider or the native operators cannot be had, or it captures no graphs.
         """
+        file = os.path.abspath(path)
         self._request = opening.Request(
-            path, provider, native, threads, strict=strict, settings=dict(settings or {}), config=dict(config or {})
+            file, provider, native, threads, strict=strict, settings=dict(settings or {}), config=dict(config or {})
         )
+        self._source = opening.Source.of(file)
         opened = opening.open_session(self._request)
         self.raw, self.provider, self.native = opened.raw, opened.provider.name, opened.native
         self.notes = list(opened.notes)
@@ -160,14 +164,17 @@ class OrtSession:
             sequence: The only one that takes them; the others stay as they are. None for all.
 
         Raises:
-            InputError: Tokens are no whole numbers, of another batch, or refused by the graph.
-            CacheError: There is no memory to grow. The session is as it was.
+            InputError: Tokens are no whole numbers, of another batch, or refused by the graph; or the artifact's file
+                changed, and a CUDA graph was to be recorded from it.
+            CacheError: There is no memory to grow, or ONNX Runtime records no CUDA graph. The session holds what it
+                held.
         """
         ids, which = self._check_step(tokens, sequence)
         self.ensure_capacity(int(self._lengths[which].max()) + ids.shape[1])
-        bound = self._step_for(ids.shape[1], sequence)
         try:
-            found = bound.run(ids, self._lengths[which])
+            found = self._step_for(ids.shape[1], sequence).run(ids, self._lengths[which])
+        except LampError:
+            raise
         except Exception as error:  # what was written lies behind the lengths, where nobody looks
             raise InputError(opening.first_line(error), where="OrtSession.step") from error
         self._lengths[which] += ids.shape[1]
@@ -217,13 +224,29 @@ class OrtSession:
         common = (self.artifact, self._buffers, self.controls.inputs, self._place)
         if self.graph and (rows, sequence) == (1, None):
             if self._captured is None:
-                fixed = opening.open_session(self._request, self._buffers.dimensions())
-                self._captured = captured(fixed.raw, *common)
+                self._captured = self._capture()
             return self._captured
         if self._bound is None or self._bound.key != (rows, sequence):
             self._bound = None
             self._bound = BoundStep(self.raw, *common, (rows, sequence))
         return self._bound
+
+    def _capture(self) -> BoundStep:
+        """Steps of one token for all sequences, of a second session with the weights of the first."""
+        dimensions = self._buffers.dimensions()
+        self._source.check()
+        try:
+            opened = opening.open_session(self._request, dimensions)
+            self._source.check()  # while it was read
+            return captured(opened.raw, self.artifact, self._buffers, self.controls.inputs, self._place)
+        except (InputError, CacheError):
+            raise
+        except Exception as error:
+            raise CacheError(
+                f"no CUDA graph of steps for {self.batch} sequences of {self.capacity} tokens: "
+                f"{opening.first_line(error)}",
+                where="OrtSession.step", fix="fewer sequences or a smaller capacity, or graph=False",
+            ) from error  # fmt: skip
 
     def _moved(self) -> None:
         """Planes lie elsewhere than before."""

@@ -13,9 +13,11 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from lamp_compile.frontends.onnx.exporting import kept_logits
 from lamp_compile.quality.metrics import Comparison, Scores
 from lamp_compile.runtime.ort import providers
 
@@ -151,10 +153,37 @@ def steps_of(length: int, prefill: int, single: int) -> Iterator[slice]:
             yield slice(first, last)
 
 
+def last_alone(run: Any, given: dict[str, Any], every: Any) -> list[str]:
+    """What is wrong with the logits of the last token alone, as sessions ask for them; nothing where the artifact gives
+    those of all tokens only.
+
+    Args:
+        run: ``onnxruntime.InferenceSession`` of the artifact.
+        given: Inputs of a step of several tokens.
+        every: Logits of all of them ``[W, S, V]``.
+    """
+    if kept_logits.NAME not in {value.name for value in (*run.get_inputs(), *run.get_overridable_initializers())}:
+        return []
+    (found,) = run.run(["logits"], {**given, kept_logits.NAME: np.array([-1], np.int64)})
+    wanted = every[:, -1:]
+    if found.shape != wanted.shape:
+        return [f"{kept_logits.NAME}=[-1] gives logits {list(found.shape)}, the last token's are {list(wanted.shape)}"]
+    pair = Differences("logits")
+    pair.add(torch.from_numpy(found), torch.from_numpy(wanted), None)
+    drift = pair.result().drift
+    if drift <= FLOOR:
+        return []
+    return [
+        f"{kept_logits.NAME}=[-1]: the last token's logits alone differ from those among all by {drift:.2e} of their "
+        f"size, {FLOOR:.2e} is allowed"
+    ]
+
+
 def decoder(run: Any, fast: Any, empty: dict[str, Any], ids: Tensor, reduced: bool, what: str) -> Verification:
     """Both sides over windows of tokens, in a prompt of two chunks and then token by token.
 
-    The torch side is the compiled model over its own cache, which shares no code with the graph that was exported; its
+    Where the artifact can leave out logits, the last chunk runs once more for those of its last token alone. The torch
+    side is the compiled model over its own cache, which shares no code with the graph that was exported; its
     attention is the reference, because kernels decide online and may refine more.
 
     Args:
@@ -167,16 +196,21 @@ def decoder(run: Any, fast: Any, empty: dict[str, Any], ids: Tensor, reduced: bo
     """
     names = [value.name for value in run.get_outputs()]
     feeds, here, there = dict(empty), [], []
+    steps = list(steps_of(ids.shape[1], ids.shape[1] // 2, min(8, ids.shape[1] // 4)))
+    chunk = max(steps, key=lambda step: (step.stop - step.start > 1, step.start))
+    failures: list[str] = []
     held = fast.lamp.cache(ids.shape[1])
     for layer in held.layers:
         layer.reference_only = True
     with torch.no_grad():
         wanted = fast.lamp.original(input_ids=ids, use_cache=False).logits
-        for step in steps_of(ids.shape[1], ids.shape[1] // 2, min(8, ids.shape[1] // 4)):
+        for step in steps:
             there.append(fast(input_ids=ids[:, step], past_key_values=held, use_cache=True).logits)
             positions = torch.full((ids.shape[0],), step.start)
             given = {"input_ids": ids[:, step].contiguous().numpy(), "positions": positions.numpy(), **feeds}
             found = dict(zip(names, run.run(None, given), strict=True))
+            if step == chunk:
+                failures += last_alone(run, given, found["logits"])
             feeds = {name: found[f"present{name.removeprefix('past')}"] for name in feeds}
             here.append(torch.from_numpy(found["logits"]))
     artifact, lamp = torch.cat(here, 1), torch.cat(there, 1)
@@ -190,7 +224,7 @@ def decoder(run: Any, fast: Any, empty: dict[str, Any], ids: Tensor, reduced: bo
     against_torch.add(lamp.float(), artifact, ids)
     return Verification(
         (logits.result(), errors.result()), against_float.result(), against_torch.result(), what,
-        tuple(failures_of([logits], reduced)),
+        (*failures_of([logits], reduced), *failures),
     )  # fmt: skip
 
 
