@@ -1,4 +1,5 @@
-"""Where a cache stands before a step, so that the step can be taken back: lengths, the guard's state, statistics.
+"""Where a cache stands before a step, so that the step can be taken back: lengths, the guard's state, statistics, and
+what a look-ahead network keeps.
 
 Planes are not copied. Rows behind the length belong to nobody, and the next step writes over them.
 """
@@ -16,6 +17,8 @@ from lamp_compile.runtime.cache_layers import NestedLayer
 from lamp_compile.runtime.kv_cache import NestedCache
 from lamp_compile.runtime.slot_cache import SlotView
 
+NETWORK = ("history", "trust")
+"""Of layers that a network predicts; summaries are of rows, like planes."""
 EVENTS = (guard.RAISED, guard.LOWERED, guard.BAD)
 
 
@@ -33,6 +36,8 @@ class Checkpoint:
         self._marks = (cache._longest, [layer.host_marks() for layer in cache.layers])
         ready = all(layer.is_initialized for layer in self._layers)
         self._before = _gather(self._layers) if ready else None
+        self._kept = [(layer, name, _clone(layer, name)) for layer in self._layers for name in _network(layer)]
+        self._filled = list(cache.rows.table.filled) if isinstance(cache, SlotView) else []
 
     def rose(self) -> bool:
         """Whether, in a site whose plan asks for a retry, a floor rose to a level that changes what is read. Waits for
@@ -51,6 +56,11 @@ class Checkpoint:
         self._cache._longest = self._marks[0]
         for layer, marks in zip(self._cache.layers, self._marks[1], strict=True):
             layer.set_host_marks(marks)
+        for layer, name, kept in self._kept:
+            if layer.is_initialized:
+                getattr(layer, name).copy_(kept) if kept is not None else getattr(layer, name).zero_()
+        if isinstance(self._cache, SlotView):
+            self._cache.rows.table.filled[:] = self._filled
         ready = [layer for layer in self._layers if layer.is_initialized]
         state, stats = self._at_start(ready)
         if keep_rises:
@@ -85,6 +95,16 @@ def _most(layer: NestedLayer) -> float:
         return float(Floor.EXACT)
     refines = any(formats.get(name).residual_bits for name in (layer.plan.k_format, layer.plan.v_format))
     return float(Floor.BOTH if refines else Floor.RULE)
+
+
+def _network(layer: NestedLayer) -> list[str]:
+    return [name for name in NETWORK if name in layer.per_sequence]
+
+
+def _clone(layer: NestedLayer, name: str) -> Tensor | None:
+    """A copy, or None of a layer that holds nothing yet: it begins with zeros."""
+    found: Tensor | None = getattr(layer, name).clone() if layer.is_initialized else None
+    return found
 
 
 def _lengths(cache: NestedCache) -> list[Tensor]:

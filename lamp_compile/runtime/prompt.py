@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lamp_compile.runtime import shadow
 from lamp_compile.runtime.fused_ops import inference_only
 
 if TYPE_CHECKING:
@@ -47,7 +46,6 @@ def is_one(layer: NestedLayer, k: Tensor, v: Tensor, empty: bool) -> bool:
         and k.shape[3] == v.shape[3] <= MOST_DIM
         and k.shape[3] % 8 == 0
         and not layer.reference_only
-        and shadow.current() is None
     )
 
 
@@ -65,20 +63,41 @@ def attend(
         how: ``causal`` ("" for none), ``window`` (newest keys that a row sees, 0 for all), ``scale`` and ``softcap`` (0
             for none).
     """
-    rows = q.shape[2]
-    scale, short = how["scale"], 0 < how["window"] < rows
-    if sinks is not None or how["softcap"] or k.shape[2] != rows or (mask is None and short):
+    rows, scale, window = q.shape[2], how["scale"], how["window"]
+    if sinks is not None or how["softcap"] or k.shape[2] != rows or not q.dtype == k.dtype == v.dtype:
         return None
-    if mask is None:
-        grouped = q.shape[1] != k.shape[1]
+    grouped = q.shape[1] != k.shape[1]
+    if mask is None and not 0 < window < rows:
         causal = bool(how["causal"])
+        if q.is_cuda and not _is_fast(q, k, v, None, causal, grouped):
+            return None
         out = functional.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
         return inference_only(out, q)
-    if mask.shape[1:3] != (1, rows) or mask.shape[3] < rows or mask.shape[0] * rows * rows > MOST_MASK:
+    batch = 1 if mask is None else mask.shape[0]
+    if batch * rows * rows > MOST_MASK:
+        return None
+    if mask is None:
+        key = torch.arange(rows, device=q.device)
+        mask = ((key <= key[:, None]) & (key > key[:, None] - window))[None, None]
+    if mask.shape[1:3] != (1, rows) or mask.shape[3] < rows:
         return None
     seen = mask[..., :rows]
     blind = ~seen.any(-1, keepdim=True)
     # The form that takes masks wants as many heads of keys as of queries.
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=seen | blind, scale=scale)
+    seen = seen | blind
+    if q.is_cuda and not _is_fast(q, k, v, seen.expand(q.shape[0], q.shape[1], rows, rows), False, False):
+        return None
+    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
     return inference_only(out.masked_fill(blind, 0.0), q)
+
+
+def _is_fast(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, grouped: bool) -> bool:
+    """Whether torch has an attention for these on this GPU that does not lay out all scores in memory."""
+    given = torch.backends.cuda.SDPAParams(q, k, v, mask, 0.0, causal, grouped)
+    asked = (
+        torch.backends.cuda.can_use_flash_attention,
+        torch.backends.cuda.can_use_efficient_attention,
+        torch.backends.cuda.can_use_cudnn_attention,
+    )
+    return any(can(given) for can in asked)

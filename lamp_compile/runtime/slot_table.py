@@ -54,7 +54,7 @@ class SlotTable:
         self.slots, self.pages, self.width, self.tile = slots, pages, width, tile
         self.admissions = [0] * slots
         self.filled = [False] * slots
-        """Whether a slot was given tokens by a forward of its own since it was admitted."""
+        """Whether a slot was given tokens since it was admitted, as far as forwards of its own go."""
         self._free = list(range(pages))[::-1]
         self._owned: list[list[int] | None] = [None] * slots
 
@@ -210,7 +210,7 @@ class SlotRows:
 
     def commit(self, rows: int) -> None:
         """Count the step's tokens."""
-        if self.slot is not None and not torch.compiler.is_compiling():
+        if self.slot is not None:  # also by a graph, which does so at every call
             self.table.filled[self.slot] = True
         self.lengths.add_((self.positions >= 0) * rows)
 

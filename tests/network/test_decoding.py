@@ -270,3 +270,21 @@ def test_skipping_reads_fewer_sub_tiles_and_loses_little(
     for site, count in live["all"].items():
         assert (live["skip"][site] < count) == (site in served(plan)), site
     assert kl["skip"] < 10 * float(exact_kl.mean())
+
+
+def test_shadow_steps_change_nothing_that_it_keeps(model: Any, packaged: Path, ids: Tensor) -> None:
+    """A step that is taken back is no step of its history, nor of the audit's turns."""
+    made, kept = [], []
+    for share in (0.0, 0.5):
+        fast = compiled(model, packaged, shadow=share)
+        cache, rows = fast.lamp.cache(PROMPT + 12), []
+        with torch.no_grad():
+            fast(ids[:, :PROMPT], past_key_values=cache, use_cache=True)
+            for i in range(PROMPT, PROMPT + 12):
+                rows.append(fast(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits[0, -1])
+        made.append(torch.stack(rows))
+        layers = [layer for layer in cache.layers if hasattr(layer, "trust")]
+        kept.append([x for layer in layers for x in (layer.history, layer.trust)])
+    assert kept[0]
+    assert torch.equal(*made)
+    assert all(map(torch.equal, *kept))
