@@ -23,8 +23,8 @@ SETTINGS = {CUDA: {"use_tf32": "0"}}
 """Options that are not ONNX Runtime's defaults: an artifact says float32, and TF32 has 10 bits of it."""
 SHAPES = frozenset(("Add", "Cast", "Concat", "Div", "Mul", "ReduceProd", "Split", "Squeeze", "Sub", "Unsqueeze"))
 """What ONNX Runtime's CUDA provider leaves to the CPU of the artifacts made for it: their shape arithmetic, whose
-results are read there. Names alone, because ONNX Runtime reports no types, and no names of nodes that came out of
-functions: a float ``Add`` on the CPU would pass."""
+results are read there. Operators alone decide, because ONNX Runtime reports no types, and nodes of functions' bodies
+have no names to look types up by: a float ``Add`` on the CPU would pass."""
 INSTALL = {
     CPU: "pip install 'lamp_compile[onnx-cpu]'",
     CUDA: "pip install 'onnxruntime-gpu[cuda,cudnn]' in an environment without the package onnxruntime",
