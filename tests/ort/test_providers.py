@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx
 import pytest
+import torch
 
+import lamp_compile
 from lamp_compile.errors import OptionError
 from lamp_compile.runtime.ort import _library, providers
 from lamp_compile.runtime.ort.session import OrtSession
+from tests.huggingface import reference
 
 
 def test_graphs_are_for_cuda(artifact: Path) -> None:
@@ -69,7 +73,7 @@ def test_what_a_provider_leaves_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> N
         providers._check_placement(None, cuda)
 
 
-@pytest.mark.parametrize("operator", ["Gather", "Where", "Expand", "Slice", "Reshape", "Identity"])
+@pytest.mark.parametrize("operator", ["Gather", "Where", "Expand", "Reshape", "Identity", "MatMul"])
 def test_only_operators_seen_in_shape_arithmetic_may_stay(monkeypatch: pytest.MonkeyPatch, operator: str) -> None:
     """What moves planes and activations would be slow there, and goes by names that shape arithmetic has no need of."""
     monkeypatch.setattr(providers, "placement", lambda session: {providers.CPU: {operator: 1, "Concat": 2}})
@@ -104,3 +108,30 @@ def test_who_sees_to_strictness(monkeypatch: pytest.MonkeyPatch, name: str, stri
     alone = strict and name == providers.MIGRAPHX
     assert options.get("session.disable_cpu_ep_fallback") == ("1" if alone else None)
     assert asked["names"] == ([name] if alone else [name, providers.CPU])
+
+
+@pytest.mark.parametrize("guard", ["select", "if"])
+def test_shape_arithmetic_of_our_artifacts_may_stay(guard: str, tmp_path: Path) -> None:
+    """ONNX Runtime puts what is computed from shapes and constants alone on the CPU: no operator of it is refused."""
+    text = torch.randint(3, 128, (2, 48), generator=torch.Generator().manual_seed(1))
+    file = tmp_path / "model.onnx"
+    lamp_compile.export_onnx(reference.build("Llama"), text, file, target="cuda", guard=guard)
+    ort = providers.onnxruntime()
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(tmp_path / "flat.onnx")
+    options.log_severity_level = 4
+    ort.InferenceSession(str(file), options, providers=[providers.CPU])
+    graph = onnx.load(str(tmp_path / "flat.onnx")).graph
+    constants, shapes, operators = {tensor.name for tensor in graph.initializer}, set[str](), set[str]()
+    for node in graph.node:
+        given = [name for name in node.input if name]
+        if node.op_type == "Constant":
+            constants.update(node.output)
+        elif node.op_type in ("Shape", "Size"):
+            shapes.update(node.output)
+        elif set(given) & shapes and set(given) <= shapes | constants:
+            operators.add(node.op_type)
+            shapes.update(node.output)
+    assert len(operators) > 3
+    assert operators <= providers.SHAPES

@@ -21,7 +21,12 @@ DEVICES = {CPU: "cpu", CUDA: "cuda", MIGRAPHX: "cuda"}
 """What ONNX Runtime calls the memory of a provider; HIP memory goes by CUDA's name there."""
 SETTINGS = {CUDA: {"use_tf32": "0"}}
 """Options that are not ONNX Runtime's defaults: an artifact says float32, and TF32 has 10 bits of it."""
-SHAPES = frozenset(("Add", "Cast", "Concat", "Div", "Mul", "ReduceProd", "Split", "Squeeze", "Sub", "Unsqueeze"))
+SHAPES = frozenset(
+    (
+        "Add", "Cast", "Concat", "ConstantOfShape", "Div", "Mod", "Mul", "NonZero", "Range", "ReduceProd", "Slice",
+        "Split", "Squeeze", "Sub", "Unsqueeze",
+    )
+)  # fmt: skip
 """What ONNX Runtime's CUDA provider leaves to the CPU of the artifacts made for it: their shape arithmetic, whose
 results are read there. Operators alone decide, because ONNX Runtime reports no types, and nodes of functions' bodies
 have no names to look types up by: a float ``Add`` on the CPU would pass."""
