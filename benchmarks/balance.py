@@ -9,13 +9,13 @@ with its threshold), and the KL of both planes everywhere, balanced nowhere and 
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import _script
+
 import lamp_compile
-from lamp_compile.errors import LampError
 from lamp_compile.frontends.huggingface import balance
 from lamp_compile.quality import evaluate, load, rows
 from lamp_compile.quality.engine import CompiledEngine
@@ -80,7 +80,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except LampError as error:
-        sys.exit(f"error: {error}")
+    _script.run(main)

@@ -12,13 +12,13 @@ import argparse
 import contextlib
 import io
 import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import _script
+
 from lamp_compile import cli
-from lamp_compile.errors import LampError
 from lamp_compile.plan import PRESETS
 from lamp_compile.quality.environment import environment, write_json
 
@@ -68,7 +68,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except LampError as error:
-        sys.exit(f"error: {error}")
+    _script.run(main)

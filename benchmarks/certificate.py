@@ -9,16 +9,15 @@ every layer the worst-case bound (``runtime/worst_case.py``), which must never l
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import _script
 import torch
 from torch import Tensor, nn
 
 import lamp_compile
-from lamp_compile.errors import LampError
 from lamp_compile.frontends.huggingface.attention import NAME, observing
 from lamp_compile.frontends.structure import structural_copy
 from lamp_compile.plan import Plan
@@ -128,7 +127,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except LampError as error:
-        sys.exit(f"error: {error}")
+    _script.run(main)

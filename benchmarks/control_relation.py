@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from pathlib import Path
+
+import _script
 
 import lamp_compile
 from lamp_compile.control_plan import RELATION
-from lamp_compile.errors import LampError
 from lamp_compile.quality import load, relation
 from lamp_compile.quality.environment import environment, write_json
 
@@ -51,7 +51,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except LampError as error:
-        sys.exit(f"error: {error}")
+    _script.run(main)

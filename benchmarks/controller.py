@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -23,10 +22,10 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import _script
 import torch
 
 import lamp_compile
-from lamp_compile.errors import LampError
 from lamp_compile.quality import load
 from lamp_compile.quality.environment import environment, write_json
 from lamp_compile.runtime.controller_thread import ControllerThread
@@ -193,7 +192,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except LampError as error:
-        sys.exit(f"error: {error}")
+    _script.run(main)

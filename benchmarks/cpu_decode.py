@@ -22,7 +22,6 @@ What is not installed is skipped, and says so. With --targets it exits 1 when a 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ import _cpu_ort
 import _cpu_prefill
 import _cpu_targets
 import _real
+import _script
 import torch
 from _cpu_ways import round_per_token
 from _planes import Case, Shape
@@ -41,7 +41,6 @@ from _rivals import rounded_fp8
 from decode_kernel import ASSUMED, default_out
 
 import lamp_compile
-from lamp_compile.errors import LampError
 from lamp_compile.quality import load
 from lamp_compile.quality.environment import environment, write_json
 from lamp_compile.runtime import kernels
@@ -229,7 +228,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except LampError as error:
-        sys.exit(f"error: {error}")
+    _script.run(main)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import statistics
-import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from typing import Any
 
 import _real
 import _rivals
+import _script
 import torch
 from _planes import Attention, Case, Inputs, Shape, importance, make
 from _timing import cache_bytes, copy_bandwidth, milliseconds, release
@@ -326,7 +326,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except LampError as error:
-        sys.exit(f"error: {error}")
+    _script.run(main)

@@ -16,13 +16,13 @@ import argparse
 import json
 import math
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import _models
 import _real
+import _script
 import torch
 from _models import Decoder, Size
 from _planes import Case
@@ -30,7 +30,6 @@ from _timing import Energy, release, synchronize
 from decode_kernel import ASSUMED, attempt, default_out
 from torch._dynamo.utils import counters
 
-from lamp_compile.errors import LampError
 from lamp_compile.quality import load
 from lamp_compile.quality.environment import environment, write_json
 from lamp_compile.runtime import guard
@@ -326,7 +325,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except LampError as error:
-        sys.exit(f"error: {error}")
+    _script.run(main)

@@ -14,19 +14,18 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import _rivals
+import _script
 import torch
 from _planes import GUARD, NEVER, RULE, SHAPE, STORE, SUBTILE, TILE, Attention, Case, Inputs, Shape, importance, make
 from _timing import cache_bytes, copy_bandwidth, milliseconds, release
 from decode_kernel import attempt, default_out
 from torch import Tensor
 
-from lamp_compile.errors import LampError
 from lamp_compile.quality.environment import environment, write_json
 from lamp_compile.quality.load import checked_device
 from lamp_compile.runtime import guard, reference
@@ -285,7 +284,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except LampError as error:
-        sys.exit(f"error: {error}")
+    _script.run(main)

@@ -12,16 +12,15 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import _script
 import torch
 from transformers import CompileConfig
 
 import lamp_compile
-from lamp_compile.errors import LampError
 from lamp_compile.quality import load
 from lamp_compile.quality.environment import environment, write_json
 
@@ -112,7 +111,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except LampError as error:
-        sys.exit(f"error: {error}")
+    _script.run(main)

@@ -14,11 +14,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import _script
 import torch
 from torch import Tensor
 
 import lamp_compile
-from lamp_compile.errors import LampError
 from lamp_compile.quality import calibrate, load
 from lamp_compile.quality.engine import CompiledEngine
 from lamp_compile.quality.environment import environment, write_json
@@ -100,7 +100,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except LampError as error:
-        sys.exit(f"error: {error}")
+    _script.run(main)

@@ -9,12 +9,12 @@ forward per sample on the real cache and operators, compared with the uncompiled
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
+import _script
+
 import lamp_compile
-from lamp_compile.errors import LampError
 from lamp_compile.quality import hard, load, tasks, windows
 from lamp_compile.quality.engine import CompiledEngine
 from lamp_compile.quality.environment import environment, write_json
@@ -72,7 +72,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except LampError as error:
-        sys.exit(f"error: {error}")
+    _script.run(main)

@@ -16,18 +16,17 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import _script
 import torch
 from _ungrouped import ungrouped
 from torch import Tensor, nn
 
 import lamp_compile
-from lamp_compile.errors import LampError
 from lamp_compile.quality import load, rows
 from lamp_compile.quality.engine import CompiledEngine
 from lamp_compile.quality.environment import environment, write_json
@@ -203,7 +202,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except LampError as error:
-        sys.exit(f"error: {error}")
+    _script.run(main)

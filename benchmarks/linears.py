@@ -15,12 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import _script
 import torch
 import torch.nn.functional as F
 from _cpu_machine import describe
 
 import lamp_compile
-from lamp_compile.errors import LampError
 from lamp_compile.frontends import linears
 from lamp_compile.linear_plan import LinearPlan
 from lamp_compile.quality import frontier, linear_speed, load
@@ -95,7 +95,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except LampError as error:
-        sys.exit(f"error: {error}")
+    _script.run(main)

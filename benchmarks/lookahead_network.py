@@ -11,17 +11,16 @@ the reference, which runs here, computes everything.
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import _script
 import torch
 from torch import Tensor
 
 import lamp_compile
-from lamp_compile.errors import LampError
 from lamp_compile.quality import load, rows, windows
 from lamp_compile.quality.engine import CompiledEngine
 from lamp_compile.quality.environment import environment, write_json
@@ -181,7 +180,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except LampError as error:
-        sys.exit(f"error: {error}")
+    _script.run(main)

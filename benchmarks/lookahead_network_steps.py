@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import _models
+import _script
 import torch
 from _cpu_machine import describe
 from lookahead_network import planted
 from torch import Tensor
 
 import lamp_compile
-from lamp_compile.errors import LampError
 from lamp_compile.ir import Precision
 from lamp_compile.quality import load, windows
 from lamp_compile.quality.environment import environment, write_json
@@ -381,7 +380,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except LampError as error:
-        sys.exit(f"error: {error}")
+    _script.run(main)

@@ -13,8 +13,9 @@ import argparse
 import sys
 from pathlib import Path
 
+import _script
+
 import lamp_compile
-from lamp_compile.errors import LampError
 from lamp_compile.plan import PRESETS, Plan
 from lamp_compile.quality import frontier, load
 from lamp_compile.quality.engine import CompiledEngine
@@ -79,7 +80,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except LampError as error:
-        sys.exit(f"error: {error}")
+    _script.run(main)

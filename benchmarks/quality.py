@@ -9,13 +9,13 @@ real cache and operators, compared with the uncompiled model in float32. With --
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import _script
+
 import lamp_compile
-from lamp_compile.errors import LampError
 from lamp_compile.quality import evaluate, load, rows
 from lamp_compile.quality.engine import CompiledEngine
 from lamp_compile.quality.environment import environment, write_json
@@ -142,7 +142,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except LampError as error:
-        sys.exit(f"error: {error}")
+    _script.run(main)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any
 import _models
 import _real
 import _requests
+import _script
 import _serve_lamp
 import _serve_rivals
 import torch
@@ -33,7 +33,6 @@ from _timing import Energy, release
 from decode_kernel import ASSUMED, attempt, default_out
 from torch._dynamo.utils import counters
 
-from lamp_compile.errors import LampError
 from lamp_compile.quality import load, windows
 from lamp_compile.quality.environment import environment, write_json
 
@@ -287,7 +286,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except LampError as error:
-        sys.exit(f"error: {error}")
+    _script.run(main)

@@ -27,10 +27,13 @@ LEAST_ROWS = 128
 MOST_DIM = 256
 MOST_MASK = 1 << 30
 """Entries of a mask; it becomes as many numbers of the model's type."""
+NOT_FAST = "torch has no fast attention for them on this GPU"
+SLOWLY = "attentions of long prompts read the planes: "
+"""How an event of the ledger begins that counts what did not go this way."""
 
 
 def is_one(layer: NestedLayer, k: Tensor, v: Tensor, empty: bool) -> bool:
-    """Whether attention over new rows ``[B, G, n, D]`` is to read them as they came. Not for graphs.
+    """Whether new rows ``[B, G, n, D]`` are a prompt that attention had better read as they came. Not for graphs.
 
     Args:
         layer: Where they are stored.
@@ -38,21 +41,13 @@ def is_one(layer: NestedLayer, k: Tensor, v: Tensor, empty: bool) -> bool:
         v: Values.
         empty: Nothing was held before them.
     """
-    return (
-        empty
-        and k.shape[2] >= LEAST_ROWS
-        and k.device.type in DEVICES
-        and k.dtype in DTYPES
-        and k.shape[3] == v.shape[3] <= MOST_DIM
-        and k.shape[3] % 8 == 0
-        and not layer.reference_only
-    )
+    return empty and k.shape[2] >= LEAST_ROWS and k.device.type in DEVICES and not layer.reference_only
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, how: Mapping[str, Any]
-) -> Tensor | None:
-    """Attention of q ``[B, H, S, D]`` over keys and values ``[B, G, S, D]``; None where torch has no fast form of it.
+) -> Tensor | str:
+    """Attention of q ``[B, H, S, D]`` over keys and values ``[B, G, S, D]``, or why torch has no fast form of it.
 
     Args:
         q: Queries.
@@ -64,32 +59,42 @@ def attend(
             for none).
     """
     rows, scale, window = q.shape[2], how["scale"], how["window"]
-    if sinks is not None or how["softcap"] or k.shape[2] != rows or not q.dtype == k.dtype == v.dtype:
-        return None
-    grouped = q.shape[1] != k.shape[1]
+    if reason := _why_not(q, k, v, sinks, how):
+        return reason
     if mask is None and not 0 < window < rows:
-        causal = bool(how["causal"])
+        causal, grouped = bool(how["causal"]), q.shape[1] != k.shape[1]
         if q.is_cuda and not _is_fast(q, k, v, None, causal, grouped):
-            return None
+            return NOT_FAST
         out = functional.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
         return inference_only(out, q)
     batch = 1 if mask is None else mask.shape[0]
     if batch * rows * rows > MOST_MASK:
-        return None
+        return f"a mask of more than {MOST_MASK} entries"
     if mask is None:
         key = torch.arange(rows, device=q.device)
         mask = ((key <= key[:, None]) & (key > key[:, None] - window))[None, None]
     if mask.shape[1:3] != (1, rows) or mask.shape[3] < rows:
-        return None
+        return f"a mask of shape {tuple(mask.shape)}"
     seen = mask[..., :rows]
     blind = ~seen.any(-1, keepdim=True)
     # The form that takes masks wants as many heads of keys as of queries.
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     seen = seen | blind
     if q.is_cuda and not _is_fast(q, k, v, seen.expand(q.shape[0], q.shape[1], rows, rows), False, False):
-        return None
+        return NOT_FAST
     out = functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
     return inference_only(out.masked_fill(blind, 0.0), q)
+
+
+def _why_not(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, how: Mapping[str, Any]) -> str:
+    """Why these cannot go through torch's attention without all scores in memory, as far as shapes tell; or empty."""
+    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
+        return f"{str(k.dtype).removeprefix('torch.')}, and flash attention takes bfloat16 and float16"
+    if not k.shape[3] == v.shape[3] <= MOST_DIM or k.shape[3] % 8:
+        return f"head dimensions of {k.shape[3]} and {v.shape[3]}"
+    if sinks is not None or how["softcap"]:
+        return "sinks" if sinks is not None else "a soft-cap"
+    return "" if q.shape[2] == k.shape[2] else f"{q.shape[2]} queries for {k.shape[2]} keys"
 
 
 def _is_fast(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, grouped: bool) -> bool:

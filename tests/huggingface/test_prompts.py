@@ -24,9 +24,9 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     rows: list[int] = []
     attend = prompt.attend
 
-    def counted(q: Tensor, *args: Any, **options: Any) -> Tensor | None:
+    def counted(q: Tensor, *args: Any, **options: Any) -> Tensor | str:
         out = attend(q, *args, **options)
-        rows.extend([] if out is None else [q.shape[2]])
+        rows.extend([] if isinstance(out, str) else [q.shape[2]])
         return out
 
     monkeypatch.setattr(prompt, "DEVICES", ("cpu", "cuda"))
@@ -100,6 +100,9 @@ def test_what_reads_the_planes_as_ever(served: list[int], model: Any, ids: Tenso
             layer.reference_only = True
     first_logits(fast, ids[:, :10] if case == "short" else ids, cache)
     assert not served
+    notes = "\n".join(fast.lamp.report().notes)
+    assert ("float32, and flash attention takes" in notes) == (case == "float32")
+    assert ("attends to its keys and values as they came" in notes) == (case != "float32")
 
 
 @pytest.mark.parametrize("name", ["Llama", "Mistral"])
@@ -150,6 +153,9 @@ def test_windows_softcaps_and_sinks(served: list[int], name: str, ids: Tensor) -
     got, wanted = first_logits(fast, ids), first_logits(model, ids)
     assert reference.relative(got, wanted) < MODEL.relative
     assert served == ([40, 40] if name == "Mistral" else [])
+    slow = [note for note in fast.lamp.report().notes if prompt.SLOWLY in note]
+    reason = {"Mistral": [], "Gemma 2": ["a soft-cap"], "gpt-oss": ["sinks"]}[name]
+    assert slow == [f"2 {prompt.SLOWLY}{why}" for why in reason], "a slow way that nobody asked for is said"
 
 
 def test_what_is_generated_does_not_depend_on_shadow_steps(served: list[int], model: Any, ids: Tensor) -> None:

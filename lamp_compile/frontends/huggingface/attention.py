@@ -82,12 +82,27 @@ def lamp_attention(
         "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
         "softcap": float(kwargs.get("softcap") or 0.0),
     }
-    sinks, out = kwargs.get("s_aux"), None
-    if key.fresh is not None and bias is None:
-        out = prompt.attend(query, key.fresh, value.fresh, mask, sinks, how)
+    out = _as_they_came(query, key, value, (mask, bias, kwargs.get("s_aux")), how)
     if out is None:
-        out = key.layer.attend(query, mask, bias, sinks, **how)
+        out = key.layer.attend(query, mask, bias, kwargs.get("s_aux"), **how)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _as_they_came(
+    query: Tensor, key: PlaneHandle, value: PlaneHandle, seen: tuple[Tensor | None, ...], how: dict[str, Any]
+) -> Tensor | None:
+    """Attention of a long prompt over the rows that were just stored; None where planes are to be read, which is
+    counted for a prompt. ``seen``: mask, bias, sinks."""
+    if key.fresh is None or value.fresh is None:
+        return None
+    mask, bias, sinks = seen
+    found: Tensor | str = "an additive bias"
+    if bias is None:
+        found = prompt.attend(query, key.fresh, value.fresh, mask, sinks, how)
+    if isinstance(found, Tensor):
+        return found
+    key.layer.spec.ledger.events[prompt.SLOWLY + found] += 1
+    return None
 
 
 def _over_capacity(mask: Tensor, layer: Any) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from lamp_compile.frontends.huggingface.sites import ProbedSite
 from lamp_compile.report import Report
-from lamp_compile.runtime import kernel_notes
+from lamp_compile.runtime import kernel_notes, prompt
 from lamp_compile.runtime.kv_cache import CacheSpec
 from lamp_compile.runtime.network import audit
 
@@ -16,7 +16,11 @@ ALWAYS = (
     "torch.compile(model, backend='lamp').generate(...) compiles nothing: generate belongs to the model inside; "
     "lamp_compile.compile(model).generate(...) does",
     "without the cache made here decoding gains nothing: keys and values would be quantised anew at every step",
-    "prefill reads the planes too, so it follows the same numbers as decoding",
+)
+PLANES = "prefill reads the planes too, so it follows the same numbers as decoding"
+AS_THEY_CAME = (
+    f"a prompt of {prompt.LEAST_ROWS} tokens or more into an empty cache attends to its keys and values as they came; "
+    "all that follows reads the planes"
 )
 WINDOWS = "sliding-window layers store all keys; the mask keeps to the window"
 
@@ -34,7 +38,8 @@ def notes_for(spec: CacheSpec, sites: tuple[ProbedSite, ...], graphs: Iterable[R
         sites: What the probe saw.
         graphs: Reports of the graphs compiled so far, which know more of the calls.
     """
-    notes = list(ALWAYS)
+    fast = any(site.device.type in prompt.DEVICES and site.dtype in prompt.DTYPES for site in sites)
+    notes = [*ALWAYS, AS_THEY_CAME if fast else PLANES]
     if any(feature.startswith("window") for site in sites for feature in site.features):
         notes.append(WINDOWS)
     notes += _predicted(spec)

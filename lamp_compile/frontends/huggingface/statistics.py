@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lamp_compile.runtime import guard
+from lamp_compile.runtime import guard, prompt
 from lamp_compile.runtime.controls import Controls
 from lamp_compile.runtime.ledger import Ledger, counted
 
@@ -67,7 +67,8 @@ class RunStatistics:
             count = sum(getattr(site, name) for site in self.sites)
             if count:
                 found.append(f"guard: {count} {words}")
-        found += [f"guard: {count} {what}" for what, count in self.events.items() if count]
+        about = {what: "" if what.startswith(prompt.SLOWLY) else "guard: " for what in self.events}
+        found += [f"{about[what]}{count} {what}" for what, count in self.events.items() if count]
         return (*found, *self._shadow_notes(), *self._control_notes())
 
     def _shadow_notes(self) -> list[str]:
