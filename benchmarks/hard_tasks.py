@@ -3,21 +3,27 @@
     python benchmarks/hard_tasks.py MODEL TEXT --samples 8 --samples retrieval=32 --device cuda --out results.json
 
 MODEL is a local folder (safetensors, with its tokenizer), TEXT a UTF-8 file or *.u16 token ids. Every row is one
-forward per sample on the real cache and operators, compared with the uncompiled model in float32.
+forward per sample on the real cache and operators, compared with the uncompiled model in float32. With --lookahead the
+same for a look-ahead network, which may skip (--skip) sub-tiles.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import _script
 
 import lamp_compile
+from lamp_compile.plan import Plan
 from lamp_compile.quality import hard, load, tasks, windows
 from lamp_compile.quality.engine import CompiledEngine
 from lamp_compile.quality.environment import environment, write_json
+from lamp_compile.quality.network import row as network_row
+from lamp_compile.quality.rows import RowSpec
 from lamp_compile.quality.tasks._base import Material
 
 
@@ -30,9 +36,36 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", default=list(tasks.all_tasks()), help="which (default: all)")
     parser.add_argument("--layer-windows", type=int, default=2, help="windows for the build-up over layers; 0: none")
     parser.add_argument("--preset", default="balanced")
+    parser.add_argument("--rows", nargs="+", default=[spec.name for spec in hard.ROWS], help="which (default: all)")
+    parser.add_argument("--lookahead", type=Path, help="a network, for rows of its own")
+    parser.add_argument("--skip", type=float, nargs="*", default=[], help="masses that rows of the network may skip")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     return parser.parse_args(argv)
+
+
+class Planned(CompiledEngine):
+    """An engine whose plan is another one."""
+
+    def __init__(self, fast: Any, plan: Plan) -> None:
+        super().__init__(fast)
+        self._plan = plan
+
+    @property
+    def plan(self) -> Plan:
+        return self._plan
+
+
+def networks(model: Any, args: argparse.Namespace) -> Iterator[tuple[RowSpec, Planned]]:
+    """The network of the arguments, without skipping and with."""
+    if args.lookahead is None:
+        return
+    fast = lamp_compile.compile(model, mode="eager", preset=args.preset, lookahead=args.lookahead)
+    served = network_row.served(fast.lamp.plan)
+    for skip in (0.0, *args.skip):
+        sites = tuple(replace(site, skip=skip) if site.name in served else site for site in fast.lamp.plan.sites)
+        name = network_row.NAME + (f", skip {skip:g}" if skip else "")
+        yield RowSpec(name), Planned(fast, replace(fast.lamp.plan, sites=sites))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,7 +91,9 @@ def main(argv: list[str] | None = None) -> int:
     }
     for task in chosen:
         material = Material(model, ids, encode, args.context, data["samples"][task.name])
-        rows = hard.measure(task, material, engine)
+        rows = hard.measure(task, material, engine, [spec for spec in hard.ROWS if spec.name in args.rows])
+        for spec, predicting in networks(model, args):
+            rows += hard.measure(task, material, predicting, [spec])
         print(hard.table(rows), flush=True)
         data["rows"] += [row.to_dict() for row in rows]
     if args.layer_windows:

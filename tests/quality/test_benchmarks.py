@@ -16,7 +16,9 @@ from lamp_compile.quality.evaluate import Row
 def _load(root, name):
     spec = importlib.util.spec_from_file_location(f"lamp_benchmark_{name}", root / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:  # as when it is started: its neighbours can be imported
+        patch.syspath_prepend(str(root / "benchmarks"))
+        spec.loader.exec_module(module)
     return module
 
 

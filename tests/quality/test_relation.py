@@ -59,7 +59,8 @@ def test_measured_on_a_model() -> None:
         ("controller", ["--context", "40", "--mode", "eager", "--pairs", "2", "--seconds", "0.05"], 3),
     ],
 )
-def test_benchmarks_run(name, options, rows, root, nano, tmp_path, one_thread) -> None:
+def test_benchmarks_run(name, options, rows, root, nano, tmp_path, one_thread, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
     spec = importlib.util.spec_from_file_location(f"lamp_benchmark_{name}", root / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
