@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from lamp_compile.errors import CacheError
 from lamp_compile.plan import SitePlan
@@ -176,10 +177,7 @@ class NestedLayer(GrowableLayer):
         rows = self.admit(key_states, value_states)
         plan = self.plan
         if self.by_kernel:
-            torch.ops.lamp.append(
-                key_states, value_states, *self.planes, self.balance, self._position(), None,
-                k_format=plan.k_format, v_format=plan.v_format, rotation=plan.rotation, site=self.name,
-            )  # fmt: skip
+            self._append(key_states, value_states, self._position(), None)
             self.cumulative_length.add_(rows)
             return self._handles(PlaneHandle, key_states, value_states, fresh)
         k_high, k_residual, k_scale, v_high, v_residual, v_scale = torch.ops.lamp.quantize(
@@ -198,6 +196,32 @@ class NestedLayer(GrowableLayer):
         self.cumulative_length.add_(rows)
         return self._handles(PlaneHandle, key_states, value_states, fresh)
 
+    def _append(self, k: Tensor, v: Tensor, positions: Tensor, table: Tensor | None) -> None:
+        """Store rows by ``lamp::append``. Outside graphs, rows that are just what the planes were made for go to the
+        kernel at once: a prompt passes here once a layer, and dispatch and checks take as long as the launch."""
+        plan = self.plan
+        if not torch.compiler.is_compiling() and self.by_kernel and self._expects(k, v):
+            kernels.append(k, v, self.planes, self.balance, positions, table, plan.rotation)
+            return
+        torch.ops.lamp.append(
+            k, v, *self.planes, self.balance, positions, table,
+            k_format=plan.k_format, v_format=plan.v_format, rotation=plan.rotation, site=self.name,
+        )  # fmt: skip
+
+    def _expects(self, k: Tensor, v: Tensor) -> bool:
+        """Whether these are plain tensors of the sizes, dtype and device that the layer was laid out for, and nobody
+        looks at operators."""
+        batch, kv_heads, rows, dim = k.shape
+        return (
+            type(k) is type(v) is Tensor
+            and (batch, kv_heads, dim) == (self.batch_size, self.num_heads, self.k_head_dim)
+            and rows > 0
+            and v.shape == (batch, kv_heads, rows, self.v_head_dim)
+            and k.dtype == v.dtype == self.dtype
+            and k.device == v.device == self.device
+            and not is_in_torch_dispatch_mode()
+        )
+
     def _handles(self, kind: type[PlaneHandle], k: Tensor, v: Tensor, fresh: bool) -> tuple[PlaneHandle, PlaneHandle]:
         """Of all keys and values, after these rows were stored; ``fresh``: they are all, for attention to read."""
         return kind(self, False, k.dtype, k if fresh else None), kind(self, True, v.dtype, v if fresh else None)
@@ -205,7 +229,7 @@ class NestedLayer(GrowableLayer):
     def reset(self) -> None:
         """Forget all sequences; what was counted of them stays in the model's ledger."""
         if self.is_initialized:
-            self.spec.ledger.retire(self.name, self.stats)
+            self.spec.ledger.retire([(self.name, self.stats)])
         super().reset()
 
     def _position(self) -> Tensor:

@@ -61,7 +61,9 @@ class GrowableLayer(StaticLayer):  # type: ignore[misc]
         self.k_head_dim, self.v_head_dim = key_states.shape[-1], value_states.shape[-1]
         self._check_device()
         with ordinary_tensors():
-            self.cumulative_length = self.cumulative_length.to(self.device)
+            if self.cumulative_length.device != self.device:
+                # Made there: nothing is held yet, and a copy from the host would wait for all that was launched.
+                self.cumulative_length = torch.zeros_like(self.cumulative_length, device=self.device)
             self._install(self._allocate(self.batch_size, self.num_heads, self.max_cache_len))
         if not torch.compiler.is_compiling():
             torch._dynamo.mark_static_address(self.cumulative_length)

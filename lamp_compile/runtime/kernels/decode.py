@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from lamp_compile.launch_plan import LaunchPlan
@@ -17,6 +16,7 @@ from lamp_compile.runtime.kernels._tensors import (
     parts,
     per_head_step,
     per_key,
+    power_of_two,
     row_step,
     sequence_step,
     signs,
@@ -239,7 +239,7 @@ def read(call: Call, scratch: Scratch, first_block: int, listed: Listed | None) 
     refine[(cut.segments, *grid)](
         scratch.q8, scratch.rowinfo, *planes, tau, floor, state, sinks, mask, bias, start, lengths, table, *found,
         known[3], known[2], **common, segments=cut.segments, least_tiles=cut.least_tiles,
-        SPLITS_P2=triton.next_power_of_2(cut.splits), SEGMENT=cut.segment,
+        SPLITS_P2=power_of_two(cut.splits), SEGMENT=cut.segment,
         HAS_SINKS=sinks is not None, **call.dependent(), num_warps=refine_warps, num_stages=launch.refine_stages,
     )  # fmt: skip
 
@@ -254,7 +254,7 @@ def join(call: Call, scratch: Scratch, first_block: int, results: Results) -> No
 def joining(call: Call, scratch: Scratch, first_block: int, results: Results) -> dict[str, Any]:
     """What ``merge`` is given, but for its counts."""
     cut, q, launch, sinks, value_dim = call.cut, call.q, call.cut.launch, call.seen[2], results.out.shape[-1]
-    value_width, segments = triton.next_power_of_2(value_dim), triton.next_power_of_2(cut.segments)
+    value_width, segments = power_of_two(value_dim), power_of_two(cut.segments)
     return {
         "PARTIAL": scratch.partial, "META": scratch.meta, "ROWINFO": scratch.rowinfo, "SINKS": sinks,
         "SIGNS": call.signs(value_dim), "OUT": results.out, "LSE": results.lse, "CERTIFICATE": results.certificate,
@@ -279,5 +279,5 @@ def guard_rows(call: Call) -> dict[str, Any]:
     return {
         "floor_b": per_head_step(floor), "budget_b": per_head_step(budget), "kv_heads": kv_heads, "rows": rows,
         "blocks": call.cut.blocks, "window": options["guard_window"], "hold": options["guard_hold"],
-        "hysteresis": options["hysteresis"], "ROWS": min(512, triton.next_power_of_2(rows)),
+        "hysteresis": options["hysteresis"], "ROWS": min(512, power_of_two(rows)),
     }  # fmt: skip

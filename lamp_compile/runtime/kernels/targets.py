@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lamp_compile.launch_plan import LaunchPlan
+from lamp_compile.runtime.kernels._tensors import power_of_two
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,9 @@ def cut(
     """Cut attention of q ``[B, H, S, D]`` over room for ``room`` keys per sequence; ``mixed``: most are far from it."""
     batch, heads, queries, _ = q.shape
     group = heads // planes[0].shape[1]
-    rows = _power(group)
+    rows = power_of_two(group)
     if queries > 1:
-        rows = max(rows, min(launch.most_rows, _power(group * queries)))
+        rows = max(rows, min(launch.most_rows, power_of_two(group * queries)))
     tokens = max(1, min(queries, rows // group))
     blocks = -(-queries // tokens)
     crowd = batch * planes[0].shape[1] * blocks
@@ -90,18 +91,13 @@ def cut(
     pack = max(1, target.columns // rows)
     splits = min(target.processors * launch.programs // crowd, subtiles // launch.least_subtiles, launch.most_splits)
     wanted = max(1, target.processors * launch.refine_programs // crowd)
-    segment = min(128, max(16, _power(-(-subtiles // wanted))))
+    segment = min(128, max(16, power_of_two(-(-subtiles // wanted))))
     steps = tiles = 1
     if mixed and queries == 1:  # the longest sequence must not be the last one at work
         steps, tiles = launch.mixed_steps, launch.mixed_tiles
         splits = max(splits, min(launch.most_splits, -(-subtiles // (pack * steps))))
-        segment = max(16, min(segment, _power(tiles)))
+        segment = max(16, min(segment, power_of_two(tiles)))
     return Cut(
         rows, pack, tokens, blocks, subtiles, max(1, splits), -(-subtiles // segment), segment, steps,
         min(tiles, segment), launch,
     )  # fmt: skip
-
-
-def _power(n: int) -> int:
-    """The next power of two."""
-    return 1 << max(0, n - 1).bit_length()
