@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from lamp_compile.errors import CacheError
 
@@ -27,6 +28,24 @@ def allocate(make: Callable[[], T], what: str, *, where: str, fix: str) -> T:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     # Outside the handler: a chained exception would keep the tensors of its frames.
     raise CacheError(f"{what}: out of memory ({reason})", where=where, fix=fix)
+
+
+def zeros(sizes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], device: torch.device) -> dict[str, Tensor]:
+    """Tensors of zeros by name, each with memory of its own; outside graphs one launch fills all of a dtype."""
+    if torch.compiler.is_compiling():
+        return {name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in sizes.items()}
+    made = {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in sizes.items()}
+    zero(made.values())
+    return made
+
+
+def zero(tensors: Iterable[Tensor]) -> None:
+    """Fill tensors of one device with zeros: one launch for all of a dtype."""
+    alike: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        alike.setdefault(tensor.dtype, []).append(tensor)
+    for group in alike.values():
+        torch._foreach_zero_(group)
 
 
 def _out_of_memory(error: Exception) -> bool:

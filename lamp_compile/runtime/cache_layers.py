@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from lamp_compile.errors import CacheError
 from lamp_compile.plan import SitePlan
 from lamp_compile.runtime import formats, guard, kernels, layout, prompt, shadow
+from lamp_compile.runtime.allocation import zeros
 from lamp_compile.runtime.attend_in_parts import attend_in_parts
 from lamp_compile.runtime.controls import SiteControls
 from lamp_compile.runtime.fused_ops import inference_only  # importing it registers torch.ops.lamp
@@ -144,20 +145,20 @@ class NestedLayer(GrowableLayer):
             k_format.plane_widths(self.k_head_dim),
             v_format.plane_widths(self.v_head_dim),
         )
-
-        def scales() -> Tensor:
-            return torch.zeros(*lead[:2], lead[2] * tile, dtype=torch.float16, device=self.device)
-
-        return {
-            "k_high": torch.zeros(*lead, tile, k_high, dtype=k_format.plane_dtype, device=self.device),
-            "k_residual": torch.zeros(*lead, tile, k_residual, dtype=k_format.plane_dtype, device=self.device),
-            "k_scale": scales(),
-            "v_high": torch.zeros(*lead, v_high, tile, dtype=v_format.plane_dtype, device=self.device),
-            "v_residual": torch.zeros(*lead, v_residual, tile, dtype=v_format.plane_dtype, device=self.device),
-            "v_scale": scales(),
-            "state": guard.new_state(batch, kv_heads, self.device),
-            "stats": guard.new_stats(batch, kv_heads, self.device),
-        }
+        scales = ((*lead[:2], lead[2] * tile), torch.float16)
+        return zeros(
+            {
+                "k_high": ((*lead, tile, k_high), k_format.plane_dtype),
+                "k_residual": ((*lead, tile, k_residual), k_format.plane_dtype),
+                "k_scale": scales,
+                "v_high": ((*lead, v_high, tile), v_format.plane_dtype),
+                "v_residual": ((*lead, v_residual, tile), v_format.plane_dtype),
+                "v_scale": scales,
+                "state": ((batch, kv_heads, guard.STATE_FIELDS), torch.float32),
+                "stats": ((batch, kv_heads, guard.STATS_FIELDS), torch.int64),
+            },
+            self.device,
+        )
 
     def exact_rows(self) -> tuple[Tensor, Tensor]:
         """Keys ``[B, G, held, D]`` and values as they came, where ``has_exact``."""

@@ -13,7 +13,7 @@ from transformers.cache_utils import StaticLayer
 
 from lamp_compile.errors import CacheError
 from lamp_compile.runtime import capacity, layout
-from lamp_compile.runtime.allocation import allocate
+from lamp_compile.runtime.allocation import allocate, zero
 
 KEPT_FOR = {"state": "guard", "stats": "guard", **dict.fromkeys(("summary", "history", "trust"), "network")}
 """Per-sequence tensors that are no keys or values, and what they are kept for."""
@@ -178,10 +178,8 @@ class GrowableLayer(StaticLayer):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forget all sequences; the memory and its addresses stay."""
-        if self.is_initialized:
-            for name in self.per_sequence:
-                getattr(self, name).zero_()
-        self.cumulative_length.zero_()
+        held = [getattr(self, name) for name in self.per_sequence] if self.is_initialized else []
+        zero([*held, self.cumulative_length])
         self._longest = 0
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lamp_compile.errors import CacheError, OptionError
 from lamp_compile.runtime import layout
-from lamp_compile.runtime.allocation import allocate
+from lamp_compile.runtime.allocation import allocate, zero
 from lamp_compile.runtime.growable_layer import ordinary_tensors
 from lamp_compile.runtime.kv_cache import CacheSpec, NestedCache
 from lamp_compile.runtime.slot_layer import LayerShape, SlotLayer
@@ -231,8 +231,7 @@ class SlotCache(SlotView):
             state = [layer.state[slot : slot + 1] for layer in self.layers]
         # Few launches for all layers together: requests come often.
         self.spec.ledger.retire(zip((layer.name for layer in self.layers), stats, strict=True))
-        torch._foreach_zero_(stats)
-        torch._foreach_zero_(state)
+        zero([*stats, *state])
         return slot
 
     def ensure(self, slot: int, tokens: int) -> None:

@@ -227,7 +227,8 @@ class Lamp:
     def maskless(self, config: Any) -> bool:
         """Whether attention of this model needs no mask where nothing is padded."""
         planes = all(layer is not None for layer in self.spec.layers)
-        return planes and all(why_masked(site, config) is None for site in self._sites if not site.reason)
+        text = config.get_text_config(decoder=True)  # takes its time, and this is asked at every generate
+        return planes and all(why_masked(site, text) is None for site in self._sites if not site.reason)
 
     @property
     def sites(self) -> tuple[ProbedSite, ...]:

@@ -34,7 +34,7 @@ def make_slots(
             )
     by_layer = {site.layer: site for site in sites if not site.reason}
     for site in by_layer.values():
-        if reason := why_masked(site, config):
+        if reason := why_masked(site, text):
             raise CacheError(reason, where=site.name, fix="fast.lamp.cache() and generate, which take any mask")
     first = next(iter(by_layer.values()))
     shapes = [_shape(by_layer.get(index, first)) for index in range(len(spec.layers))]
@@ -67,10 +67,9 @@ def positions_for(cache: SlotView, parameters: Sequence[str], args: Sequence[Any
         kwargs["position_ids"] = cache.next_positions(ids.shape[1])
 
 
-def why_masked(site: ProbedSite, config: Any) -> str | None:
+def why_masked(site: ProbedSite, text: Any) -> str | None:
     """Why length, causality and the window that the module passes on do not say all that the model's own mask of this
-    site says without padding; None where they do."""
-    text = config.get_text_config(decoder=True)
+    site says without padding; None where they do. ``text``: the configuration of the decoder."""
     kinds = getattr(text, "layer_types", None)
     if kinds is not None:
         kind = kinds[site.layer]
