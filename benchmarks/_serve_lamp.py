@@ -89,7 +89,7 @@ class Observed(ManyPrompts):
 
     def _counts(self, slot: int) -> Tensor:
         """Statistics of a slot since it was admitted, a row for each layer."""
-        return torch.stack([layer.stats[slot].sum(0) for layer in self.cache.layers])
+        return torch.stack([layer.stats[slot] for layer in self.cache.layers]).sum(1)
 
 
 @contextmanager
