@@ -63,7 +63,7 @@ class GrowableLayer(StaticLayer):  # type: ignore[misc]
         with ordinary_tensors():
             if self.cumulative_length.device != self.device:
                 # Made there: nothing is held yet, and a copy from the host would wait for all that was launched.
-                self.cumulative_length = torch.zeros_like(self.cumulative_length, device=self.device)
+                self.cumulative_length = torch.zeros((), dtype=self.cumulative_length.dtype, device=self.device)
             self._install(self._allocate(self.batch_size, self.num_heads, self.max_cache_len))
         if not torch.compiler.is_compiling():
             torch._dynamo.mark_static_address(self.cumulative_length)
