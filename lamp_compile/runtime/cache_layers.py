@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from lamp_compile.errors import CacheError
 from lamp_compile.plan import SitePlan
-from lamp_compile.runtime import formats, guard, kernels, layout, prompt, shadow
+from lamp_compile.runtime import checks, formats, guard, kernels, layout, prompt, shadow
 from lamp_compile.runtime.allocation import zeros
 from lamp_compile.runtime.attend_in_parts import attend_in_parts
 from lamp_compile.runtime.controls import SiteControls
@@ -118,7 +118,8 @@ class NestedLayer(GrowableLayer):
         if not tensors:
             return
         plan = self.plan
-        self.by_kernel = kernels.why_not_store(self.planes, plan.k_format, plan.v_format, self.dtype) is None
+        reason = kernels.why_not_store(self.planes, plan.k_format, plan.v_format, self.dtype)
+        self.by_kernel = reason is None and self.dtype in checks.DTYPES
 
     def _check_device(self) -> None:
         tau = self.controls.tau
@@ -128,12 +129,14 @@ class NestedLayer(GrowableLayer):
                 where=self.name,
                 fix="make the cache with `fast.lamp.cache()` of the model that uses it",
             )
-        if tau.device != self.device:
-            raise CacheError(
-                f"keys on {self.device}, the compiled model's settings on {tau.device}",
-                where=self.name,
-                fix="move the model before lamp_compile.compile(model)",
-            )
+        for tensor in (tau, self.balance):
+            if tensor is not None and tensor.device != self.device:
+                raise CacheError(
+                    f"keys on {self.device}, the compiled model's settings on {tensor.device}",
+                    where=self.name,
+                    fix="move the model before lamp_compile.compile(model)",
+                )
+        checks.balance(self.name, self.balance, self.num_heads, self.k_head_dim, self.batch_size)
         if not torch.compiler.is_compiling():
             kernels.prepare(self.device, self.plan.rotation, self.k_head_dim, self.v_head_dim)
 

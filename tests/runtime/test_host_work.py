@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from lamp_compile.errors import LampError
 from lamp_compile.runtime import guard, kernels
 from lamp_compile.runtime.kv_cache import NestedCache
 from lamp_compile.runtime.slot_cache import SlotCache
-from tests.runtime.test_slot_cache import attend, fill, rows, slots, spec
+from tests.runtime.test_slot_cache import SHAPE, attend, fill, rows, slots, spec
 
 VIEWS = {"aten::reshape", "aten::view", "aten::slice", "aten::select"}
 """No launches."""
@@ -156,3 +157,18 @@ def test_views_share_all_but_the_slot() -> None:
         assert vars(own).keys() == vars(shared).keys()
         differing = {name for name in vars(own) if getattr(own, name) is not getattr(shared, name)}
         assert differing == {"rows", "batch_size", "state", "stats"}
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["cache", "slots"])
+def test_a_balance_of_another_size_is_refused_before_any_row(kind: str) -> None:
+    """The kernel would read behind it, and is not asked to look."""
+    made = spec()
+    layer = made.layers[0]
+    assert layer is not None
+    made = replace(made, layers=(replace(layer, balance=torch.ones(2, 32)),))
+    with pytest.raises(LampError, match=r"balance \(2, 32\) for 2 kv heads of 64 channels"):
+        if kind == "cache":
+            NestedCache(made, 64).update(*rows(3, 0), 0)
+        else:
+            SlotCache(made, [SHAPE], streams=2, tokens=256, max_length=128)
