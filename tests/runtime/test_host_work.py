@@ -167,8 +167,12 @@ def test_a_balance_of_another_size_is_refused_before_any_row(kind: str) -> None:
     layer = made.layers[0]
     assert layer is not None
     made = replace(made, layers=(replace(layer, balance=torch.ones(2, 32)),))
-    with pytest.raises(LampError, match=r"balance \(2, 32\) for 2 kv heads of 64 channels"):
+
+    def lay_out() -> None:
         if kind == "cache":
             NestedCache(made, 64).update(*rows(3, 0), 0)
         else:
             SlotCache(made, [SHAPE], streams=2, tokens=256, max_length=128)
+
+    with pytest.raises(LampError, match=r"balance \(2, 32\) for 2 kv heads of 64 channels"):
+        lay_out()
