@@ -40,10 +40,10 @@ def zeros(sizes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], device: torc
 
 
 def zero(tensors: Iterable[Tensor]) -> None:
-    """Fill tensors of one device with zeros: one launch for all of a dtype."""
-    alike: dict[torch.dtype, list[Tensor]] = {}
+    """Fill tensors with zeros: one launch for all of a device and dtype, if they are not very large."""
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
-        alike.setdefault(tensor.dtype, []).append(tensor)
+        alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
     for group in alike.values():
         torch._foreach_zero_(group)
 

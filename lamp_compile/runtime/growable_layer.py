@@ -178,8 +178,16 @@ class GrowableLayer(StaticLayer):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forget all sequences; the memory and its addresses stay."""
+        zero(self.of_sequences())
+        self.forget()
+
+    def of_sequences(self) -> list[Tensor]:
+        """The tensors that a reset zeroes."""
         held = [getattr(self, name) for name in self.per_sequence] if self.is_initialized else []
-        zero([*held, self.cumulative_length])
+        return [*held, self.cumulative_length]
+
+    def forget(self) -> None:
+        """What the host counts, at a reset."""
         self._longest = 0
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 
 from lamp_compile.errors import CacheError
 from lamp_compile.runtime import guard, layout
-from lamp_compile.runtime.allocation import allocate
+from lamp_compile.runtime.allocation import allocate, zero
 from lamp_compile.runtime.cache_layers import FloatLayer, LayerSpec, NestedLayer
 from lamp_compile.runtime.growable_layer import KEPT_FOR, rounded_capacity
 from lamp_compile.runtime.insured_layer import InsuredLayer
@@ -143,6 +143,11 @@ class NestedCache(Cache):  # type: ignore[misc]
             return keys, offset
         return (0 if torch.compiler.is_compiling() else Unmasked(keys)), offset
 
+    def reset(self) -> None:
+        """Forget all sequences; the memory and its addresses stay, and so does what was counted, in the ledger."""
+        reset_layers(self.layers, self.spec.ledger)
+        self._longest = 0
+
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values as allocated, scales included."""
@@ -173,6 +178,14 @@ class NestedCache(Cache):  # type: ignore[misc]
     def guard_report(self) -> list[dict[str, Any]]:
         """Per site: steps, share of sub-tiles refined, floor raised and lowered, flags in words. Reads the device."""
         return [_site_report(layer) for layer in self.layers if isinstance(layer, NestedLayer) and layer.is_initialized]
+
+
+def reset_layers(layers: Sequence[FloatLayer | NestedLayer], ledger: Ledger) -> None:
+    """``reset()`` of every layer, with a few launches for all of them together."""
+    ledger.retire([(x.name, x.stats) for x in layers if isinstance(x, NestedLayer) and x.is_initialized])
+    zero([tensor for layer in layers for tensor in layer.of_sequences()])
+    for layer in layers:
+        layer.forget()
 
 
 _LAYERS = {"none": NestedLayer, "host": InsuredLayer}

@@ -18,7 +18,7 @@ from lamp_compile.runtime.kv_cache import NestedCache
 from lamp_compile.runtime.slot_cache import SlotCache
 from tests.runtime.test_slot_cache import SHAPE, attend, fill, rows, slots, spec
 
-VIEWS = {"aten::reshape", "aten::view", "aten::slice", "aten::select"}
+VIEWS = {"aten::reshape", "aten::view", "aten::slice", "aten::select", "aten::detach"}
 """No launches."""
 
 needs_kernels = pytest.mark.skipif(kernels.why_not_device("cpu") is not None, reason="needs the CPU's kernels")
@@ -96,6 +96,22 @@ def test_what_caches_counted_is_read_together_when_they_are_gone() -> None:
     found = operators(lambda: made.ledger.totals())
     assert found["aten::stack"] == 3, "one for each batch size"
     assert [made.ledger.totals()[f"layer {index}"][guard.STEPS] for index in range(2)] == [12, 12]
+
+
+def test_a_reset_takes_as_many_launches_for_many_layers_as_for_one() -> None:
+    found = []
+    for layers in (1, 3):
+        cache = NestedCache(spec(layers), 64)
+        for index in range(layers):
+            cache.update(*rows(8, index), index)
+            attend_layer(cache, index, torch.randn(1, 4, 1, 64))
+        cache.reset()  # adds nothing up yet
+        found.append({name: count for name, count in operators(cache.reset).items() if name not in VIEWS})
+        ledger = cache.spec.ledger
+        assert [ledger.totals()[layer.name][guard.STEPS] for layer in cache.layers] == [2] * layers
+        assert not any(tensor.any() for layer in cache.layers for tensor in layer.of_sequences())
+    assert found[0] == found[1]
+    assert found[0]["aten::_foreach_zero_"] == 4
 
 
 def attend_layer(cache: NestedCache, index: int, q: Tensor) -> Tensor:

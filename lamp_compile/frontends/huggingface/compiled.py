@@ -30,7 +30,7 @@ from lamp_compile.runtime import formats, kernels, layout
 from lamp_compile.runtime.controller_thread import StepClock
 from lamp_compile.runtime.controls import Controls
 from lamp_compile.runtime.growable_layer import rounded_capacity
-from lamp_compile.runtime.kv_cache import CacheSpec, NestedCache
+from lamp_compile.runtime.kv_cache import CacheSpec, NestedCache, reset_layers
 from lamp_compile.runtime.slot_cache import SlotCache
 
 
@@ -216,8 +216,7 @@ class Lamp:
             layers = []
         room = rounded_capacity(capacity)
         if layers and all((layer.batch_size, layer.max_cache_len) == (batch, room) for layer in layers):
-            for layer in layers:
-                layer.reset()
+            reset_layers(layers, self.spec.ledger)
             cache = NestedCache(self.spec, capacity, layers)
         else:
             cache = self.cache(capacity)
