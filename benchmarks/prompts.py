@@ -4,8 +4,9 @@
     python benchmarks/prompts.py --shape 8b --lengths 512 --profile
 
 Rows: original (transformers, SDPA, DynamicCache), lamp (``generate`` of a compiled model), kernels (the same with
-attention over the planes that were just written, as it was before prompts attended to what came). Eager in all three,
-as ``generate`` reads prompts. Medians; on random weights, for speed. Logits of the last position are compared.
+attention over the planes that were just written, as it was before prompts attended to what came), and on CUDA reused
+(lamp in its default mode there, which keeps the planes of the last ``generate`` for the next). Eager in all of them, as
+``generate`` reads prompts. Medians; on random weights, for speed. Logits of the last position are compared.
 ``host_ms`` is how long the host takes to launch a prompt's forward while the device has nothing to do; row ``slot`` is
 the host's time for a prompt as ``generate_many`` starts it (a slot, its pages, a view, the forward). ``--profile``
 prints the host's time by function of both; what waits for the device shows in the function that waits.
@@ -148,6 +149,8 @@ def main(argv: list[str] | None = None) -> int:
     model = _models.build(args.shape, None, device)
     fast = lamp_compile.compile(model, mode="eager")
     models, rows = {"original": model, "lamp": fast, "kernels": fast}, []
+    if device.type == "cuda":
+        models["reused"] = lamp_compile.compile(model, mode="reduce-overhead")
     for length in map(int, args.lengths.split(",")):
         rows += case(models, length, args, device)
     if args.out is not None:

@@ -73,9 +73,10 @@ class GrowableLayer(StaticLayer):  # type: ignore[misc]
         """Raise where something the layer needs is elsewhere."""
 
     def _install(self, tensors: dict[str, Tensor]) -> None:
+        compiling = torch.compiler.is_compiling()
         for name, tensor in tensors.items():
             setattr(self, name, tensor)
-            if not torch.compiler.is_compiling():
+            if not compiling:
                 torch._dynamo.mark_static_address(tensor)
 
     def admit(self, key_states: Tensor, value_states: Tensor) -> int:
