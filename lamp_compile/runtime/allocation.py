@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 import torch
@@ -35,8 +37,27 @@ def zeros(sizes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], device: torc
     if torch.compiler.is_compiling():
         return {name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in sizes.items()}
     made = {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in sizes.items()}
-    zero(made.values())
+    later = _together.get()
+    if later is None:
+        zero(made.values())
+    else:
+        later.extend(made.values())
     return made
+
+
+_together: ContextVar[list[Tensor] | None] = ContextVar("lamp_zeros", default=None)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Within the block, what ``zeros`` makes is filled at the end of the block, all of it together."""
+    made: list[Tensor] = []
+    token = _together.set(made)
+    try:
+        yield
+    finally:
+        _together.reset(token)
+        zero(made)
 
 
 def zero(tensors: Iterable[Tensor]) -> None:

@@ -27,6 +27,17 @@ PLANES = ("k_high", "k_residual", "k_scale", "v_high", "v_residual", "v_scale")
 
 
 @dataclass(frozen=True)
+class LayerShape:
+    """Sizes of one layer's keys and values, known before the first of them comes."""
+
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """What one cache layer needs to know: its plan, the model's hot tensors, the frozen balance ``[G, D]``."""
 
@@ -39,6 +50,8 @@ class LayerSpec:
     """Where the model's counters are kept."""
     network: Any = None
     """The gate that predicts this site's importance (``network.layer.SiteNetwork``); None looks ahead exactly."""
+    shape: LayerShape | None = None
+    """Of the keys and values that the model was seen to make; None where that is not known."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerSpec:
         """A copied cache still obeys its model's settings."""

@@ -12,9 +12,10 @@ from torch import Tensor
 from lamp_compile.errors import CacheError, OptionError
 from lamp_compile.runtime import layout
 from lamp_compile.runtime.allocation import allocate, zero
+from lamp_compile.runtime.cache_layers import LayerShape
 from lamp_compile.runtime.growable_layer import ordinary_tensors
 from lamp_compile.runtime.kv_cache import CacheSpec, NestedCache
-from lamp_compile.runtime.slot_layer import LayerShape, SlotLayer
+from lamp_compile.runtime.slot_layer import SlotLayer
 from lamp_compile.runtime.slot_table import SlotRows, SlotTable
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,21 +10,10 @@ from torch import Tensor
 from lamp_compile.errors import CacheError
 from lamp_compile.runtime import checks, guard, prompt
 from lamp_compile.runtime import fused_ops as _fused_ops  # noqa: F401  (registers torch.ops.lamp.append)
-from lamp_compile.runtime.cache_layers import LayerSpec, NestedLayer
+from lamp_compile.runtime.cache_layers import LayerShape, LayerSpec, NestedLayer
 from lamp_compile.runtime.growable_layer import ordinary_tensors
 from lamp_compile.runtime.plane_handle import PlaneHandle
 from lamp_compile.runtime.slot_table import SlotRows
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """Sizes of one layer's keys and values, known before the first of them comes."""
-
-    kv_heads: int
-    head_dim: int
-    value_dim: int
-    dtype: torch.dtype
-    device: torch.device
 
 
 class SlotHandle(PlaneHandle):

@@ -17,7 +17,7 @@ from lamp_compile.frontends.huggingface import compiled
 from lamp_compile.frontends.huggingface.many import ManyPrompts
 from lamp_compile.runtime import prompt
 from lamp_compile.runtime.controls import SiteControls
-from lamp_compile.runtime.slot_cache import LayerShape, SlotCache
+from lamp_compile.runtime.slot_cache import SlotCache
 from tests.huggingface import reference
 from tests.huggingface.test_slots import prompts
 
@@ -46,7 +46,7 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> Any:
     layers = []
     for layer in made.lamp.spec.layers:
         hot = (getattr(layer.controls, name).to(META) for name in ("tau", "floor", "budget"))
-        layers.append(replace(layer, controls=SiteControls(*hot)))
+        layers.append(replace(layer, controls=SiteControls(*hot), shape=replace(layer.shape, device=META)))
     made.lamp.spec = replace(made.lamp.spec, layers=tuple(layers))
     monkeypatch.setattr(prompt, "DEVICES", ("meta",))
     monkeypatch.setattr(prompt, "LEAST_ROWS", 16)
@@ -68,7 +68,7 @@ def test_a_prompt_into_a_new_cache(fast: Any) -> None:
 
 
 def test_a_prompt_into_a_slot(fast: Any) -> None:
-    shapes = [LayerShape(s.kv_heads, s.head_dim, s.value_dim, s.dtype, META) for s in fast.lamp.sites]
+    shapes = [replace(site.shape, device=META) for site in fast.lamp.sites]
     cache = SlotCache(fast.lamp.spec, shapes, streams=2, tokens=256, max_length=128)
     for _ in range(3):
         with Crossings() as seen:

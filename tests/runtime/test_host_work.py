@@ -61,6 +61,45 @@ def test_a_new_layer_is_zeroed_by_a_launch_for_each_dtype() -> None:
     assert not {"aten::zeros", "aten::to", "aten::_to_copy"} & set(found)
 
 
+def test_layers_of_one_shape_are_laid_out_together() -> None:
+    """And a layer of another shape when it is given rows."""
+    made = spec(4)
+    shapes = (SHAPE, SHAPE, replace(SHAPE, head_dim=32), SHAPE)
+    layers = [replace(layer, shape=shape) for layer, shape in zip(made.layers, shapes, strict=True) if layer]
+    cache = NestedCache(replace(made, layers=tuple(layers)), 256)
+    k, v = rows(40, 0)
+    found = operators(lambda: cache.update(k, v, 0))
+    assert found["aten::_foreach_zero_"] == 4, "a launch for each dtype"
+    assert [layer.is_initialized for layer in cache.layers] == [True, True, False, True]
+    assert not any(tensor.any() for tensor in cache.layers[1].of_sequences())
+    alone = NestedCache(spec(), 256)
+    alone.update(k, v, 0)
+    assert all(map(torch.equal, cache.layers[0].planes, alone.layers[0].planes))
+    assert not operators(lambda: cache.update(k, v, 1))["aten::empty"]
+    cache.update(k[..., :32], v, 2)
+    assert cache.layers[2].k_high.shape[-1] == 16
+
+
+def test_layers_that_are_laid_out_when_memory_runs_short_hold_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = spec(3)
+    cache = NestedCache(replace(made, layers=tuple(replace(x, shape=SHAPE) for x in made.layers if x)), 256)
+    real, calls = torch.empty, iter(range(99))
+
+    def short(*args: Any, **kwargs: Any) -> Tensor:
+        if next(calls) == 19:
+            raise torch.OutOfMemoryError("planted")
+        return real(*args, **kwargs).fill_(7)
+
+    monkeypatch.setattr(torch, "empty", short)
+    k, v = rows(40, 0)
+    with pytest.raises(torch.OutOfMemoryError, match="planted"):
+        cache.update(k, v, 0)
+    monkeypatch.undo()
+    assert [layer.is_initialized for layer in cache.layers] == [True, True, False]
+    assert not any(tensor.any() for layer in cache.layers for tensor in layer.of_sequences())
+    cache.update(k, v, 2)
+
+
 def test_admission_costs_the_same_for_the_first_request_and_the_hundredth() -> None:
     """What a slot counted before is added up: nothing piles up, and launches are few for all layers together."""
     cache = slots(layers=3)

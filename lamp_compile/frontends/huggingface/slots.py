@@ -8,7 +8,7 @@ from typing import Any
 from lamp_compile.errors import CacheError
 from lamp_compile.frontends.huggingface.sites import ProbedSite
 from lamp_compile.runtime.kv_cache import CacheSpec
-from lamp_compile.runtime.slot_cache import LayerShape, SlotCache, SlotView
+from lamp_compile.runtime.slot_cache import SlotCache, SlotView
 
 LAYER_TYPES = {"full_attention": False, "sliding_attention": True}
 """Layer types whose mask is causality and, where True, a window."""
@@ -37,7 +37,7 @@ def make_slots(
         if reason := why_masked(site, text):
             raise CacheError(reason, where=site.name, fix="fast.lamp.cache() and generate, which take any mask")
     first = next(iter(by_layer.values()))
-    shapes = [_shape(by_layer.get(index, first)) for index in range(len(spec.layers))]
+    shapes = [by_layer.get(index, first).shape for index in range(len(spec.layers))]
     if max_length is None:
         longest = getattr(text, "max_position_embeddings", None)
         max_length = min(tokens, longest) if isinstance(longest, int) and isinstance(tokens, int) else tokens
@@ -82,7 +82,3 @@ def why_masked(site: ProbedSite, text: Any) -> str | None:
     if windowed is None or windowed != passed:
         return f"{kind} is not causality {'and a window ' if passed else ''}alone"
     return None
-
-
-def _shape(site: ProbedSite) -> LayerShape:
-    return LayerShape(site.kv_heads, site.head_dim, site.value_dim, site.dtype, site.device)
