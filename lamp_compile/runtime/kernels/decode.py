@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from lamp_compile.launch_plan import LaunchPlan
@@ -17,6 +16,7 @@ from lamp_compile.runtime.kernels._tensors import (
     parts,
     per_head_step,
     per_key,
+    power_of_two,
     row_step,
     sequence_step,
     signs,
@@ -255,17 +255,18 @@ def read(call: Call, scratch: Scratch, first_block: int, listed: Listed | None) 
         least_steps=cut.least_steps, num_warps=warps, num_stages=launch.stages,
     )  # fmt: skip
     hot = (scratch.hot, scratch.hot_places, scratch.taken)
-    chunk = max(16, min(DECIDED // cut.rows, triton.next_power_of_2(cut.subtiles)))
+    chunk = max(16, min(DECIDED // cut.rows, power_of_two(cut.subtiles)))
     decide[grid](
         scratch.meta, *noted, tau, floor, state, sinks, start, lengths, table, levels, known[2], *hot, scratch.noted,
         **{name: number for name, number in {**keys, **sums}.items() if name in OF_DECISIONS}, **rows, **common,
-        segments=cut.segments, SPLITS_P2=triton.next_power_of_2(cut.splits), CHUNK=chunk, HAS_SINKS=sinks is not None,
+        segments=cut.segments, SPLITS_P2=power_of_two(cut.splits), CHUNK=chunk, HAS_SINKS=sinks is not None,
         num_warps=max(4, min(32, chunk * cut.rows // 512)),
     )  # fmt: skip
     del keys["RULE"], keys["table_stride"]  # it has its decisions and places from there
     refine[(cut.segments, *grid)](
         scratch.q8, scratch.rowinfo, *planes, tau, floor, state, mask, bias, start, lengths, scratch.partial,
-        scratch.meta, scratch.energy, *hot, known[2], **keys, **rows, **sums, **common, num_warps=refine_warps, num_stages=launch.refine_stages,
+        scratch.meta, scratch.energy, *hot, known[2], **keys, **rows, **sums, **common,
+        num_warps=refine_warps, num_stages=launch.refine_stages,
     )  # fmt: skip
 
 
@@ -279,7 +280,7 @@ def join(call: Call, scratch: Scratch, first_block: int, results: Results) -> No
 def joining(call: Call, scratch: Scratch, first_block: int, results: Results) -> dict[str, Any]:
     """What ``merge`` is given, but for its counts."""
     cut, q, launch, sinks, value_dim = call.cut, call.q, call.cut.launch, call.seen[2], results.out.shape[-1]
-    value_width, segments = triton.next_power_of_2(value_dim), triton.next_power_of_2(cut.segments)
+    value_width, segments = power_of_two(value_dim), power_of_two(cut.segments)
     return {
         "PARTIAL": scratch.partial, "META": scratch.meta, "TAKEN": scratch.taken, "NOTED": scratch.noted,
         "ROWINFO": scratch.rowinfo, "SINKS": sinks, "SIGNS": call.signs(value_dim), "OUT": results.out,
@@ -305,5 +306,5 @@ def guard_rows(call: Call) -> dict[str, Any]:
     return {
         "floor_b": per_head_step(floor), "budget_b": per_head_step(budget), "kv_heads": kv_heads, "rows": rows,
         "blocks": call.cut.blocks, "window": options["guard_window"], "hold": options["guard_hold"],
-        "hysteresis": options["hysteresis"], "ROWS": min(512, triton.next_power_of_2(rows)),
+        "hysteresis": options["hysteresis"], "ROWS": min(512, power_of_two(rows)),
     }  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lamp_compile.launch_plan import LaunchPlan
+from lamp_compile.runtime.kernels._tensors import power_of_two
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,9 @@ def cut(
     """Cut attention of q ``[B, H, S, D]`` over room for ``room`` keys per sequence; ``mixed``: most are far from it."""
     batch, heads, queries, _ = q.shape
     group = heads // planes[0].shape[1]
-    rows = _power(group)
+    rows = power_of_two(group)
     if queries > 1:
-        rows = max(rows, min(launch.most_rows, _power(group * queries)))
+        rows = max(rows, min(launch.most_rows, power_of_two(group * queries)))
     tokens = max(1, min(queries, rows // group))
     blocks = -(-queries // tokens)
     crowd = batch * planes[0].shape[1] * blocks
@@ -93,8 +94,3 @@ def cut(
         splits = max(splits, min(launch.most_splits, -(-subtiles // (pack * steps))))
         segments = max(segments, -(-subtiles // launch.mixed_tiles))
     return Cut(rows, pack, tokens, blocks, subtiles, max(1, splits), max(1, segments), steps, launch)
-
-
-def _power(n: int) -> int:
-    """The next power of two."""
-    return 1 << max(0, n - 1).bit_length()
