@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from lamp_compile.runtime.kernels._device import key_range, wait_for_launch
-from lamp_compile.runtime.kernels.decide import NOTES, looked_ahead
+from lamp_compile.runtime.kernels.decide import NOTES, looked_ahead, shared_by
 from lamp_compile.runtime.kernels.merge import guard_step, merge
 from lamp_compile.runtime.kernels.predict import sequence_length, skip_threshold
 
@@ -65,8 +65,9 @@ def trust_step(TRUST, excess, expense, stepped, limit, too_long, raised, broken,
 @triton.jit
 def audit_part(
     ENERGY, PREDICTED, LEVELS, COUNTS, META, TAKEN, NOTED, SINKS, TAU, MARGIN, START, LENGTHS, HISTORY, TRUST, AUDIT,
-    part, parts, bg, tau_b, start_stride, length_stride, kv_heads, keys, subtiles, tiles, slots, splits, skip,
-    GROUP: tl.constexpr, GP: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr, FIELDS: tl.constexpr,
+    part, parts, bg, tau_b, start_stride, length_stride, kv_heads, keys, subtiles, tiles, slots, splits, chunks, skip,
+    GROUP: tl.constexpr, GP: tl.constexpr, PACK: tl.constexpr, CHUNKS_P2: tl.constexpr, BN: tl.constexpr,
+    CHUNK: tl.constexpr, FIELDS: tl.constexpr,
     SEGMENTS_P2: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr,
     HAS_START: tl.constexpr, HAS_LENGTHS: tl.constexpr, SKIPS: tl.constexpr, AUDIT_WINDOW: tl.constexpr,
     DECAY: tl.constexpr, TRUST_FIELDS: tl.constexpr,
@@ -83,11 +84,12 @@ def audit_part(
     tau = tl.load(TAU + b * tau_b + g)
     use, floors = tl.load(COUNTS + bg * 4 + 1) != 0, tl.load(COUNTS + bg * 4 + 3)
     refined_meta = META + splits * FIELDS * GP  # what the refinement left
+    _, taking = shared_by(TAKEN, bg, chunks, slots - splits, PACK, CHUNKS_P2)
     final, _, _ = looked_ahead(
-        refined_meta, SINKS, bg.to(tl.int64), slots, tl.load(TAKEN + bg * 2 + 1), g * GROUP + row % GROUP, valid, GP,
+        refined_meta, SINKS, bg.to(tl.int64), slots, taking, g * GROUP + row % GROUP, valid, GP,
         FIELDS, SEGMENTS_P2, HAS_SINKS,
     )  # fmt: skip
-    looked = tl.load(NOTED + bg * NOTES * GP + row)
+    looked = tl.load(NOTED + bg * chunks * NOTES * GP + row)
     lse = tl.where(use | ((floors & 2) != 0), final, looked)
     lo, hi, _ = key_range(
         b, 0, 0, START, LENGTHS, start_stride, length_stride, keys, 1, HAS_START, HAS_LENGTHS, CAUSAL, WINDOW
@@ -126,16 +128,27 @@ def audit_part(
 
 
 @triton.jit(
-    do_not_specialize=["queries", "first_token", "all_blocks", "slots", "splits", "keys", "subtiles", "tiles"],
+    do_not_specialize=[
+        "queries",
+        "first_token",
+        "all_blocks",
+        "slots",
+        "splits",
+        "chunks",
+        "keys",
+        "subtiles",
+        "tiles",
+    ],
     do_not_specialize_on_alignment=["START", "LENGTHS"],
 )
 def merge_and_audit(
     PARTIAL, META, TAKEN, NOTED, ROWINFO, SINKS, SIGNS, OUT, LSE, CERTIFICATE, EVIDENCE, GUARD_COUNTS, ENERGY,
     PREDICTED, LEVELS, COUNTS, TAU, MARGIN, START, LENGTHS, HISTORY, TRUST, AUDIT,
-    kv_heads, heads, queries, first_token, all_blocks, slots, splits, scale, root, tau_b, start_stride, length_stride,
-    keys, subtiles, tiles, skip,
-    GROUP: tl.constexpr, GP: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    VP: tl.constexpr, FIELDS: tl.constexpr, SEGMENTS_P2: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr,
+    kv_heads, heads, queries, first_token, all_blocks, slots, splits, chunks, scale, root, tau_b, start_stride,
+    length_stride, keys, subtiles, tiles, skip,
+    GROUP: tl.constexpr, GP: tl.constexpr, PACK: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, VP: tl.constexpr, FIELDS: tl.constexpr, SEGMENTS_P2: tl.constexpr,
+    CHUNKS_P2: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr,
     ROTATE: tl.constexpr, HAS_SINKS: tl.constexpr, PDL: tl.constexpr, BN: tl.constexpr, AUDIT_CHUNK: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HAS_START: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     SKIPS: tl.constexpr, AUDIT_WINDOW: tl.constexpr, DECAY: tl.constexpr, TRUST_FIELDS: tl.constexpr,
@@ -146,16 +159,17 @@ def merge_and_audit(
     if tl.program_id(0) < GROUP:
         merge(
             PARTIAL, META, TAKEN, NOTED, ROWINFO, SINKS, SIGNS, OUT, LSE, CERTIFICATE, EVIDENCE, GUARD_COUNTS, kv_heads,
-            heads, queries, first_token, all_blocks, slots, splits, scale, root, GROUP, GP, TOKENS, DIM, VALUE_DIM, VP,
-            FIELDS, SEGMENTS_P2, CHUNK, COLUMNS, ROTATE, HAS_SINKS, False,
+            heads, queries, first_token, all_blocks, slots, splits, chunks, scale, root, GROUP, GP, PACK, TOKENS, DIM,
+            VALUE_DIM, VP, FIELDS, SEGMENTS_P2, CHUNKS_P2, CHUNK, COLUMNS, ROTATE, HAS_SINKS, False,
         )  # fmt: skip
     else:
         audit_part(
             ENERGY, PREDICTED, LEVELS, COUNTS, META, TAKEN, NOTED, SINKS, TAU, MARGIN, START, LENGTHS, HISTORY, TRUST,
             AUDIT,
             tl.program_id(0) - GROUP, tl.num_programs(0) - GROUP, tl.program_id(1), tau_b, start_stride, length_stride,
-            kv_heads, keys, subtiles, tiles, slots, splits, skip, GROUP, GP, BN, AUDIT_CHUNK, FIELDS, SEGMENTS_P2,
-            CAUSAL, WINDOW, HAS_SINKS, HAS_START, HAS_LENGTHS, SKIPS, AUDIT_WINDOW, DECAY, TRUST_FIELDS,
+            kv_heads, keys, subtiles, tiles, slots, splits, chunks, skip, GROUP, GP, PACK, CHUNKS_P2, BN, AUDIT_CHUNK,
+            FIELDS, SEGMENTS_P2, CAUSAL, WINDOW, HAS_SINKS, HAS_START, HAS_LENGTHS, SKIPS, AUDIT_WINDOW, DECAY,
+            TRUST_FIELDS,
         )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Third launch: decide, with the finished log-sum-exp of the same query, which sub-tiles to refine, and list them.
 
-Once per block of rows and kv head. The programs of the refinement share the list evenly: what lies in clusters (the
-newest keys, the first) makes no program longer than the others.
+A program decides for CHUNK sub-tiles of a block of rows and kv head. Those of the refinement share what is on the lists
+evenly: what lies in clusters (the newest keys, the first) makes no program longer than the others.
 """
 
 from __future__ import annotations
@@ -67,11 +67,11 @@ def chosen(
 
 @triton.jit
 def noted(
-    ENERGY, OTHER, PEAK, LEVELS, tile, lead, hi, row_valid, GP: tl.constexpr, BN: tl.constexpr, RULE: tl.constexpr,
+    ENERGY, OTHER, PEAK, LEVELS, tile, lead, lo, hi, row_valid, GP: tl.constexpr, BN: tl.constexpr, RULE: tl.constexpr,
     LISTED: tl.constexpr,
 ):  # fmt: skip
     """What the look-ahead noted of sub-tiles, and levels known before; of those it did not look at, anything."""
-    there = tile * BN < hi
+    there = (tile >= lo // BN) & (tile * BN < hi)
     read = there[:, None] & row_valid[None, :]
     at = (lead + tile)[:, None] * GP + tl.arange(0, GP)[None, :]
     energy = tl.load(ENERGY + at, mask=read, other=DEAD, eviction_policy="evict_first")
@@ -85,27 +85,27 @@ def noted(
 
 
 @triton.jit(
-    do_not_specialize=["queries", "first_token", "keys", "subtiles", "slots", "splits", "segments"],
+    do_not_specialize=["queries", "first_token", "keys", "subtiles", "slots", "splits"],
     do_not_specialize_on_alignment=["START", "LENGTHS", "TABLE"],
 )
 def decide(
     ROWINFO, META, ENERGY, OTHER, PEAK, SINKS, START, LENGTHS, TABLE, LEVELS, COUNTS,
     HOT, HOT_PLACES, TAKEN, NOTED,
-    start_stride, length_stride, table_stride, kv_heads, queries, first_token, keys, subtiles, slots,
-    splits, segments,
-    GROUP: tl.constexpr, GP: tl.constexpr, PACK: tl.constexpr, TOKENS: tl.constexpr, BN: tl.constexpr,
-    TILE: tl.constexpr, RULE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr,
+    start_stride, length_stride, table_stride, kv_heads, queries, first_token, keys, subtiles, slots, splits,
+    GROUP: tl.constexpr, GP: tl.constexpr, TOKENS: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr,
+    RULE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr,
     HAS_START: tl.constexpr, HAS_LENGTHS: tl.constexpr, PAGED: tl.constexpr, FIELDS: tl.constexpr,
     SPLITS_P2: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
-    """HOT ``[B*G, blocks, subtiles]``: sub-tiles to refine, ascending, HOT_PLACES where they stand in pages; TAKEN
-    ``[B*G, blocks, 2]`` their number, and that of programs to share them; NOTED ``[B*G, blocks, NOTES, GP]`` log2 of
-    the look-ahead's sum, of the sub-tiles that stay at the high plane the sums of ``chosen``, and how many sub-tiles
-    are seen and refined (where all are refined nothing was looked at: none, ``refine`` counts them).
+    """CHUNK sub-tiles of a block of rows. HOT ``[B*G, blocks, subtiles]``: those to refine, ascending, from the chunk's
+    own place on; HOT_PLACES where they stand in pages; TAKEN ``[B*G, blocks, chunks, 2]`` how many they are, and how
+    many programs of the look-ahead left something; NOTED ``[B*G, blocks, chunks, NOTES, GP]`` log2 of the look-ahead's
+    sum, of the sub-tiles that stay at the high plane the sums of ``chosen``, and how many sub-tiles are seen and
+    refined (where all are refined nothing was looked at: none, ``refine`` counts them).
 
     With LISTED, of a head whose LEVELS were known before (COUNTS, ``predict.py``), these decide.
     """
-    bg, block = tl.program_id(0), tl.program_id(1)
+    chunk, bg, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, g = bg // kv_heads, bg % kv_heads
     rows = tl.arange(0, GP)
     row_valid = (rows < GROUP * TOKENS) & (first_token + block * TOKENS + rows // GROUP < queries)
@@ -114,13 +114,15 @@ def decide(
         start_stride, length_stride, keys, queries, HAS_START, HAS_LENGTHS, CAUSAL, WINDOW,
     )  # fmt: skip
     wait_for_launch(PDL)  # what is read above no launch of this call writes
-    place = bg.to(tl.int64) * tl.num_programs(1) + block
+    place = bg.to(tl.int64) * tl.num_programs(2) + block
     tau, all_refined = settings_of(ROWINFO, place, GP)
-    lead, start = place * subtiles, lo // BN + tl.arange(0, CHUNK)
+    lead, tile = place * subtiles, chunk * CHUNK + tl.arange(0, CHUNK)
     if LISTED:
         LEVELS += lead
-    # Read before anything waits for another sum.
-    energy, other, v_peaks, level = noted(ENERGY, OTHER, PEAK, LEVELS, start, lead, hi, row_valid, GP, BN, RULE, LISTED)
+    # Read before anything waits for a sum.
+    energy, other, v_peaks, level = noted(
+        ENERGY, OTHER, PEAK, LEVELS, tile, lead, lo, hi, row_valid, GP, BN, RULE, LISTED
+    )
     use = False
     if LISTED:
         use = tl.load(COUNTS + bg * 4 + 1) != 0
@@ -128,48 +130,59 @@ def decide(
     lse, largest, filled = looked_ahead(
         META, SINKS, place, slots, splits, g * GROUP + rows % GROUP, row_valid, GP, FIELDS, SPLITS_P2, HAS_SINKS
     )
-    HOT += lead
-    HOT_PLACES += lead
+    there = (tile >= lo // BN) & (tile * BN < hi)
+    looked = there & (level == 1) & (all_refined == 0)  # level 1: all that live where the gate is not used
+    energy, v_peaks = tl.where(looked[:, None], energy, DEAD), tl.where(looked, v_peaks, 0.0)
+    hot, tokens_live, square, value_square = chosen(
+        energy, other, v_peaks, row_valid, tau, lse, largest, GROUP, GP, TOKENS, RULE
+    )
+    if LISTED:  # noqa: SIM102  (known when this is compiled; what follows is not)
+        if use:
+            hot = (there & (level == 2)).to(tl.int32)
+            tokens_live = (there & (level != 0)).to(tl.int32)
+            z = tl.where(((energy < EMPTY) == 0) & row_valid[None, :], tl.exp2(2.0 * (energy - lse[None, :])), 0.0)
+            square, value_square = tl.sum(z, 0), tl.sum(z * (v_peaks * v_peaks)[:, None], 0)
+    live, refined = tl.sum(tokens_live, 0), tl.sum(tokens_live * hot, 0)
+    hot = tl.where(all_refined, there.to(tl.int32), hot)
+    at = lead + chunk * CHUNK + tl.cumsum(hot, 0) - hot
+    tl.store(HOT + at, tile, mask=hot == 1)
     if PAGED:
-        TABLE += b * table_stride
-    count, live, refined = 0, 0, 0
-    square = tl.zeros((GP,), tl.float32)
-    value_square = tl.zeros((GP,), tl.float32)
-    for begin in range(lo // BN, tl.cdiv(hi, BN), CHUNK):
-        tile = begin + tl.arange(0, CHUNK)
-        there = tile * BN < hi
-        looked = there & (level == 1) & (all_refined == 0)  # level 1: all that live where the gate is not used
-        energy = tl.where(looked[:, None], energy, DEAD)
-        v_peaks = tl.where(looked, v_peaks, 0.0)
-        hot, tokens_live, more, more_value = chosen(
-            energy, other, v_peaks, row_valid, tau, lse, largest, GROUP, GP, TOKENS, RULE
-        )
-        if LISTED:  # noqa: SIM102  (known when this is compiled; what follows is not)
-            if use:
-                hot = (there & (level == 2)).to(tl.int32)
-                tokens_live = (there & (level != 0)).to(tl.int32)
-                z = tl.where(((energy < EMPTY) == 0) & row_valid[None, :], tl.exp2(2.0 * (energy - lse[None, :])), 0.0)
-                more, more_value = tl.sum(z, 0), tl.sum(z * (v_peaks * v_peaks)[:, None], 0)
-        live += tl.sum(tokens_live, 0)
-        refined += tl.sum(tokens_live * hot, 0)
-        square += more
-        value_square += more_value
-        hot = tl.where(all_refined, there.to(tl.int32), hot)
-        at = count + tl.cumsum(hot, 0) - hot
-        tl.store(HOT + at, tile, mask=hot == 1)
-        if PAGED:
-            places = stored_tiles(TABLE, tile, hi, BN, TILE, PAGED).to(tl.int32)
-            tl.store(HOT_PLACES + at, places, mask=hot == 1)
-        count += tl.sum(hot, 0)
-        energy, other, v_peaks, level = noted(
-            ENERGY, OTHER, PEAK, LEVELS, tile + CHUNK, lead, hi, row_valid, GP, BN, RULE, LISTED
-        )
-    tl.store(TAKEN + place * 2, count)
-    # Programs that join partial results of the look-ahead have something to do, too.
-    tl.store(TAKEN + place * 2 + 1, tl.minimum(segments, tl.maximum(tl.maximum(filled, 1), tl.cdiv(count, PACK))))
-    notes = NOTED + place * NOTES * GP + rows
+        places = stored_tiles(TABLE + b * table_stride, tile, hi, BN, TILE, PAGED).to(tl.int32)
+        tl.store(HOT_PLACES + at, places, mask=hot == 1)
+    mine = place * tl.num_programs(0) + chunk
+    tl.store(TAKEN + mine * 2, tl.sum(hot, 0))
+    tl.store(TAKEN + mine * 2 + 1, filled)
+    notes, zero = NOTED + mine * NOTES * GP + rows, tl.zeros((GP,), tl.float32)
     tl.store(notes, lse)
     tl.store(notes + GP, square)
     tl.store(notes + 2 * GP, value_square)
-    tl.store(notes + 3 * GP, tl.zeros((GP,), tl.float32) + live)
-    tl.store(notes + 4 * GP, tl.zeros((GP,), tl.float32) + refined)
+    tl.store(notes + 3 * GP, zero + live)
+    tl.store(notes + 4 * GP, zero + refined)
+
+
+@triton.jit
+def shared_by(TAKEN, place, chunks, segments, PACK: tl.constexpr, CHUNKS_P2: tl.constexpr):
+    """Of one block of rows: how many sub-tiles of each chunk are refined ``[CHUNKS_P2]``, and how many programs of the
+    refinement have something to do: sub-tiles to refine, or partial results of the look-ahead to join."""
+    chunk = tl.arange(0, CHUNKS_P2)
+    at = TAKEN + (place * chunks + chunk) * 2
+    counts = tl.load(at, mask=chunk < chunks, other=0)
+    filled = tl.max(tl.load(at + 1, mask=chunk < chunks, other=0), 0)
+    return counts, tl.minimum(segments, tl.maximum(tl.maximum(filled, 1), tl.cdiv(tl.sum(counts, 0), PACK)))
+
+
+@triton.jit
+def shared(HOT, HOT_PLACES, entry, counts, ends, CHUNK: tl.constexpr, PAGED: tl.constexpr):
+    """Sub-tiles at some entries ``[PACK]`` of the lists of all chunks, one behind the other, and where they stand in
+    the plane; 0 behind the end. ``ends`` are the running sums of ``counts``."""
+    if ends.shape[0] == 1:
+        at = entry
+    else:
+        before = (ends[None, :] <= entry[:, None]).to(tl.int32)  # chunks that end before it
+        at = entry + tl.sum(before * (CHUNK - counts)[None, :], 1)
+    inside = entry < tl.max(ends, 0)
+    tiles = tl.load(HOT + at, mask=inside, other=0)
+    places = tiles
+    if PAGED:
+        places = tl.load(HOT_PLACES + at, mask=inside, other=0).to(tl.int64)
+    return tiles, places

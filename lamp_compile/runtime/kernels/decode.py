@@ -33,10 +33,10 @@ FIELDS = 7
 """Numbers per partial result and row; ``look_ahead`` and ``refine`` list theirs."""
 NOTES, ROW_FIELDS = 5, 6
 """Numbers per row that ``decide`` notes, and ``prepare_query``; they list them."""
-DECIDED = 16384
-"""Sub-tiles times rows of which one program decides at a time."""
+DECIDED = 1024
+"""Sub-tiles of which one program decides."""
 OF_DECISIONS = (
-    "start_stride", "length_stride", "table_stride", "keys", "subtiles", "PACK", "BN", "TILE",
+    "start_stride", "length_stride", "table_stride", "keys", "subtiles", "BN", "TILE",
     "RULE", "CAUSAL", "WINDOW", "HAS_START", "HAS_LENGTHS", "PAGED", "slots", "splits", "FIELDS",
 )  # fmt: skip
 """What ``decide`` needs of ``Call.keys`` and ``Call.sums``."""
@@ -216,8 +216,8 @@ def room_for(call: Call, blocks: int) -> Scratch:
         torch.empty(*grid, cut.slots, FIELDS, cut.rows, **made),
         energy, energy if call.options["rule"] == "energy" else torch.empty_like(energy),
         torch.empty(*grid, cut.subtiles, **made), hot,
-        hot if call.seen[5] is None else torch.empty_like(hot), torch.empty(*grid, 2, **whole),
-        torch.empty(*grid, NOTES, cut.rows, **made),
+        hot if call.seen[5] is None else torch.empty_like(hot), torch.empty(*grid, chunks_of(cut), 2, **whole),
+        torch.empty(*grid, chunks_of(cut), NOTES, cut.rows, **made),
     )  # fmt: skip
 
 
@@ -254,19 +254,28 @@ def read(call: Call, scratch: Scratch, first_block: int, listed: Listed | None) 
         least_steps=cut.least_steps, num_warps=warps, num_stages=launch.stages,
     )  # fmt: skip
     hot = (scratch.hot, scratch.hot_places, scratch.taken)
-    chunk = max(16, min(DECIDED // cut.rows, power_of_two(cut.subtiles)))
-    decide[grid](
+    decide[(chunks_of(cut), *grid)](
         scratch.rowinfo, scratch.meta, *noted, sinks, start, lengths, table, levels, known[2], *hot, scratch.noted,
         **{name: number for name, number in {**keys, **sums}.items() if name in OF_DECISIONS}, **rows, **common,
-        segments=cut.segments, SPLITS_P2=power_of_two(cut.splits), CHUNK=chunk, HAS_SINKS=sinks is not None,
-        num_warps=max(4, min(32, chunk * cut.rows // 512)),
+        SPLITS_P2=power_of_two(cut.splits), CHUNK=DECIDED, HAS_SINKS=sinks is not None,
+        num_warps=min(16, max(4, DECIDED * cut.rows // 512)),
     )  # fmt: skip
     del keys["RULE"], keys["table_stride"]  # it has its decisions and places from there
     refine[(cut.segments, *grid)](
         scratch.q8, scratch.rowinfo, *planes, mask, bias, start, lengths, scratch.partial,
         scratch.meta, scratch.energy, *hot, known[2], **keys, **rows, **sums, **common,
-        num_warps=refine_warps, num_stages=launch.refine_stages,
+        **lists(cut), CHUNK=DECIDED, num_warps=refine_warps, num_stages=launch.refine_stages,
     )  # fmt: skip
+
+
+def chunks_of(cut: Cut) -> int:
+    """Programs that decide for one block of rows."""
+    return -(-cut.subtiles // DECIDED)
+
+
+def lists(cut: Cut) -> dict[str, int]:
+    """Of the kernels that know the lists of these."""
+    return {"chunks": chunks_of(cut), "CHUNKS_P2": power_of_two(chunks_of(cut))}
 
 
 def join(call: Call, scratch: Scratch, first_block: int, results: Results) -> None:
@@ -286,7 +295,8 @@ def joining(call: Call, scratch: Scratch, first_block: int, results: Results) ->
         "LSE": results.lse, "CERTIFICATE": results.certificate,
         "EVIDENCE": results.evidence, "heads": q.shape[1], "all_blocks": cut.blocks, "root": value_dim**-0.5,
         **call.rows(first_block), **call.sums(), "DIM": q.shape[-1], "VALUE_DIM": value_dim, "VP": value_width,
-        "SEGMENTS_P2": segments, "CHUNK": min(launch.merge_chunk, segments), "COLUMNS": min(value_width, 64),
+        "SEGMENTS_P2": segments, "PACK": cut.pack, **lists(cut), "CHUNK": min(launch.merge_chunk, segments),
+        "COLUMNS": min(value_width, 64),
         "ROTATE": call.rotates, "HAS_SINKS": sinks is not None, **call.dependent(), "num_warps": launch.merge_warps,
     }  # fmt: skip
 

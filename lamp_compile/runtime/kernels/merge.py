@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from lamp_compile.runtime.kernels._device import EMPTY, LOG2E, ROW_FIELDS, wait_for_launch
-from lamp_compile.runtime.kernels.decide import NOTES
+from lamp_compile.runtime.kernels.decide import NOTES, shared_by
 
 PEAK_SQUARE = tl.constexpr(119.0 * 119.0 / 7.5)
 """Mean square of a stored row's channels in units of its scale (``formats._base.mean_square_of_peak``)."""
@@ -39,12 +39,13 @@ def weighed(top, got, written, most):
     return got * tl.exp2(tl.where(written, top, EMPTY) - most)[:, None]
 
 
-@triton.jit(do_not_specialize=["queries", "first_token", "all_blocks", "slots", "splits"])
+@triton.jit(do_not_specialize=["queries", "first_token", "all_blocks", "slots", "splits", "chunks"])
 def merge(
     PARTIAL, META, TAKEN, NOTED, ROWINFO, SINKS, SIGNS, OUT, LSE, CERTIFICATE, EVIDENCE, COUNTS,
-    kv_heads, heads, queries, first_token, all_blocks, slots, splits, scale, root,
-    GROUP: tl.constexpr, GP: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    VP: tl.constexpr, FIELDS: tl.constexpr, SEGMENTS_P2: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr,
+    kv_heads, heads, queries, first_token, all_blocks, slots, splits, chunks, scale, root,
+    GROUP: tl.constexpr, GP: tl.constexpr, PACK: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, VP: tl.constexpr, FIELDS: tl.constexpr, SEGMENTS_P2: tl.constexpr,
+    CHUNKS_P2: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr,
     ROTATE: tl.constexpr, HAS_SINKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One row: OUT ``[B, H, S, Dv]``, LSE ``[B, H, S]`` (natural), CERTIFICATE ``[B, H, S, 3]``, EVIDENCE
@@ -64,7 +65,7 @@ def merge(
         index, part = tl.arange(0, SEGMENTS_P2), tl.arange(0, CHUNK)
         # All of this is read before any of it is used: every sum below waits for all warps. Of programs of the
         # refinement that had nothing to do it holds anything.
-        segments = tl.load(TAKEN + place * 2 + 1)
+        _, segments = shared_by(TAKEN, place, chunks, slots - splits, PACK, CHUNKS_P2)
         inside = index < slots - splits
         meta = META + (first_slot + index) * FIELDS * GP + row
         top = tl.load(meta, mask=inside, other=EMPTY)
@@ -77,9 +78,12 @@ def merge(
         hot_square = tl.load(meta + 5 * GP, mask=inside, other=0.0)
         hot_value = tl.load(meta + 6 * GP, mask=inside, other=0.0)
         seen_tiles = tl.load(meta + 4 * GP, mask=inside, other=0.0)
-        notes = NOTED + place * NOTES * GP + row
-        cold, cold_square, cold_value = tl.load(notes), tl.load(notes + GP), tl.load(notes + 2 * GP)
-        live, refined = tl.load(notes + 3 * GP), tl.load(notes + 4 * GP)
+        chunk = tl.arange(0, CHUNKS_P2)
+        notes, noted = NOTED + (place * chunks + chunk) * NOTES * GP + row, chunk < chunks
+        cold = tl.load(NOTED + place * chunks * NOTES * GP + row)
+        cold_square = tl.load(notes + GP, mask=noted, other=0.0)
+        cold_value = tl.load(notes + 2 * GP, mask=noted, other=0.0)
+        live, refined = tl.load(notes + 3 * GP, mask=noted, other=0.0), tl.load(notes + 4 * GP, mask=noted, other=0.0)
         step = tl.load(ROWINFO + place * ROW_FIELDS * GP + row)
         norm = tl.load(ROWINFO + (place * ROW_FIELDS + 2) * GP + row)
         inside = index < segments
@@ -128,9 +132,9 @@ def merge(
         largest = tl.max(tl.where(inside, k_most, 0.0), 0)
         scores = scale * scale / 12.0 * (largest * largest)
         value_masses = tl.maximum(tl.sum(tl.where(inside, value_mass, 0.0) * one, 0), 0.0)
-        squares = tl.sum(tl.where(inside, hot_square, 0.0) * one * one, 0) + cold_square * old
+        squares = tl.sum(tl.where(inside, hot_square, 0.0) * one * one, 0) + tl.sum(cold_square, 0) * old
         hot_values = tl.sum(tl.where(inside, hot_value, 0.0) * one * one, 0)
-        cold_values = cold_value * old
+        cold_values = tl.sum(cold_value, 0) * old
         first_sum = scores * (norm * squares + rounding * tl.maximum(keys_total / total, 0.0))
         # The int8 softmax row of the look-ahead adds at most 3 % to the value error of its own sub-tile.
         second_sum = (hot_values + cold_values * 1.03) * (VALUE_DIM / 12.0)
@@ -151,8 +155,8 @@ def merge(
         if row == 0:
             counts = COUNTS + (bg.to(tl.int64) * all_blocks + block) * 2
             counted_tiles = tl.sum(tl.where(inside, seen_tiles, 0.0), 0)
-            tl.store(counts, live + counted_tiles)
-            tl.store(counts + 1, refined + counted_tiles)
+            tl.store(counts, tl.sum(live, 0) + counted_tiles)
+            tl.store(counts + 1, tl.sum(refined, 0) + counted_tiles)
 
 
 @triton.jit(do_not_specialize=["rows", "blocks"])

@@ -20,6 +20,7 @@ from lamp_compile.runtime.kernels._device import (
     wait_for_launch,
 )
 from lamp_compile.runtime.kernels.correct import corrected
+from lamp_compile.runtime.kernels.decide import shared_by
 
 
 @triton.jit
@@ -29,20 +30,20 @@ def by_rows(x, to_row, PACK: tl.constexpr, GP: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["queries", "first_token", "keys", "subtiles", "slots", "splits"],
+    do_not_specialize=["queries", "first_token", "keys", "subtiles", "slots", "splits", "chunks"],
     do_not_specialize_on_alignment=["START", "LENGTHS"],
 )
 def refine(
     Q8, ROWINFO, KH, KL, KS, VH, VL, VS, MASK, BIAS, START, LENGTHS, PARTIAL, META, ENERGY,
     HOT, HOT_PLACES, TAKEN, COUNTS,
     mask_b, mask_h, mask_s, mask_key, bias_b, bias_h, bias_s, bias_key, start_stride, length_stride,
-    kv_heads, queries, first_token, keys, plane_keys, subtiles, slots, splits, scale, softcap,
+    kv_heads, queries, first_token, keys, plane_keys, subtiles, slots, splits, chunks, scale, softcap,
     GROUP: tl.constexpr, GP: tl.constexpr, PACK: tl.constexpr, TOKENS: tl.constexpr, HALF_K: tl.constexpr,
     HP_K: tl.constexpr, HALF_V: tl.constexpr, HP_V: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, HAS_MASK: tl.constexpr,
     KEY_MASK: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_START: tl.constexpr, HAS_LENGTHS: tl.constexpr, PAGED: tl.constexpr, ASM: tl.constexpr,
-    FIELDS: tl.constexpr, PDL: tl.constexpr, LISTED: tl.constexpr,
+    FIELDS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS_P2: tl.constexpr, PDL: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
     """Corrections of one block of rows by its share of the sub-tiles in HOT, as one more partial result; programs that
     TAKEN (``decide.py``) has no work for leave none. With LISTED, of a head whose levels were known before (COUNTS,
@@ -66,7 +67,8 @@ def refine(
     slot = place * slots + splits + segment
     wait_for_launch(PDL)  # what is read above no launch of this call writes
     _, all_refined = settings_of(ROWINFO, place, GP)
-    count, taking = tl.load(TAKEN + place * 2), tl.load(TAKEN + place * 2 + 1)
+    counts, taking = shared_by(TAKEN, place, chunks, tl.num_programs(0), PACK, CHUNKS_P2)
+    ends = tl.cumsum(counts, 0)
     if segment >= taking:
         return
     known = all_refined
@@ -105,23 +107,23 @@ def refine(
         if known:
             upper, lower, shift, mass, value_mass, square, value_square, k_most, seen_tiles, top = corrected(
                 KH, KL, KS, VH, VL, VS, MASK, BIAS, energies, HOT, HOT_PLACES, q_upper, q_lower, factor, cold_offset,
-                offset, origin, first, count, stride, top, counted, row_position, mask_rows, bias_rows, lo, hi,
+                offset, origin, counts, ends, first, stride, top, counted, row_position, mask_rows, bias_rows, lo, hi,
                 mask_key, bias_key, softcap, 0.0, GROUP, GP, PACK, TOKENS, HALF_K, HP_K, HALF_V, HP_V, BN, TILE,
-                CAUSAL, WINDOW, SOFTCAP, HAS_MASK, KEY_MASK, HAS_BIAS, PAGED, ASM, False,
+                CAUSAL, WINDOW, SOFTCAP, HAS_MASK, KEY_MASK, HAS_BIAS, PAGED, ASM, CHUNK, False,
             )  # fmt: skip
         else:
             upper, lower, shift, mass, value_mass, square, value_square, k_most, seen_tiles, top = corrected(
                 KH, KL, KS, VH, VL, VS, MASK, BIAS, energies, HOT, HOT_PLACES, q_upper, q_lower, factor, cold_offset,
-                offset, origin, first, count, stride, top, counted, row_position, mask_rows, bias_rows, lo, hi,
+                offset, origin, counts, ends, first, stride, top, counted, row_position, mask_rows, bias_rows, lo, hi,
                 mask_key, bias_key, softcap, delta, GROUP, GP, PACK, TOKENS, HALF_K, HP_K, HALF_V, HP_V, BN, TILE,
-                CAUSAL, WINDOW, SOFTCAP, HAS_MASK, KEY_MASK, HAS_BIAS, PAGED, ASM, True,
+                CAUSAL, WINDOW, SOFTCAP, HAS_MASK, KEY_MASK, HAS_BIAS, PAGED, ASM, CHUNK, True,
             )  # fmt: skip
     else:
         upper, lower, shift, mass, value_mass, square, value_square, k_most, seen_tiles, top = corrected(
             KH, KL, KS, VH, VL, VS, MASK, BIAS, ENERGY, HOT, HOT_PLACES, q_upper, q_lower, factor, cold_offset, offset,
-            origin, first, count, stride, top, counted, row_position, mask_rows, bias_rows, lo, hi, mask_key, bias_key,
-            softcap, delta, GROUP, GP, PACK, TOKENS, HALF_K, HP_K, HALF_V, HP_V, BN, TILE, CAUSAL, WINDOW, SOFTCAP,
-            HAS_MASK, KEY_MASK, HAS_BIAS, PAGED, ASM, True,
+            origin, counts, ends, first, stride, top, counted, row_position, mask_rows, bias_rows, lo, hi, mask_key,
+            bias_key, softcap, delta, GROUP, GP, PACK, TOKENS, HALF_K, HP_K, HALF_V, HP_V, BN, TILE, CAUSAL, WINDOW,
+            SOFTCAP, HAS_MASK, KEY_MASK, HAS_BIAS, PAGED, ASM, CHUNK, True,
         )  # fmt: skip
 
     # Columns of the same row into one.
