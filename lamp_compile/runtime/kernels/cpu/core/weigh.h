@@ -43,13 +43,13 @@ LAMP_INLINE void sort_subtiles(const Work &work, const Run &run, int r0, Block &
 
 // What refinement adds to the scores of 32 keys, in base 2.
 template <int ROWS>
-LAMP_APART void score_differences(const Work &work, const Run &run, int t, int r0, float *difference) {
+LAMP_APART void score_differences(const Work &work, const Run &run, int t, int r0, Feed &feed, float *difference) {
   const LampAttend &call = *work.call;
   const Rows &rows = work.rows;
   const int half = (int)call.planes.half_k;
   int32_t fine[ROWS * SUBTILE], coarse[ROWS * SUBTILE];
-  dots<ROWS>(run.k_residual[t], run.k_residual[t], half, rows.q[r0], rows.sum8 + r0, fine);
-  if (call.softcap != 0) dots<ROWS>(run.k_high[t], run.k_high[t], half, rows.q[r0], rows.sum8 + r0, coarse);
+  dots<ROWS>(run.k_residual[t], half, rows.q[r0], rows.sum8 + r0, feed, fine);
+  if (call.softcap != 0) dots<ROWS>(run.k_high[t], half, rows.q[r0], rows.sum8 + r0, feed, coarse);
   for (int i = 0; i < ROWS; i++)
     for (int h = 0; h < 2; h++) {
       const int at = i * SUBTILE + h * LANES;
@@ -112,15 +112,20 @@ LAMP_INLINE void add_sums(const Sums &sums, Vf factor, Vf noise, Vf *to) {
 // Weights of row r, the i-th of its block, in the sub-tiles that are not refined for it. PLAIN: nothing is spoilt, and
 // the block's rows agree on what is refined.
 template <bool PLAIN>
-LAMP_APART void weigh_cold(const Work &work, const Run &run, const Block &block, int i, int r, Cold &cold, Vf *to,
-                           float &poison) {
+LAMP_APART void weigh_cold(const Work &work, const Run &run, const Block &block, int i, int r, Cold &cold, Feed &feed,
+                           Vf *to, float &poison) {
   const float *z = work.z + r * work.span + (run.first - work.rows.from);
   const Vf factor = splat(run.factor[r]);
+  constexpr int SOON = 2;
   Sums sums;
   clear(sums);
   for (int n = 0; n < block.cold_count; n++) {
     const int t = block.cold[n];
     float *weight = cold.weight[i] + n * SUBTILE;
+    if (!empty(feed)) {
+      const uint8_t *soon = take(feed, 64 * SOON);
+      for (int k = 0; k < SOON; k++) __builtin_prefetch(soon + 64 * k);
+    }
     for (int h = 0; h < 2; h++) {
       const Vf p = load(z + t * SUBTILE + h * LANES);
       const bool mine = PLAIN || !block.refined[t][i];
