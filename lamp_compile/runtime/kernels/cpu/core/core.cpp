@@ -61,17 +61,43 @@ struct Lent {
 };
 thread_local Lent lent{nullptr, nullptr};
 
+constexpr int64_t SEATS = 64;     // threads that have tasks of their own; more of them help
+thread_local int64_t my_seat = 1;  // in the call before
+
+// Every thread has a share of the tasks, the same in every call, so that what it reads and writes stays in the caches of
+// its core; who is done with its own takes from the others.
 struct Job {
+  struct alignas(64) Share {
+    std::atomic<int64_t> next{0};
+  };
   Task task;
   void *data;
-  int64_t count;
-  std::atomic<int64_t> next, threads;
+  int64_t count, shares;
+  std::atomic<uint64_t> taken{0};
+  std::atomic<int64_t> late{0};
+  Share share[SEATS];
+
+  Job(Task given, void *with, int64_t tasks, int64_t threads)
+      : task(given), data(with), count(tasks), shares(threads < SEATS ? threads : SEATS) {}
+
+  int64_t sit() {
+    for (int64_t i = 0; i < shares; i++) {
+      const int64_t seat = (my_seat + i) % shares;
+      const uint64_t bit = uint64_t{1} << seat;
+      if (!(taken.fetch_or(bit) & bit)) return my_seat = seat;
+    }
+    return shares + late.fetch_add(1);
+  }
 };
 
 void take_tasks(void *data) {
   Job &job = *static_cast<Job *>(data);
-  const int64_t thread = job.threads.fetch_add(1);
-  for (int64_t i; (i = job.next.fetch_add(1)) < job.count;) job.task(job.data, i, thread);
+  const int64_t seat = job.sit();
+  for (int64_t i = 0; i < job.shares; i++) {
+    const int64_t share = (seat + i) % job.shares, end = (share + 1) * job.count / job.shares;
+    const int64_t begin = share * job.count / job.shares;
+    for (int64_t at; (at = begin + job.share[share].next.fetch_add(1)) < end;) job.task(job.data, at, seat);
+  }
 }
 
 void take_tasks_of(void *data, size_t) { take_tasks(data); }
@@ -90,7 +116,8 @@ void run(Task task, void *data, int64_t count, int64_t threads) {
     for (int64_t i = 0; i < count; i++) task(data, i, 0);
     return;
   }
-  Job job{task, data, count, {0}, {0}};
+  my_seat = 0;
+  Job job(task, data, count, threads);
   if (lent.parallel) {
     lent.parallel(lent.context, take_tasks_of, &job, static_cast<size_t>(threads < count ? threads : count));
     return;

@@ -12,14 +12,19 @@ LAMP_INLINE Vf dither(int64_t key) {
   return x - floats(__builtin_convertvector(x, Vi));
 }
 
+// What all rows share of 32 keys: the scales of values, and squares of scales.
+struct Scales {
+  Vf v[2], k_square[2], v_square[2];
+};
+
 // What all rows share of one run of sub-tiles.
 struct Run {
   int64_t first;  // key
   int count;      // sub-tiles
   const uint8_t *k_high[RUN], *k_residual[RUN], *v_high[RUN], *v_residual[RUN];
-  Vf k_scale[RUN][2], v_scale[RUN][2];
-  Vf k_square[RUN][2], v_square[RUN][2];  // of the scales
-  Vf cut[RUN][2];                         // where weights are cut
+  Vf k_scale[RUN][2];
+  Scales scales[RUN];
+  Vf cut[RUN][2];         // where weights are cut
   uint32_t v_spoilt[RUN];                 // keys whose value has no finite scale
   bool any_spoilt;
   float factor[MOST_ROWS];                              // from the chunk's weights to the row's
@@ -92,14 +97,14 @@ LAMP_APART void decide(const Work &work, Run &run, float *partial) {
 LAMP_APART void leave_out_bad(Run &run) {
   for (int t = 0; t < run.count; t++)
     for (int h = 0; h < 2; h++) {
-      const Vi known = finite(run.v_scale[t][h]);
+      const Vi known = finite(run.scales[t].v[h]);
       for (int i = 0; i < LANES; i++)
         if (!known[i]) run.v_spoilt[t] |= 1u << (h * LANES + i);
       run.any_spoilt |= any(~known);
       run.k_scale[t][h] = select(finite(run.k_scale[t][h]), run.k_scale[t][h], splat(0.0f));
-      run.v_scale[t][h] = select(known, run.v_scale[t][h], splat(0.0f));
-      run.k_square[t][h] = run.k_scale[t][h] * run.k_scale[t][h];
-      run.v_square[t][h] = run.v_scale[t][h] * run.v_scale[t][h];
+      run.scales[t].v[h] = select(known, run.scales[t].v[h], splat(0.0f));
+      run.scales[t].k_square[h] = run.k_scale[t][h] * run.k_scale[t][h];
+      run.scales[t].v_square[h] = run.scales[t].v[h] * run.scales[t].v[h];
     }
 }
 
@@ -124,9 +129,9 @@ LAMP_APART void open_run(const Work &work, int64_t first, int64_t end, Run &run)
       const Vf k = halves(planes.k_scale + scale_at(planes, place) + h * LANES);
       const Vf v = halves(planes.v_scale + scale_at(planes, place) + h * LANES);
       run.k_scale[t][h] = k;
-      run.v_scale[t][h] = v;
-      run.k_square[t][h] = k * k;
-      run.v_square[t][h] = v * v;
+      run.scales[t].v[h] = v;
+      run.scales[t].k_square[h] = k * k;
+      run.scales[t].v_square[h] = v * v;
       run.cut[t][h] = dither(j + h * LANES);
       bad += k * splat(0.0f) + v * splat(0.0f);  // NaN for NaN and infinity
     }
