@@ -1,7 +1,8 @@
 """Decode steps call attention over the same planes again and again: what such a call hands to the core is kept, and
 only what differs from step to step is filled in. To check and fill in everything takes longer than a short context.
 
-Kept per plane of keys, while that tensor lives; every call makes sure that all tensors are the ones it was made for.
+Kept per plane of keys and guard state, while both live; every call makes sure that all tensors are those it was made
+for.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ STATIC = 12
 """Arguments of ``lamp::fused_attention`` behind q that stay: planes, tau, floor, budget, state, stats, balance."""
 LENGTHS = 16
 """The place of ``lengths`` among the arguments behind the query; mask, bias, sinks, start and table are beside it."""
-_known: dict[int, _Kept] = {}
+STATE = 9
+"""Of the guard."""
+_known: dict[tuple[int, int], _Kept] = {}
 
 
 class _Tensor:
@@ -82,15 +85,15 @@ def keep(q: Tensor, args: tuple[Any, ...], options: Mapping[str, Any], call: Any
     settings = [x for x in (*args[6:9], args[11]) if x is not None]
     if not _plain(args) or not all(x.dtype is torch.float32 and x.is_contiguous() for x in settings):
         return  # what was made of other settings lives no longer than the call
-    key = id(args[0])
-    if key not in _known:
-        weakref.finalize(args[0], _known.pop, key, None).atexit = False
+    key = (id(args[0]), id(args[STATE]))
+    for x in () if key in _known else (args[0], args[STATE]):
+        weakref.finalize(x, _known.pop, key, None).atexit = False
     _known[key] = _Kept(q, args, options, call, out)
 
 
 def attend(q: Tensor, args: tuple[Any, ...], options: Mapping[str, Any]) -> Tensor | None:
     """The output ``[B, H, S, Dv]``, or None where there was no such call before; arguments as of ``keep``."""
-    kept = _known.get(id(args[0]))
+    kept = _known.get((id(args[0]), id(args[STATE])))
     if kept is None or not kept.holds(q, args, options):
         return None
     call = _library.Attend.from_buffer_copy(kept.call)
