@@ -17,10 +17,19 @@ from torch import Tensor
 from lamp_compile.errors import CacheError
 from lamp_compile.runtime import rotation
 from lamp_compile.runtime.kernels.cpu import _again, _library
-from lamp_compile.runtime.kernels.cpu._library import instruction_set, instruction_sets
+from lamp_compile.runtime.kernels.cpu._library import instruction_set, instruction_sets, threads
 from lamp_compile.runtime.kernels.result import Result
 
-__all__ = ["append", "attend", "attend_again", "instruction_set", "instruction_sets", "summarize", "why_not"]
+__all__ = [
+    "append",
+    "attend",
+    "attend_again",
+    "instruction_set",
+    "instruction_sets",
+    "summarize",
+    "threads",
+    "why_not",
+]
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 RULES = {"energy": 0, "lamp_strict": 1, "lamp_relaxed": 2}

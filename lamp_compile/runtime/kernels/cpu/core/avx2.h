@@ -20,8 +20,7 @@ LAMP_INLINE __m256i bytes_of(const uint8_t *at, int count) {
 }
 
 template <int ROWS>
-LAMP_INLINE void dots(const uint8_t *plane, int half, const int8_t *q, const int32_t *sum8, Feed &feed,
-                      int32_t *out) {
+LAMP_INLINE void dots(const uint8_t *plane, int half, const int8_t *q, const int32_t *sum8, Feed &feed, int32_t *out) {
   constexpr int KEYS = 8 / ROWS;
   static_assert(2 * 2 * 15 * 127 * (PADDED / 32) < 32768, "products of a whole row fit into sixteen bits");
   const __m256i low = _mm256_set1_epi8(15), flip = _mm256_set1_epi8(8), ones = _mm256_set1_epi16(1);
@@ -55,8 +54,8 @@ LAMP_INLINE void dots(const uint8_t *plane, int half, const int8_t *q, const int
 }
 
 template <int ROWS>
-LAMP_INLINE void values(const uint8_t *const *tiles, int count, int64_t stride, int half, const uint8_t *w,
-                        Feed &feed, int32_t *out) {
+LAMP_INLINE void values(const uint8_t *const *tiles, int count, int64_t stride, int half, const uint8_t *w, Feed &feed,
+                        int32_t *out) {
   constexpr int MOST = 8;  // sub-tiles in one call
   static_assert(2 * 255 * 8 * MOST < 32768, "products of all sub-tiles fit into sixteen bits");
   const __m256i low = _mm256_set1_epi8(15), eight = _mm256_set1_epi8(8), ones = _mm256_set1_epi16(1);

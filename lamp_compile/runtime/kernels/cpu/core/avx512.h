@@ -226,8 +226,8 @@ constexpr int MOST_TILES = 8;  // in one call
 
 // Two pairs of channels: 16 * nibble times the weights of every row.
 template <int ROWS, bool TOGETHER>
-LAMP_APART void values_of(const uint8_t *const *tiles, int count, int64_t stride, int half, const uint8_t *w, Feed &feed,
-                          int32_t *out) {
+LAMP_APART void values_of(const uint8_t *const *tiles, int count, int64_t stride, int half, const uint8_t *w,
+                          Feed &feed, int32_t *out) {
   all_channels<ROWS>(TOGETHER ? SUBTILE : stride, half, out,
                      [&](const int64_t *at, __m512i(*upper)[ROWS], __m512i(*lower)[ROWS]) LAMP_LAMBDA {
                        const __m512i mask = _mm512_set1_epi8((char)0xf0);

@@ -61,8 +61,7 @@ LAMP_APART void look_at_subtile(Work &work, int r0, int64_t j, const uint8_t *pl
   const int64_t key = key_of(work, j);
   int32_t products[ROWS * SUBTILE];
   if (both)
-    fine_dots<ROWS>(plane, residual, (int)call.planes.half_k, rows.q[r0], rows.sum8 + r0, feed,
-                    products);
+    fine_dots<ROWS>(plane, residual, (int)call.planes.half_k, rows.q[r0], rows.sum8 + r0, feed, products);
   else
     dots<ROWS>(plane, (int)call.planes.half_k, rows.q[r0], rows.sum8 + r0, feed, products);
   uint8_t *alive = work.alive + (j - rows.from) / SUBTILE * rows.tokens;
@@ -144,10 +143,11 @@ constexpr int AHEAD = 4 * SUBTILE;  // keys from now that are asked for
 LAMP_INLINE void ask_ahead(const Work &work, int64_t j, Feed &feed) {
   const LampPlanes &planes = work.call->planes;
   const Rows &rows = work.rows;
-  const int64_t behind = rows.from + (j - rows.to) / SUBTILE * SUBTILE;
-  const Place place = place_of(planes, rows.b, rows.g, key_of(work, j < rows.to ? j : behind < rows.to ? behind : rows.from));
+  const bool keys = j < rows.to;
+  if (!keys) j = rows.from + (j - rows.to) / SUBTILE * SUBTILE;
+  const Place place = place_of(planes, rows.b, rows.g, key_of(work, j < rows.to ? j : rows.from));
   clear(feed, &feed);
-  if (j < rows.to) {
+  if (keys) {
     fetch(planes.k_scale + scale_at(planes, place), 2 * SUBTILE);
     push(feed, planes.k_high + key_at(planes, place), SUBTILE * planes.half_k);
     if (final_at_once(work, j)) push(feed, planes.k_residual + key_at(planes, place), SUBTILE * planes.half_k);

@@ -15,8 +15,8 @@ LAMP_APART void add_to(const Work &work, int r0, const float *step, const int32_
 
 // Weights of 8 bits on the high plane, relative to the largest.
 template <int ROWS>
-LAMP_APART void add_cold(const Work &work, const Run &run, const Block &block, const Cold &cold, int r0,
-                         Feed &feed, float *const *outputs) {
+LAMP_APART void add_cold(const Work &work, const Run &run, const Block &block, const Cold &cold, int r0, Feed &feed,
+                         float *const *outputs) {
   uint8_t w[RUN * ROWS * SUBTILE];
   float step[ROWS];
   const uint8_t *high[RUN];
@@ -51,7 +51,7 @@ static void add_hot(const Work &work, Hot &hot, int r0, Feeds &feeds, float *con
       most = weigh_hot(work, hot, i, r, weight[i], sums[r], outputs[i][2 * half + POISON]);
     else
       __builtin_memset(weight[i], 0, sizeof weight[i]);  // a row that fills up the block
-    step[i] = most / 65280.0f;  // 255 * 256
+    step[i] = most / 65280.0f;                           // 255 * 256
     inverse[i] = splat(most > 0 ? 65280.0f / most : 0.0f);
   }
   for (int n = 0; n < hot.count; n++)
@@ -109,8 +109,7 @@ LAMP_INLINE void refine_rows(const Work &work, const Run &run, int r0, Feeds &fe
 
 // What is left of refined sub-tiles at the end of a segment.
 template <int ROWS>
-LAMP_INLINE void close_rows(const Work &work, int r0, Feeds &feeds, float *partial, Hot &hot,
-                            Vf (*sums)[KEY_SUMS]) {
+LAMP_INLINE void close_rows(const Work &work, int r0, Feeds &feeds, float *partial, Hot &hot, Vf (*sums)[KEY_SUMS]) {
   float *outputs[ROWS];
   outputs_of<ROWS>(work, r0, partial, outputs);
   add_hot<ROWS>(work, hot, r0, feeds, outputs, sums);

@@ -24,8 +24,8 @@ struct Run {
   const uint8_t *k_high[RUN], *k_residual[RUN], *v_high[RUN], *v_residual[RUN];
   Vf k_scale[RUN][2];
   Scales scales[RUN];
-  Vf cut[RUN][2];         // where weights are cut
-  uint32_t v_spoilt[RUN];                 // keys whose value has no finite scale
+  Vf cut[RUN][2];          // where weights are cut
+  uint32_t v_spoilt[RUN];  // keys whose value has no finite scale
   bool any_spoilt;
   float factor[MOST_ROWS];                              // from the chunk's weights to the row's
   bool alive[RUN][MOST_ROWS], hot_for[RUN][MOST_ROWS];  // by token
@@ -146,7 +146,8 @@ LAMP_APART void ask_for(const Work &work, const Run &run, Feeds &feeds) {
   for (int t = 0; t < run.count && !settled(work); t++)
     if (run.hot[t]) push(feeds.refined, run.k_residual[t], SUBTILE * planes.half_k);
   for (int t = 0; t < run.count; t++)
-    if (planes.tile == SUBTILE || !t || run.v_high[t] != run.v_high[t - 1] + SUBTILE) push(feeds.values, run.v_high[t], stored);
+    if (planes.tile == SUBTILE || !t || run.v_high[t] != run.v_high[t - 1] + SUBTILE)
+      push(feeds.values, run.v_high[t], stored);
   for (int t = 0; t < run.count; t++) {
     if (!run.hot[t]) continue;
     if (planes.tile == SUBTILE)
