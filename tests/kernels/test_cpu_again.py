@@ -63,6 +63,44 @@ def test_a_repeated_call_gives_the_same_bits(balanced):
             assert torch.equal(mine, theirs), "the guard's state or statistics"
 
 
+SEEN: dict[str, Callable[[], dict[str, Any]]] = {
+    "mask": lambda: {"mask": torch.rand(2, 1, 1, 150) > 0.3},
+    "mask of strides": lambda: {"mask": (torch.rand(150, 2) > 0.3).T[:, None, None]},
+    "bias": lambda: {"bias": torch.randn(1, 4, 1, 150)},
+    "sinks": lambda: {"sinks": torch.randn(4)},
+    "start": lambda: {"start": torch.randint(0, 90, (2,))},
+    "all": lambda: {"mask": torch.rand(2, 1, 1, 150) > 0.3, "bias": torch.randn(2, 1, 1, 1), "sinks": torch.randn(4)},
+}
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_what_is_seen_may_be_other_tensors_in_every_step(name):
+    first = step(**SEEN[name]())
+    run(first)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        given = SEEN[name]()
+        more = replace(first, seen=tuple(given.get(n, x) for n, x in zip(calls.NAMES, first.seen, strict=True)))
+        other = fresh(more)
+        out = again(more)
+        assert out is not None, "the short way was not taken"
+        assert torch.equal(out, run(other))
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("bias", torch.zeros(1, 1, 1, 150, dtype=torch.float64)),
+        ("sinks", torch.zeros(1)),
+        ("sinks", torch.zeros(4).half()),
+    ],
+)
+def test_what_the_core_reads_a_copy_of_is_not_kept(name, given):
+    call = step(**{name: given})
+    run(call)
+    assert again(call) is None
+
+
 CHANGES: dict[str, Callable[[Call], Call]] = {
     "another dtype": lambda c: replace(c, q=c.q.bfloat16()),
     "other strides": lambda c: replace(c, q=torch.cat((c.q, c.q), dim=-1)[..., :64]),

@@ -18,11 +18,15 @@ from lamp_compile.runtime.kernels.cpu import _library
 
 STATIC = 12
 """Arguments of ``lamp::fused_attention`` behind q that stay: planes, tau, floor, budget, state, stats, balance."""
-LENGTHS = 16
-"""The place of ``lengths`` among the arguments behind the query; mask, bias, sinks, start and table are beside it."""
 STATE = 9
 """Of the guard."""
+SHOWN = ("mask", "bias", "sinks", "start", "lengths", "table")
+"""The arguments behind those: what is seen, which may be other tensors in every step."""
 _known: dict[tuple[int, int], _Kept] = {}
+
+
+def _like(x: Tensor | None) -> Any:
+    return None if x is None else (x.shape, x.stride(), x.dtype, x.is_cpu)
 
 
 class _Tensor:
@@ -41,35 +45,36 @@ class _Tensor:
 class _Kept:
     """One call: its tensors, its options, and the structure that the core was given."""
 
-    __slots__ = ("call", "lengths", "options", "out", "query", "static")
+    __slots__ = ("call", "given", "options", "out", "query", "shown", "static")
 
     def __init__(self, q: Tensor, args: tuple[Any, ...], options: Mapping[str, Any], call: Any, out: Tensor) -> None:
-        self.static = tuple(_Tensor(x) for x in args[:STATIC] if x is not None)
-        self.query = (q.shape, q.stride(), q.dtype)
-        lengths = args[LENGTHS]
-        self.lengths = None if lengths is None else (lengths.shape, lengths.stride(), lengths.dtype)
-        self.options = dict(options)
-        self.call = bytes(call)
-        self.out = tuple(out.shape)
+        self.static = tuple(None if x is None else _Tensor(x) for x in args[:STATIC])
+        self.query, self.shown = _like(q), [_like(x) for x in args[STATIC:]]
+        self.given = [(name, at) for at, name in enumerate(SHOWN, STATIC) if args[at] is not None]
+        self.options, self.call, self.out = dict(options), bytes(call), tuple(out.shape)
 
     def holds(self, q: Tensor, args: tuple[Any, ...], options: Mapping[str, Any]) -> bool:
-        """Whether this call is that one again, but for the numbers in the query and in ``lengths``."""
-        lengths, static = args[LENGTHS], [x for x in args[:STATIC] if x is not None]
-        if len(static) != len(self.static) or not all(was.holds(x) for was, x in zip(self.static, static, strict=True)):
-            return False
-        like = None if lengths is None else (lengths.shape, lengths.stride(), lengths.dtype)
+        """Whether this call is that one again, but for the numbers in the query and in what is seen."""
+        for was, x in zip(self.static, args, strict=False):
+            if was is not x and (was is None or not was.holds(x)):
+                return False
         return (
-            (q.shape, q.stride(), q.dtype) == self.query
-            and like == self.lengths
-            and not (q.is_cuda or (lengths is not None and lengths.is_cuda))
-            and _plain(args)
+            _like(q) == self.query
+            and all(_like(x) == was for x, was in zip(args[STATIC:], self.shown, strict=True))
             and options == self.options
         )
 
 
-def _plain(args: tuple[Any, ...]) -> bool:
-    """Whether there is nothing but lengths to say what is seen."""
-    return all(x is None for at, x in enumerate(args[STATIC:], STATIC) if at != LENGTHS)
+def _as_they_are(args: tuple[Any, ...], heads: int) -> bool:
+    """Whether the core reads these very tensors. A copy in another dtype lives no longer than its call."""
+    settings = [x for x in (*args[6:9], args[11]) if x is not None]
+    _, bias, sinks, _, _, table = args[STATIC:]
+    return (
+        all(x.dtype is torch.float32 and x.is_contiguous() for x in settings)
+        and (bias is None or bias.dtype is torch.float32)
+        and (sinks is None or (sinks.dtype is torch.float32 and sinks.shape == (heads,) and sinks.is_contiguous()))
+        and (table is None or (table.dtype is torch.int32 and table.is_contiguous()))
+    )
 
 
 def keep(q: Tensor, args: tuple[Any, ...], options: Mapping[str, Any], call: Any, out: Tensor) -> None:
@@ -82,9 +87,8 @@ def keep(q: Tensor, args: tuple[Any, ...], options: Mapping[str, Any], call: Any
         call: What the core was given.
         out: What it wrote.
     """
-    settings = [x for x in (*args[6:9], args[11]) if x is not None]
-    if not _plain(args) or not all(x.dtype is torch.float32 and x.is_contiguous() for x in settings):
-        return  # what was made of other settings lives no longer than the call
+    if not _as_they_are(args, q.shape[1]):
+        return
     key = (id(args[0]), id(args[STATE]))
     for x in () if key in _known else (args[0], args[STATE]):
         weakref.finalize(x, _known.pop, key, None).atexit = False
@@ -99,6 +103,6 @@ def attend(q: Tensor, args: tuple[Any, ...], options: Mapping[str, Any]) -> Tens
     call = _library.Attend.from_buffer_copy(kept.call)
     out = q.new_empty(kept.out)
     call.q, call.out, call.threads = q.data_ptr(), out.data_ptr(), torch.get_num_threads()
-    if kept.lengths is not None:
-        call.lengths = args[LENGTHS].data_ptr()
+    for name, at in kept.given:
+        setattr(call, name, args[at].data_ptr())
     return None if _library.load().lamp_attend(_library.pointer(call)) else out
