@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -14,7 +15,7 @@ from _requests import Clock, Request, Served, mean, spread
 from torch import Tensor
 
 import lamp_compile
-from lamp_compile.frontends.huggingface import compiled
+from lamp_compile.frontends.huggingface import compiled, many
 from lamp_compile.frontends.huggingface.many import ManyPrompts
 from lamp_compile.runtime import guard
 
@@ -46,6 +47,11 @@ class Log:
         self.logits: dict[int, list[Tensor]] = {index: [] for index in watched}
         self.steps, self.busy, self.refills = 0, 0, 0
         self.used: set[int] = set()
+        self.waited = 0.0
+        """Seconds that the host waited for tokens of launches."""
+        self.starting: list[float] = []
+        self.stepping: list[float] = []
+        """Seconds of the host for each prompt and each step."""
         self.read: Tensor | int = 0
         self.decoded: Tensor | int = 0
 
@@ -58,8 +64,14 @@ class Observed(ManyPrompts):
         self.log = log
 
     def _start(self, sequence: Any) -> None:
-        self.log.admitted[sequence.index] = time.perf_counter()
+        began = self.log.admitted[sequence.index] = time.perf_counter()
         super()._start(sequence)
+        self.log.starting.append(time.perf_counter() - began)
+
+    def _advance(self) -> None:
+        began = time.perf_counter()
+        super()._advance()
+        self.log.stepping.append(time.perf_counter() - began)
 
     def _choose(self, slots: list[int], logits: Tensor) -> None:
         log, streams = self.log, [self._running[slot] for slot in slots]
@@ -79,8 +91,11 @@ class Observed(ManyPrompts):
     def _read(self, left: int) -> list[tuple[int, Tensor]]:
         unread = list(self._unread)[: max(0, len(self._unread) - left)]
         begun = [stream.index for chosen in unread for _, _, stream in chosen.owners if not stream.made]
+        began = time.perf_counter()
         done = super()._read(left)
-        self.log.first.update(dict.fromkeys(begun, time.perf_counter()))
+        now = time.perf_counter()
+        self.log.waited += now - began
+        self.log.first.update(dict.fromkeys(begun, now))
         return done
 
     def _finish(self, slot: int) -> None:
@@ -89,7 +104,7 @@ class Observed(ManyPrompts):
 
     def _counts(self, slot: int) -> Tensor:
         """Statistics of a slot since it was admitted, a row for each layer."""
-        return torch.stack([layer.stats[slot].sum(0) for layer in self.cache.layers])
+        return torch.stack([layer.stats[slot] for layer in self.cache.layers]).sum(1)
 
 
 @contextmanager
@@ -143,6 +158,10 @@ def serve(model: Any, requests: Sequence[Request], setup: Any, clock: Clock) -> 
     shares = refined(log.decoded)
     made.extra = {
         "refills": log.refills,
+        "host_waits_share": log.waited / clock.seconds,
+        "host_ms_per_prompt": 1e3 * statistics.median(log.starting or [0.0]),
+        "host_ms_per_step": 1e3 * statistics.median(log.stepping or [0.0]),
+        "behind": many.UNREAD,
         "refined_share": mean(shares),
         "refined_share_of_prefill": mean(refined(log.read)),
         "layer_shares": [round(share, 4) for share in shares],

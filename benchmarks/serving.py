@@ -33,6 +33,7 @@ from _timing import Energy, release
 from decode_kernel import ASSUMED, attempt, default_out
 from torch._dynamo.utils import counters
 
+from lamp_compile.frontends.huggingface import many
 from lamp_compile.quality import load, windows
 from lamp_compile.quality.environment import environment, write_json
 
@@ -188,6 +189,11 @@ def line(row: dict[str, Any]) -> str:
     tail = f"{row['finished']}/{row['requests']}, graphs {row['graphs']}, skips {row['cudagraph_skips']}"
     if row.get("refined_share") is not None:
         tail += f", refined {row['refined_share']:.1%}"
+    if "host_waits_share" in row:
+        tail += (
+            f", host {row['host_ms_per_prompt']:.1f} ms a prompt, {row['host_ms_per_step']:.1f} a step, "
+            f"waits {row['host_waits_share']:.0%}"
+        )
     if "check" in row:
         ok = row["check"].get("ok", False)
         tail += ", not checked" if ok is None else ", checked" if ok else f", CHECK FAILED: {row['check']}"
@@ -229,6 +235,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--graphs", type=int, default=3, help="capacities of static caches in a row, each compiled")
     parser.add_argument("--shares", type=_real.parse_shares, help="refined shares of layers, in turn: 0.05,0.1")
     parser.add_argument("--shares-from", type=Path, help="take them from the JSON of decode_kernel.py")
+    parser.add_argument("--behind", type=int, help="launches that lamp's loop prepares ahead of a GPU (2)")
     parser.add_argument("--mode", help="eager, default or reduce-overhead (the default on CUDA)")
     parser.add_argument(
         "--row-seconds", type=float, default=120.0, help="served seconds after which a row is cut short"
@@ -256,6 +263,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args, began = parse(argv), time.monotonic()
+    many.UNREAD = args.behind or many.UNREAD
     device = load.checked_device(args.device)
     head = environment(args.device)
     out = None if args.out is None else Path(args.out) if args.out else default_out("serving", head["device"])

@@ -33,7 +33,7 @@ class LaunchPlan:
     """Steps of the look-ahead's loop that one program has at least, over pages, where sequences differ in length."""
     mixed_tiles: int = 64
     """Sub-tiles that one program of the refinement looks at, likewise."""
-    merge_chunk: int = 32
+    merge_chunk: int = 64
     """Partial results joined at a time."""
     merge_warps: int = 4
     most_rows: int = 16

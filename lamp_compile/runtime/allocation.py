@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from lamp_compile.errors import CacheError
 
@@ -27,6 +30,43 @@ def allocate(make: Callable[[], T], what: str, *, where: str, fix: str) -> T:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     # Outside the handler: a chained exception would keep the tensors of its frames.
     raise CacheError(f"{what}: out of memory ({reason})", where=where, fix=fix)
+
+
+def zeros(sizes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], device: torch.device) -> dict[str, Tensor]:
+    """Tensors of zeros by name, each with memory of its own; outside graphs one launch fills all of a dtype."""
+    if torch.compiler.is_compiling():
+        return {name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in sizes.items()}
+    made = {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in sizes.items()}
+    later = _together.get()
+    if later is None:
+        zero(made.values())
+    else:
+        later.extend(made.values())
+    return made
+
+
+_together: ContextVar[list[Tensor] | None] = ContextVar("lamp_zeros", default=None)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Within the block, what ``zeros`` makes is filled at the end of the block, all of it together."""
+    made: list[Tensor] = []
+    token = _together.set(made)
+    try:
+        yield
+    finally:
+        _together.reset(token)
+        zero(made)
+
+
+def zero(tensors: Iterable[Tensor]) -> None:
+    """Fill tensors with zeros: one launch for all of a device and dtype, if they are not very large."""
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    for group in alike.values():
+        torch._foreach_zero_(group)
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from lamp_compile.errors import CacheError
 from lamp_compile.plan import SitePlan
-from lamp_compile.runtime import formats, guard, kernels, layout, prompt, shadow
+from lamp_compile.runtime import checks, formats, guard, kernels, layout, prompt, shadow
+from lamp_compile.runtime.allocation import zeros
 from lamp_compile.runtime.attend_in_parts import attend_in_parts
 from lamp_compile.runtime.controls import SiteControls
 from lamp_compile.runtime.fused_ops import inference_only  # importing it registers torch.ops.lamp
@@ -22,6 +24,17 @@ from lamp_compile.runtime.ledger import Ledger
 from lamp_compile.runtime.plane_handle import PlaneHandle
 
 PLANES = ("k_high", "k_residual", "k_scale", "v_high", "v_residual", "v_scale")
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Sizes of one layer's keys and values, known before the first of them comes."""
+
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
 
 
 @dataclass(frozen=True)
@@ -37,6 +50,8 @@ class LayerSpec:
     """Where the model's counters are kept."""
     network: Any = None
     """The gate that predicts this site's importance (``network.layer.SiteNetwork``); None looks ahead exactly."""
+    shape: LayerShape | None = None
+    """Of the keys and values that the model was seen to make; None where that is not known."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerSpec:
         """A copied cache still obeys its model's settings."""
@@ -116,7 +131,8 @@ class NestedLayer(GrowableLayer):
         if not tensors:
             return
         plan = self.plan
-        self.by_kernel = kernels.why_not_store(self.planes, plan.k_format, plan.v_format, self.dtype) is None
+        reason = kernels.why_not_store(self.planes, plan.k_format, plan.v_format, self.dtype)
+        self.by_kernel = reason is None and self.dtype in checks.DTYPES
 
     def _check_device(self) -> None:
         tau = self.controls.tau
@@ -126,12 +142,14 @@ class NestedLayer(GrowableLayer):
                 where=self.name,
                 fix="make the cache with `fast.lamp.cache()` of the model that uses it",
             )
-        if tau.device != self.device:
-            raise CacheError(
-                f"keys on {self.device}, the compiled model's settings on {tau.device}",
-                where=self.name,
-                fix="move the model before lamp_compile.compile(model)",
-            )
+        for tensor in (tau, self.balance):
+            if tensor is not None and tensor.device != self.device:
+                raise CacheError(
+                    f"keys on {self.device}, the compiled model's settings on {tensor.device}",
+                    where=self.name,
+                    fix="move the model before lamp_compile.compile(model)",
+                )
+        checks.balance(self.name, self.balance, self.num_heads, self.k_head_dim, self.batch_size)
         if not torch.compiler.is_compiling():
             kernels.prepare(self.device, self.plan.rotation, self.k_head_dim, self.v_head_dim)
 
@@ -143,20 +161,20 @@ class NestedLayer(GrowableLayer):
             k_format.plane_widths(self.k_head_dim),
             v_format.plane_widths(self.v_head_dim),
         )
-
-        def scales() -> Tensor:
-            return torch.zeros(*lead[:2], lead[2] * tile, dtype=torch.float16, device=self.device)
-
-        return {
-            "k_high": torch.zeros(*lead, tile, k_high, dtype=k_format.plane_dtype, device=self.device),
-            "k_residual": torch.zeros(*lead, tile, k_residual, dtype=k_format.plane_dtype, device=self.device),
-            "k_scale": scales(),
-            "v_high": torch.zeros(*lead, v_high, tile, dtype=v_format.plane_dtype, device=self.device),
-            "v_residual": torch.zeros(*lead, v_residual, tile, dtype=v_format.plane_dtype, device=self.device),
-            "v_scale": scales(),
-            "state": guard.new_state(batch, kv_heads, self.device),
-            "stats": guard.new_stats(batch, kv_heads, self.device),
-        }
+        scales = ((*lead[:2], lead[2] * tile), torch.float16)
+        return zeros(
+            {
+                "k_high": ((*lead, tile, k_high), k_format.plane_dtype),
+                "k_residual": ((*lead, tile, k_residual), k_format.plane_dtype),
+                "k_scale": scales,
+                "v_high": ((*lead, v_high, tile), v_format.plane_dtype),
+                "v_residual": ((*lead, v_residual, tile), v_format.plane_dtype),
+                "v_scale": scales,
+                "state": ((batch, kv_heads, guard.STATE_FIELDS), torch.float32),
+                "stats": ((batch, kv_heads, guard.STATS_FIELDS), torch.int64),
+            },
+            self.device,
+        )
 
     def exact_rows(self) -> tuple[Tensor, Tensor]:
         """Keys ``[B, G, held, D]`` and values as they came, where ``has_exact``."""
@@ -176,10 +194,7 @@ class NestedLayer(GrowableLayer):
         rows = self.admit(key_states, value_states)
         plan = self.plan
         if self.by_kernel:
-            torch.ops.lamp.append(
-                key_states, value_states, *self.planes, self.balance, self._position(), None,
-                k_format=plan.k_format, v_format=plan.v_format, rotation=plan.rotation, site=self.name,
-            )  # fmt: skip
+            self._append(key_states, value_states, self._position(), None)
             self.cumulative_length.add_(rows)
             return self._handles(PlaneHandle, key_states, value_states, fresh)
         k_high, k_residual, k_scale, v_high, v_residual, v_scale = torch.ops.lamp.quantize(
@@ -198,6 +213,32 @@ class NestedLayer(GrowableLayer):
         self.cumulative_length.add_(rows)
         return self._handles(PlaneHandle, key_states, value_states, fresh)
 
+    def _append(self, k: Tensor, v: Tensor, positions: Tensor, table: Tensor | None) -> None:
+        """Store rows by ``lamp::append``. Outside graphs, rows that are just what the planes were made for go to the
+        kernel at once: a prompt passes here once a layer, and dispatch and checks take as long as the launch."""
+        plan = self.plan
+        if not torch.compiler.is_compiling() and self.by_kernel and self._expects(k, v):
+            kernels.append(k, v, self.planes, self.balance, positions, table, plan.rotation)
+            return
+        torch.ops.lamp.append(
+            k, v, *self.planes, self.balance, positions, table,
+            k_format=plan.k_format, v_format=plan.v_format, rotation=plan.rotation, site=self.name,
+        )  # fmt: skip
+
+    def _expects(self, k: Tensor, v: Tensor) -> bool:
+        """Whether these are plain tensors of the sizes, dtype and device that the layer was laid out for, and nobody
+        looks at operators."""
+        batch, kv_heads, rows, dim = k.shape
+        return (
+            type(k) is type(v) is Tensor
+            and (batch, kv_heads, dim) == (self.batch_size, self.num_heads, self.k_head_dim)
+            and rows > 0
+            and v.shape == (batch, kv_heads, rows, self.v_head_dim)
+            and k.dtype == v.dtype == self.dtype
+            and k.device == v.device == self.device
+            and not is_in_torch_dispatch_mode()
+        )
+
     def _handles(self, kind: type[PlaneHandle], k: Tensor, v: Tensor, fresh: bool) -> tuple[PlaneHandle, PlaneHandle]:
         """Of all keys and values, after these rows were stored; ``fresh``: they are all, for attention to read."""
         return kind(self, False, k.dtype, k if fresh else None), kind(self, True, v.dtype, v if fresh else None)
@@ -205,7 +246,7 @@ class NestedLayer(GrowableLayer):
     def reset(self) -> None:
         """Forget all sequences; what was counted of them stays in the model's ledger."""
         if self.is_initialized:
-            self.spec.ledger.retire(self.name, self.stats)
+            self.spec.ledger.retire([(self.name, self.stats)])
         super().reset()
 
     def _position(self) -> Tensor:

@@ -13,7 +13,7 @@ from transformers.cache_utils import StaticLayer
 
 from lamp_compile.errors import CacheError
 from lamp_compile.runtime import capacity, layout
-from lamp_compile.runtime.allocation import allocate
+from lamp_compile.runtime.allocation import allocate, zero
 
 KEPT_FOR = {"state": "guard", "stats": "guard", **dict.fromkeys(("summary", "history", "trust"), "network")}
 """Per-sequence tensors that are no keys or values, and what they are kept for."""
@@ -61,7 +61,9 @@ class GrowableLayer(StaticLayer):  # type: ignore[misc]
         self.k_head_dim, self.v_head_dim = key_states.shape[-1], value_states.shape[-1]
         self._check_device()
         with ordinary_tensors():
-            self.cumulative_length = self.cumulative_length.to(self.device)
+            if self.cumulative_length.device != self.device:
+                # Made there: nothing is held yet, and a copy from the host would wait for all that was launched.
+                self.cumulative_length = torch.zeros((), dtype=self.cumulative_length.dtype, device=self.device)
             self._install(self._allocate(self.batch_size, self.num_heads, self.max_cache_len))
         if not torch.compiler.is_compiling():
             torch._dynamo.mark_static_address(self.cumulative_length)
@@ -71,9 +73,10 @@ class GrowableLayer(StaticLayer):  # type: ignore[misc]
         """Raise where something the layer needs is elsewhere."""
 
     def _install(self, tensors: dict[str, Tensor]) -> None:
+        compiling = torch.compiler.is_compiling()
         for name, tensor in tensors.items():
             setattr(self, name, tensor)
-            if not torch.compiler.is_compiling():
+            if not compiling:
                 torch._dynamo.mark_static_address(tensor)
 
     def admit(self, key_states: Tensor, value_states: Tensor) -> int:
@@ -176,10 +179,16 @@ class GrowableLayer(StaticLayer):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forget all sequences; the memory and its addresses stay."""
-        if self.is_initialized:
-            for name in self.per_sequence:
-                getattr(self, name).zero_()
-        self.cumulative_length.zero_()
+        zero(self.of_sequences())
+        self.forget()
+
+    def of_sequences(self) -> list[Tensor]:
+        """The tensors that a reset zeroes."""
+        held = [getattr(self, name) for name in self.per_sequence] if self.is_initialized else []
+        return [*held, self.cumulative_length]
+
+    def forget(self) -> None:
+        """What the host counts, at a reset."""
         self._longest = 0
 
     def crop(self, tokens_to_remove: int) -> None:

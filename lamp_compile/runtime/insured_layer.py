@@ -91,9 +91,9 @@ class InsuredLayer(NestedLayer):
         if wider and self._wider is not None:
             self.copy, self._wider = self._wider, None
 
-    def reset(self) -> None:
-        """Forget all sequences."""
-        super().reset()
+    def forget(self) -> None:
+        """What the host counts, at a reset."""
+        super().forget()
         self._held = 0
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -12,8 +12,8 @@ from transformers.cache_utils import Cache
 
 from lamp_compile.errors import CacheError
 from lamp_compile.runtime import guard, layout
-from lamp_compile.runtime.allocation import allocate
-from lamp_compile.runtime.cache_layers import FloatLayer, LayerSpec, NestedLayer
+from lamp_compile.runtime.allocation import allocate, together, zero
+from lamp_compile.runtime.cache_layers import FloatLayer, LayerShape, LayerSpec, NestedLayer
 from lamp_compile.runtime.growable_layer import KEPT_FOR, rounded_capacity
 from lamp_compile.runtime.insured_layer import InsuredLayer
 from lamp_compile.runtime.ledger import Ledger
@@ -120,8 +120,21 @@ class NestedCache(Cache):  # type: ignore[misc]
             CacheError: There was not enough memory to grow, or the rows do not belong here.
         """
         if not torch.compiler.is_compiling():
+            if not self.layers[layer_idx].is_initialized:
+                self._lay_out(key_states, value_states)
             self._make_room(layer_idx, int(key_states.shape[-2]))
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _lay_out(self, k: Tensor, v: Tensor) -> None:
+        """Make the tensors of all layers that these first rows ``[B, G, n, D]`` of one fit, with a few launches for all
+        of them together; the others make theirs when they are given rows."""
+        if k.dim() != 4 or v.dim() != 4:
+            return
+        shape = LayerShape(k.shape[1], k.shape[3], v.shape[3], k.dtype, k.device)
+        with together():
+            for layer in self.layers:
+                if isinstance(layer, NestedLayer) and layer.spec.shape == shape and not layer.is_initialized:
+                    layer.lazy_initialization(k, v)
 
     def _make_room(self, layer_idx: int, rows: int) -> None:
         layer = self.layers[layer_idx]
@@ -142,6 +155,11 @@ class NestedCache(Cache):  # type: ignore[misc]
         if not self.unpadded:
             return keys, offset
         return (0 if torch.compiler.is_compiling() else Unmasked(keys)), offset
+
+    def reset(self) -> None:
+        """Forget all sequences; the memory and its addresses stay, and so does what was counted, in the ledger."""
+        reset_layers(self.layers, self.spec.ledger)
+        self._longest = 0
 
     @property
     def nbytes(self) -> int:
@@ -173,6 +191,14 @@ class NestedCache(Cache):  # type: ignore[misc]
     def guard_report(self) -> list[dict[str, Any]]:
         """Per site: steps, share of sub-tiles refined, floor raised and lowered, flags in words. Reads the device."""
         return [_site_report(layer) for layer in self.layers if isinstance(layer, NestedLayer) and layer.is_initialized]
+
+
+def reset_layers(layers: Sequence[FloatLayer | NestedLayer], ledger: Ledger) -> None:
+    """``reset()`` of every layer, with a few launches for all of them together."""
+    ledger.retire([(x.name, x.stats) for x in layers if isinstance(x, NestedLayer) and x.is_initialized])
+    zero([tensor for layer in layers for tensor in layer.of_sequences()])
+    for layer in layers:
+        layer.forget()
 
 
 _LAYERS = {"none": NestedLayer, "host": InsuredLayer}

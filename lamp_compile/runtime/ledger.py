@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter, deque
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 MOST_GONE = 4096
@@ -31,7 +33,10 @@ class Ledger:
         self.gone: deque[tuple[int, str, Tensor, Tensor]] = deque(maxlen=MOST_GONE)
         self.unread = 0
         self._live: dict[int, weakref.ref[Any]] = {}
-        self._pending: deque[tuple[str, Tensor]] = deque()
+        self._pending: dict[int, tuple[str, Tensor]] = {}
+        """Statistics of dead caches, by ``id`` of the tensor."""
+        self._retired: dict[tuple[Any, ...], Tensor] = {}
+        """Sums of what was zeroed ``[sites, 7]``, by device and names of the sites."""
         self._past: dict[str, list[int]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ledger:
@@ -51,37 +56,46 @@ class Ledger:
         found = [ref() for ref in self._live.copy().values()]  # copied in one go: finalisers run in any thread
         return [cache for cache in found if cache is not None]
 
-    def retire(self, site: str, stats: Tensor) -> None:
-        """Keep what statistics ``[B, G, 7]`` say that are about to be zeroed. No synchronisation."""
-        summed = (site, stats.detach().sum((0, 1)))
-        for index in range(len(self._pending)):  # another thread or a finaliser may append meanwhile
-            if self._pending[index][1] is stats:
-                self._pending[index] = summed
-                return
-        self._pending.append(summed)
+    def retire(self, counts: Iterable[tuple[str, Tensor]]) -> None:
+        """Keep what statistics ``[B, G, 7]`` of some sites say that are about to be zeroed. No synchronisation, and of
+        what happens often (a slot that gets another sequence) nothing piles up: it is summed where it is."""
+        rows = list(counts)
+        for _, stats in rows:
+            self._pending.pop(id(stats), None)  # of a dead cache whose tensors another has taken over
+        for sites, new in _summed(rows):
+            key = (new.device, *sites)
+            held = self._retired.pop(key, None)  # taken out first: another thread may be reading
+            self._retired[key] = new if held is None else held + new
 
     def totals(self) -> dict[str, list[int]]:
         """Statistics (``runtime.guard``) by site, over all caches there were. Reads the device."""
         self._fold()
         found = {site: list(counts) for site, counts in self._past.items()}
-        for cache in self.caches():
-            for layer in counted(cache):
-                _add(found, layer.name, layer.stats)
+        live = [(layer.name, layer.stats) for cache in self.caches() for layer in counted(cache)]
+        for sites, summed in _summed(live):
+            _add(found, sites, summed)
         return found
 
     def _gone(self, key: int, layers: list[Any]) -> None:
         self._live.pop(key, None)
         for layer in layers:
             if _counts(layer):
-                self._pending.append((layer.name, layer.stats))
+                self._pending[id(layer.stats)] = (layer.name, layer.stats)
                 self.unread += len(self.gone) == MOST_GONE
                 self.gone.append((key, layer.name, layer.state, layer.stats))
 
     def _fold(self) -> None:
-        """Read what is pending. The tensors are zeroed: their memory may serve another cache, which counts anew."""
+        """Read what is kept as tensors. Those of dead caches are zeroed: their memory may serve another cache, which
+        counts anew."""
+        while self._retired:
+            (_, *sites), summed = self._retired.popitem()
+            _add(self._past, sites, summed)
+        dead = []
         while self._pending:
-            site, stats = self._pending.popleft()
-            _add(self._past, site, stats)
+            dead.append(self._pending.popitem()[1])
+        for sites, summed in _summed(dead):
+            _add(self._past, sites, summed)
+        for _, stats in dead:
             stats.zero_()
 
 
@@ -94,7 +108,19 @@ def _counts(layer: Any) -> bool:
     return bool(layer.is_initialized) and hasattr(layer, "stats")
 
 
-def _add(counts: dict[str, list[int]], site: str, stats: Tensor) -> None:
-    new = [sum(column) for column in zip(*stats.reshape(-1, stats.shape[-1]).tolist(), strict=True)]
-    held = counts.get(site, [0] * len(new))
-    counts[site] = [a + b for a, b in zip(held, new, strict=True)]
+def _summed(rows: Iterable[tuple[str, Tensor]]) -> list[tuple[list[str], Tensor]]:
+    """Sites, and sums ``[sites, 7]`` over sequences and kv heads of their statistics ``[B, G, 7]``: a few launches for
+    all that are alike."""
+    alike: dict[tuple[Any, ...], list[tuple[str, Tensor]]] = {}
+    for site, stats in rows:
+        alike.setdefault((stats.shape, stats.device), []).append((site, stats.detach()))
+    return [
+        ([site for site, _ in group], torch.stack([stats for _, stats in group]).sum((1, 2)))
+        for group in alike.values()
+    ]
+
+
+def _add(counts: dict[str, list[int]], sites: Iterable[str], summed: Tensor) -> None:
+    for site, new in zip(sites, summed.tolist(), strict=True):
+        held = counts.get(site, [0] * len(new))
+        counts[site] = [a + b for a, b in zip(held, new, strict=True)]

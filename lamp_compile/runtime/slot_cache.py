@@ -11,9 +11,11 @@ from torch import Tensor
 
 from lamp_compile.errors import CacheError, OptionError
 from lamp_compile.runtime import layout
-from lamp_compile.runtime.allocation import allocate
+from lamp_compile.runtime.allocation import allocate, zero
+from lamp_compile.runtime.cache_layers import LayerShape
+from lamp_compile.runtime.growable_layer import ordinary_tensors
 from lamp_compile.runtime.kv_cache import CacheSpec, NestedCache
-from lamp_compile.runtime.slot_layer import LayerShape, SlotLayer
+from lamp_compile.runtime.slot_layer import SlotLayer
 from lamp_compile.runtime.slot_table import SlotRows, SlotTable
 
 
@@ -225,10 +227,12 @@ class SlotCache(SlotView):
             CacheError: No slot or not enough pages are free, or the sequence is too long. Nothing has changed then.
         """
         slot = self._table.admit(tokens)
-        for layer in self.layers:
-            self.spec.ledger.retire(layer.name, layer.stats[slot : slot + 1])
-        torch._foreach_zero_([layer.state[slot] for layer in self.layers])
-        torch._foreach_zero_([layer.stats[slot] for layer in self.layers])
+        with ordinary_tensors():
+            stats = [layer.stats[slot : slot + 1] for layer in self.layers]
+            state = [layer.state[slot : slot + 1] for layer in self.layers]
+        # Few launches for all layers together: requests come often.
+        self.spec.ledger.retire(zip((layer.name for layer in self.layers), stats, strict=True))
+        zero([*stats, *state])
         return slot
 
     def ensure(self, slot: int, tokens: int) -> None:

@@ -81,3 +81,19 @@ def test_a_long_prompt_goes_through_flash_attention() -> None:
     got, wanted = (one.generate(ids, return_dict_in_generate=True, **given).logits for one in (fast, model))
     errors = [reference.relative(one, two) for one, two in zip(got, wanted, strict=True)]
     assert errors[0] < ARITHMETIC[torch.bfloat16].relative * 2 < errors[1]
+
+
+def test_a_prompt_into_a_new_cache_waits_for_nothing(on_device: Any, ids: Tensor) -> None:
+    """A copy from the host for each layer once did: the device then waits for the host a layer at a time."""
+    fast = lamp_compile.compile(on_device.to(torch.bfloat16), mode="eager")
+    prompts = ids.cuda().repeat(1, 4)[:, :150]
+    for mode in ("default", "error"):  # the first one compiles kernels
+        cache = fast.lamp.cache(150)
+        cache.unpadded = True
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            reference.logits(fast, prompts, past_key_values=cache)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert int(cache.get_seq_length()) == 150

@@ -30,7 +30,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "predicted": {"batch": 32, "keys": 32768, "rank": 16},
     "predicted, paged": {"paged": True, "rank": 16},
 }
-KERNELS = ("prepare_query", "look_ahead", "refine", "merge", "guard_step")
+KERNELS = ("prepare_query", "look_ahead", "decide", "refine", "merge", "guard_step")
 AROUND = ("predict_parts", "list_subtiles", "merge_and_audit", "trust_and_guard")
 """Kernels that only a predicted step launches."""
 READERS = ("look_ahead", "refine")

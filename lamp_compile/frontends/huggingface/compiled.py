@@ -30,7 +30,7 @@ from lamp_compile.runtime import formats, kernels, layout
 from lamp_compile.runtime.controller_thread import StepClock
 from lamp_compile.runtime.controls import Controls
 from lamp_compile.runtime.growable_layer import rounded_capacity
-from lamp_compile.runtime.kv_cache import CacheSpec, NestedCache
+from lamp_compile.runtime.kv_cache import CacheSpec, NestedCache, reset_layers
 from lamp_compile.runtime.slot_cache import SlotCache
 
 
@@ -216,8 +216,7 @@ class Lamp:
             layers = []
         room = rounded_capacity(capacity)
         if layers and all((layer.batch_size, layer.max_cache_len) == (batch, room) for layer in layers):
-            for layer in layers:
-                layer.reset()
+            reset_layers(layers, self.spec.ledger)
             cache = NestedCache(self.spec, capacity, layers)
         else:
             cache = self.cache(capacity)
@@ -227,7 +226,8 @@ class Lamp:
     def maskless(self, config: Any) -> bool:
         """Whether attention of this model needs no mask where nothing is padded."""
         planes = all(layer is not None for layer in self.spec.layers)
-        return planes and all(why_masked(site, config) is None for site in self._sites if not site.reason)
+        text = config.get_text_config(decoder=True)  # takes its time, and this is asked at every generate
+        return planes and all(why_masked(site, text) is None for site in self._sites if not site.reason)
 
     @property
     def sites(self) -> tuple[ProbedSite, ...]:

@@ -1,7 +1,7 @@
 """Generating for many prompts at once: one decode step for all slots, and slots that finish are refilled.
 
-The host runs ahead of the device: chosen tokens are fed from where they are, and read one launch later, while the
-device is at the next. So nothing waits for the host but an end-of-sequence token, which costs its slot one step.
+The host runs ahead of the device: chosen tokens are fed from where they are, and read some launches later, while the
+device is at the next. So nothing waits for the host but an end-of-sequence token, which costs its slot as many steps.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from lamp_compile.runtime.growable_layer import ordinary_tensors, rounded_capaci
 from lamp_compile.runtime.slot_cache import SlotCache
 from lamp_compile.runtime.slot_table import upload
 
-UNREAD = 1
-"""Launches whose tokens the host has not read when it prepares the next."""
+UNREAD = 2
+"""Launches whose tokens the host has not read when it prepares the next. To launch a prompt takes the host longer than
+a step takes the device, so that one is too few. On a CPU, where nothing runs beside the host, it is 1."""
 
 
 @dataclass
@@ -147,6 +148,9 @@ class ManyPrompts:
         sampling: How tokens are chosen.
         eos: Token ids that end a sequence.
 
+    Attributes:
+        behind: Launches whose tokens are not read when the next is prepared.
+
     Raises:
         CacheError: A slot is taken.
     """
@@ -161,6 +165,7 @@ class ManyPrompts:
         self._running: dict[int, Stream] = {}
         self._unread: deque[Chosen] = deque()
         self._device = cache.lengths.device
+        self.behind = 1 if self._device.type == "cpu" else UNREAD
         with ordinary_tensors():
             # What slots are fed. Of a slot outside the step it is of no meaning, and nothing of it is stored.
             self._fed = torch.zeros(cache.streams, 1, dtype=torch.int64, device=self._device)
@@ -188,10 +193,10 @@ class ManyPrompts:
                 self._check_alone()
                 while waiting and self.cache.fits(waiting[0].tokens):
                     self._start(waiting.popleft())
-                    yield from self._read(UNREAD)
+                    yield from self._read(self.behind)
                 if self._running:
                     self._advance()
-                yield from self._read(UNREAD if self._running else 0)
+                yield from self._read(self.behind if self._running else 0)
         finally:  # also when the caller stops early
             self._unread.clear()
             for slot in list(self._running):

@@ -160,5 +160,5 @@ def make_spec(
         launch = plan.launch.get(kernels.target_name(site.device), LaunchPlan()).text()
         hot = controls.get_or_create(row, site.kv_heads, site.device)
         network = None if networks is None else networks.get(site.name)
-        layers[site.layer] = LayerSpec(row, hot, factors, launch, ledger, network)
+        layers[site.layer] = LayerSpec(row, hot, factors, launch, ledger, network, site.shape)
     return CacheSpec(tuple(layers), plan.fingerprint, describe(model, sites), ledger=ledger)

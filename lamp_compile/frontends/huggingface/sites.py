@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from lamp_compile.errors import ModelError
 from lamp_compile.frontends.huggingface.attention import observing
 from lamp_compile.ir import Refusal
+from lamp_compile.runtime.cache_layers import LayerShape
 from lamp_compile.runtime.rotation import HEAD_DIMS
 
 PROBE_TOKENS = 128
@@ -51,6 +52,11 @@ class ProbedSite:
     def key(self) -> tuple[str, int, int, int, int]:
         """What the plan's fingerprint is made of."""
         return (self.name, self.heads, self.kv_heads, self.head_dim, self.value_dim)
+
+    @property
+    def shape(self) -> LayerShape:
+        """What its cache layer holds."""
+        return LayerShape(self.kv_heads, self.head_dim, self.value_dim, self.dtype, self.device)
 
 
 class _ProbeCache(DynamicCache):  # type: ignore[misc]

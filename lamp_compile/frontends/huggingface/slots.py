@@ -8,7 +8,7 @@ from typing import Any
 from lamp_compile.errors import CacheError
 from lamp_compile.frontends.huggingface.sites import ProbedSite
 from lamp_compile.runtime.kv_cache import CacheSpec
-from lamp_compile.runtime.slot_cache import LayerShape, SlotCache, SlotView
+from lamp_compile.runtime.slot_cache import SlotCache, SlotView
 
 LAYER_TYPES = {"full_attention": False, "sliding_attention": True}
 """Layer types whose mask is causality and, where True, a window."""
@@ -34,10 +34,10 @@ def make_slots(
             )
     by_layer = {site.layer: site for site in sites if not site.reason}
     for site in by_layer.values():
-        if reason := why_masked(site, config):
+        if reason := why_masked(site, text):
             raise CacheError(reason, where=site.name, fix="fast.lamp.cache() and generate, which take any mask")
     first = next(iter(by_layer.values()))
-    shapes = [_shape(by_layer.get(index, first)) for index in range(len(spec.layers))]
+    shapes = [by_layer.get(index, first).shape for index in range(len(spec.layers))]
     if max_length is None:
         longest = getattr(text, "max_position_embeddings", None)
         max_length = min(tokens, longest) if isinstance(longest, int) and isinstance(tokens, int) else tokens
@@ -67,10 +67,9 @@ def positions_for(cache: SlotView, parameters: Sequence[str], args: Sequence[Any
         kwargs["position_ids"] = cache.next_positions(ids.shape[1])
 
 
-def why_masked(site: ProbedSite, config: Any) -> str | None:
+def why_masked(site: ProbedSite, text: Any) -> str | None:
     """Why length, causality and the window that the module passes on do not say all that the model's own mask of this
-    site says without padding; None where they do."""
-    text = config.get_text_config(decoder=True)
+    site says without padding; None where they do. ``text``: the configuration of the decoder."""
     kinds = getattr(text, "layer_types", None)
     if kinds is not None:
         kind = kinds[site.layer]
@@ -83,7 +82,3 @@ def why_masked(site: ProbedSite, config: Any) -> str | None:
     if windowed is None or windowed != passed:
         return f"{kind} is not causality {'and a window ' if passed else ''}alone"
     return None
-
-
-def _shape(site: ProbedSite) -> LayerShape:
-    return LayerShape(site.kv_heads, site.head_dim, site.value_dim, site.dtype, site.device)

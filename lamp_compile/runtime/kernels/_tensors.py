@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from lamp_compile.runtime import rotation
@@ -23,6 +22,11 @@ def signs(dim: int, device: torch.device) -> Tensor:
     return made
 
 
+def power_of_two(n: int) -> int:
+    """The least power of two that is n or more. Triton's own is made for kernels, and slow on the host."""
+    return 1 << max(0, n - 1).bit_length()
+
+
 def parts(x: Tensor, balance: Tensor | None) -> int:
     """Halves of float16 that hold a row of x, balanced or not (``_device.rotated``)."""
     return 1 if x.dtype == torch.bfloat16 and balance is None else 2
@@ -30,7 +34,7 @@ def parts(x: Tensor, balance: Tensor | None) -> int:
 
 def padded_half(half: int) -> int:
     """Channels of one nibble, widened to what integer matrix instructions take."""
-    return max(32, int(triton.next_power_of_2(half)))
+    return max(32, power_of_two(half))
 
 
 def row_step(setting: Tensor | None) -> int:

@@ -124,7 +124,7 @@ def append(
     k_high, v_high = planes[0], planes[3]
     tile, half_k, half_v = k_high.shape[3], k_high.shape[4], v_high.shape[3]
     shared = balance is None or balance.dim() == 2 or balance.shape[0] == 1
-    programs = triton.cdiv(batch * count, ROWS) if shared else batch * triton.cdiv(count, ROWS)
+    programs = -(-batch * count // ROWS) if shared else batch * -(-count // ROWS)
     rotate = rotation != "none"
     balance = None if balance is None else balance.contiguous()
     matrices = [signs(d, k.device) if rotate else k for d in (head_dim, 2 * half_v)]

@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 
 from lamp_compile.runtime.kernels._device import key_range, wait_for_launch
+from lamp_compile.runtime.kernels.decide import NOTES, looked_ahead
 from lamp_compile.runtime.kernels.merge import guard_step, merge
 from lamp_compile.runtime.kernels.predict import sequence_length, skip_threshold
-from lamp_compile.runtime.kernels.refine import looked_ahead
 
 EVIDENCE_FIELDS = tl.constexpr(6)
 """Of a part: energies allowed and left below the bar, mass skipped, sub-tiles that are hot and that were said to be,
@@ -64,7 +64,7 @@ def trust_step(TRUST, excess, expense, stepped, limit, too_long, raised, broken,
 
 @triton.jit
 def audit_part(
-    ENERGY, PREDICTED, LEVELS, COUNTS, META, SINKS, TAU, MARGIN, START, LENGTHS, HISTORY, TRUST, AUDIT,
+    ENERGY, PREDICTED, LEVELS, COUNTS, META, TAKEN, NOTED, SINKS, TAU, MARGIN, START, LENGTHS, HISTORY, TRUST, AUDIT,
     part, parts, bg, tau_b, start_stride, length_stride, kv_heads, keys, subtiles, tiles, slots, splits, skip,
     GROUP: tl.constexpr, GP: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr, FIELDS: tl.constexpr,
     SEGMENTS_P2: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr,
@@ -83,11 +83,11 @@ def audit_part(
     tau = tl.load(TAU + b * tau_b + g)
     use, floors = tl.load(COUNTS + bg * 4 + 1) != 0, tl.load(COUNTS + bg * 4 + 3)
     refined_meta = META + splits * FIELDS * GP  # what the refinement left
-    final, _ = looked_ahead(
-        refined_meta, SINKS, bg.to(tl.int64), slots, slots - splits, g * GROUP + row % GROUP, valid, GP, FIELDS,
-        SEGMENTS_P2, HAS_SINKS,
+    final, _, _ = looked_ahead(
+        refined_meta, SINKS, bg.to(tl.int64), slots, tl.load(TAKEN + bg * 2 + 1), g * GROUP + row % GROUP, valid, GP,
+        FIELDS, SEGMENTS_P2, HAS_SINKS,
     )  # fmt: skip
-    looked = tl.load(refined_meta + (bg.to(tl.int64) * slots * FIELDS + 4) * GP + row)
+    looked = tl.load(NOTED + bg * NOTES * GP + row)
     lse = tl.where(use | ((floors & 2) != 0), final, looked)
     lo, hi, _ = key_range(
         b, 0, 0, START, LENGTHS, start_stride, length_stride, keys, 1, HAS_START, HAS_LENGTHS, CAUSAL, WINDOW
@@ -130,8 +130,8 @@ def audit_part(
     do_not_specialize_on_alignment=["START", "LENGTHS"],
 )
 def merge_and_audit(
-    PARTIAL, META, ROWINFO, SINKS, SIGNS, OUT, LSE, CERTIFICATE, EVIDENCE, GUARD_COUNTS, ENERGY, PREDICTED, LEVELS,
-    COUNTS, TAU, MARGIN, START, LENGTHS, HISTORY, TRUST, AUDIT,
+    PARTIAL, META, TAKEN, NOTED, ROWINFO, SINKS, SIGNS, OUT, LSE, CERTIFICATE, EVIDENCE, GUARD_COUNTS, ENERGY,
+    PREDICTED, LEVELS, COUNTS, TAU, MARGIN, START, LENGTHS, HISTORY, TRUST, AUDIT,
     kv_heads, heads, queries, first_token, all_blocks, slots, splits, scale, root, tau_b, start_stride, length_stride,
     keys, subtiles, tiles, skip,
     GROUP: tl.constexpr, GP: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
@@ -145,13 +145,14 @@ def merge_and_audit(
     wait_for_launch(PDL)
     if tl.program_id(0) < GROUP:
         merge(
-            PARTIAL, META, ROWINFO, SINKS, SIGNS, OUT, LSE, CERTIFICATE, EVIDENCE, GUARD_COUNTS, kv_heads, heads,
-            queries, first_token, all_blocks, slots, splits, scale, root, GROUP, GP, TOKENS, DIM, VALUE_DIM, VP, FIELDS,
+            PARTIAL, META, TAKEN, NOTED, ROWINFO, SINKS, SIGNS, OUT, LSE, CERTIFICATE, EVIDENCE, GUARD_COUNTS, kv_heads,
+            heads, queries, first_token, all_blocks, slots, splits, scale, root, GROUP, GP, TOKENS, DIM, VALUE_DIM, VP, FIELDS,
             SEGMENTS_P2, CHUNK, COLUMNS, ROTATE, HAS_SINKS, False,
         )  # fmt: skip
     else:
         audit_part(
-            ENERGY, PREDICTED, LEVELS, COUNTS, META, SINKS, TAU, MARGIN, START, LENGTHS, HISTORY, TRUST, AUDIT,
+            ENERGY, PREDICTED, LEVELS, COUNTS, META, TAKEN, NOTED, SINKS, TAU, MARGIN, START, LENGTHS, HISTORY, TRUST,
+            AUDIT,
             tl.program_id(0) - GROUP, tl.num_programs(0) - GROUP, tl.program_id(1), tau_b, start_stride, length_stride,
             kv_heads, keys, subtiles, tiles, slots, splits, skip, GROUP, GP, BN, AUDIT_CHUNK, FIELDS, SEGMENTS_P2,
             CAUSAL, WINDOW, HAS_SINKS, HAS_START, HAS_LENGTHS, SKIPS, AUDIT_WINDOW, DECAY, TRUST_FIELDS,

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from lamp_compile.launch_plan import LaunchPlan
@@ -17,10 +16,12 @@ from lamp_compile.runtime.kernels._tensors import (
     parts,
     per_head_step,
     per_key,
+    power_of_two,
     row_step,
     sequence_step,
     signs,
 )
+from lamp_compile.runtime.kernels.decide import decide
 from lamp_compile.runtime.kernels.look_ahead import look_ahead
 from lamp_compile.runtime.kernels.merge import guard_step, merge
 from lamp_compile.runtime.kernels.prepare_query import prepare_query
@@ -28,8 +29,17 @@ from lamp_compile.runtime.kernels.refine import refine
 from lamp_compile.runtime.kernels.result import Result
 from lamp_compile.runtime.kernels.targets import Cut, Target, cut, target_of
 
-FIELDS = 11
-"""Numbers per partial result and row; ``refine`` lists them."""
+FIELDS = 7
+"""Numbers per partial result and row; ``look_ahead`` and ``refine`` list theirs."""
+NOTES = 5
+"""Numbers per row that the decision notes; ``decide`` lists them."""
+DECIDED = 16384
+"""Sub-tiles times rows of which one program decides at a time."""
+OF_DECISIONS = (
+    "tau_b", "floor_b", "start_stride", "length_stride", "table_stride", "keys", "subtiles", "PACK", "BN", "TILE",
+    "RULE", "CAUSAL", "WINDOW", "HAS_START", "HAS_LENGTHS", "PAGED", "slots", "splits", "FIELDS",
+)  # fmt: skip
+"""What ``decide`` needs of ``Call.keys`` and ``Call.sums``."""
 RULES = {"energy": 0, "lamp_strict": 1, "lamp_relaxed": 2}
 CAUSAL = {"": 0, "top_left": 1, "bottom_right": 2}
 SCRATCH = 1 << 28
@@ -117,6 +127,10 @@ class Scratch:
     energy: Tensor
     other: Tensor
     peak: Tensor
+    hot: Tensor
+    hot_places: Tensor
+    taken: Tensor
+    noted: Tensor
 
 
 @dataclass(frozen=True)
@@ -195,13 +209,17 @@ def room_for(call: Call, blocks: int) -> Scratch:
     made: dict[str, Any] = {"dtype": torch.float32, "device": call.q.device}
     width = 2 * padded_half(planes[0].shape[4])
     energy = torch.empty(*grid, cut.subtiles, cut.rows, **made)
+    whole: dict[str, Any] = {"dtype": torch.int32, "device": call.q.device}
+    hot = torch.empty(*grid, cut.subtiles, **whole)
     return Scratch(
         torch.empty(*grid, cut.rows, width, dtype=torch.int8, device=call.q.device),
         torch.empty(*grid, 4, cut.rows, **made),
         torch.empty(*grid, cut.slots, cut.rows, 2 * planes[3].shape[3], **made),
         torch.empty(*grid, cut.slots, FIELDS, cut.rows, **made),
         energy, energy if call.options["rule"] == "energy" else torch.empty_like(energy),
-        torch.empty(*grid, cut.subtiles, **made),
+        torch.empty(*grid, cut.subtiles, **made), hot,
+        hot if call.seen[5] is None else torch.empty_like(hot), torch.empty(*grid, 2, **whole),
+        torch.empty(*grid, NOTES, cut.rows, **made),
     )  # fmt: skip
 
 
@@ -222,42 +240,51 @@ def prepare(call: Call, scratch: Scratch, first_block: int, gate: dict[str, Any]
 
 
 def read(call: Call, scratch: Scratch, first_block: int, listed: Listed | None) -> None:
-    """The two launches that read the planes."""
+    """The launches that read the planes, and the decision between them."""
     cut, planes, launch, grid = call.cut, call.planes, call.cut.launch, scratch.q8.shape[:2]
     tau, floor, _, state, _ = call.hot
     mask, bias, sinks, start, lengths, table = call.seen
-    rows, keys = call.rows(first_block), call.keys()
+    keys, sums, rows = call.keys(), call.sums(), call.rows(first_block)
     warps, refine_warps = cut.warps(keys["HP_V"])
-    common = {**keys, **rows, **call.sums(), "LISTED": listed is not None}
-    found = (scratch.partial, scratch.meta, scratch.energy, scratch.other, scratch.peak)
-    known = (None,) * 4 if listed is None else (listed.list, listed.places, listed.counts, listed.levels)
+    levels, *known = (None,) * 4 if listed is None else (listed.levels, listed.list, listed.places, listed.counts)
+    noted = (scratch.energy, scratch.other, scratch.peak)
+    common = {**call.dependent(), "LISTED": listed is not None}
     look_ahead[(cut.splits, *grid)](
         scratch.q8, scratch.rowinfo, planes[0], planes[2], planes[3], planes[5], tau, floor, state, mask, bias, start,
-        lengths, table, *found, *known[:3], **common,
-        least_steps=cut.least_steps, **call.dependent(), num_warps=warps, num_stages=launch.stages,
+        lengths, table, scratch.partial, scratch.meta, *noted, *known, **keys, **rows, **sums, **common,
+        least_steps=cut.least_steps, num_warps=warps, num_stages=launch.stages,
     )  # fmt: skip
+    hot = (scratch.hot, scratch.hot_places, scratch.taken)
+    chunk = max(16, min(DECIDED // cut.rows, power_of_two(cut.subtiles)))
+    decide[grid](
+        scratch.meta, *noted, tau, floor, state, sinks, start, lengths, table, levels, known[2], *hot, scratch.noted,
+        **{name: number for name, number in {**keys, **sums}.items() if name in OF_DECISIONS}, **rows, **common,
+        segments=cut.segments, SPLITS_P2=power_of_two(cut.splits), CHUNK=chunk, HAS_SINKS=sinks is not None,
+        num_warps=max(4, min(32, chunk * cut.rows // 512)),
+    )  # fmt: skip
+    del keys["RULE"], keys["table_stride"]  # it has its decisions and places from there
     refine[(cut.segments, *grid)](
-        scratch.q8, scratch.rowinfo, *planes, tau, floor, state, sinks, mask, bias, start, lengths, table, *found,
-        known[3], known[2], **common, segments=cut.segments, least_tiles=cut.least_tiles,
-        SPLITS_P2=triton.next_power_of_2(cut.splits), SEGMENT=cut.segment,
-        HAS_SINKS=sinks is not None, **call.dependent(), num_warps=refine_warps, num_stages=launch.refine_stages,
+        scratch.q8, scratch.rowinfo, *planes, tau, floor, state, mask, bias, start, lengths, scratch.partial,
+        scratch.meta, scratch.energy, *hot, known[2], **keys, **rows, **sums, **common,
+        num_warps=refine_warps, num_stages=launch.refine_stages,
     )  # fmt: skip
 
 
 def join(call: Call, scratch: Scratch, first_block: int, results: Results) -> None:
     """The launch that joins the partial results."""
-    merge[(call.rows(first_block)["GROUP"] * call.cut.tokens, *scratch.q8.shape[:2])](
-        **joining(call, scratch, first_block, results), COUNTS=results.counts[:, first_block:]
-    )
+    given = joining(call, scratch, first_block, results)
+    given["num_warps"] = min(given["num_warps"], max(2, given["CHUNK"] * given["VP"] // 1024))
+    merge[(given["GROUP"] * call.cut.tokens, *scratch.q8.shape[:2])](**given, COUNTS=results.counts[:, first_block:])
 
 
 def joining(call: Call, scratch: Scratch, first_block: int, results: Results) -> dict[str, Any]:
     """What ``merge`` is given, but for its counts."""
     cut, q, launch, sinks, value_dim = call.cut, call.q, call.cut.launch, call.seen[2], results.out.shape[-1]
-    value_width, segments = triton.next_power_of_2(value_dim), triton.next_power_of_2(cut.segments)
+    value_width, segments = power_of_two(value_dim), power_of_two(cut.segments)
     return {
-        "PARTIAL": scratch.partial, "META": scratch.meta, "ROWINFO": scratch.rowinfo, "SINKS": sinks,
-        "SIGNS": call.signs(value_dim), "OUT": results.out, "LSE": results.lse, "CERTIFICATE": results.certificate,
+        "PARTIAL": scratch.partial, "META": scratch.meta, "TAKEN": scratch.taken, "NOTED": scratch.noted,
+        "ROWINFO": scratch.rowinfo, "SINKS": sinks, "SIGNS": call.signs(value_dim), "OUT": results.out,
+        "LSE": results.lse, "CERTIFICATE": results.certificate,
         "EVIDENCE": results.evidence, "heads": q.shape[1], "all_blocks": cut.blocks, "root": value_dim**-0.5,
         **call.rows(first_block), **call.sums(), "DIM": q.shape[-1], "VALUE_DIM": value_dim, "VP": value_width,
         "SEGMENTS_P2": segments, "CHUNK": min(launch.merge_chunk, segments), "COLUMNS": min(value_width, 64),
@@ -279,5 +306,5 @@ def guard_rows(call: Call) -> dict[str, Any]:
     return {
         "floor_b": per_head_step(floor), "budget_b": per_head_step(budget), "kv_heads": kv_heads, "rows": rows,
         "blocks": call.cut.blocks, "window": options["guard_window"], "hold": options["guard_hold"],
-        "hysteresis": options["hysteresis"], "ROWS": min(512, triton.next_power_of_2(rows)),
+        "hysteresis": options["hysteresis"], "ROWS": min(512, power_of_two(rows)),
     }  # fmt: skip

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from lamp_compile.runtime.kernels import decode
+from lamp_compile.runtime.kernels._tensors import power_of_two
 from lamp_compile.runtime.kernels.audit_step import merge_and_audit, trust_and_guard
 from lamp_compile.runtime.kernels.decode import Call, Listed, Results, Scratch
 from lamp_compile.runtime.kernels.predict import list_subtiles, predict_parts
@@ -60,7 +60,7 @@ class Gate:
 
     @property
     def padded_rank(self) -> int:
-        return max(16, int(triton.next_power_of_2(self.rank)))
+        return max(16, power_of_two(self.rank))
 
 
 def decode_predicted(
@@ -99,15 +99,15 @@ def decode_predicted(
 
 def _even(cut: Cut) -> Cut:
     """Programs of the look-ahead that have the same number of steps, whatever the list's length."""
-    steps = triton.cdiv(cut.subtiles, cut.pack)
-    splits = max(cut.splits, min(cut.launch.most_splits, triton.cdiv(steps, LISTED_STEPS)))
-    return replace(cut, splits=splits, least_steps=triton.cdiv(steps, splits))
+    steps = -(-cut.subtiles // cut.pack)
+    splits = max(cut.splits, min(cut.launch.most_splits, -(-steps // LISTED_STEPS)))
+    return replace(cut, splits=splits, least_steps=-(-steps // splits))
 
 
 def _projection(call: Call, gate: Gate, projected: Tensor) -> dict[str, Any]:
     """What ``prepare_query`` needs to project the queries, as many numbers at a time as registers hold."""
     per_number = call.cut.rows * call.planes[0].shape[4]
-    step = max(1, min(gate.padded_rank, 4096 // int(triton.next_power_of_2(per_number))))
+    step = max(1, min(gate.padded_rank, 4096 // power_of_two(per_number)))
     return {
         "GATE": gate.query, "GATE_BIAS": gate.query_bias, "PROJECTED": projected, "RANK": gate.rank,
         "RP": gate.padded_rank, "STEP": step,
@@ -139,8 +139,8 @@ def _predict(call: Call, gate: Gate, projected: Tensor, listed: Listed, predicte
     rows = {name: call.rows(0)[name] for name in ("kv_heads", "GROUP", "GP")}
     in_planes = call.planes[0].shape[2] * keys["TILE"]
     spans = keys["BN"] * gate.summary.shape[2] // in_planes
-    chunk = max(16, min(PART, int(triton.next_power_of_2(subtiles))))
-    chunks, listing = triton.cdiv(subtiles, chunk), _power(subtiles, LIST_CHUNK)
+    chunk = max(16, min(PART, power_of_two(subtiles)))
+    chunks, listing = -(-subtiles // chunk), _power(subtiles, LIST_CHUNK)
     made: dict[str, Any] = {"dtype": torch.float32, "device": call.q.device}
     found = torch.empty(call.heads, subtiles, call.cut.rows, **made)
     parts = torch.empty(call.heads, chunks, 4, call.cut.rows, **made)
@@ -157,14 +157,14 @@ def _predict(call: Call, gate: Gate, projected: Tensor, listed: Listed, predicte
         LIST=listed.list, PLACES=listed.places, COUNTS=listed.counts, **_live(call), **_pages(call), **rows,
         tau_b=keys["tau_b"], floor_b=keys["floor_b"], subtiles=subtiles, chunks=chunks,
         trained=call.options["trained"], skip=call.options["skip"], CHUNK=listing,
-        CHUNKS_P2=triton.next_power_of_2(chunks), HAS_SINKS=sinks is not None, **_trust(call), **call.dependent(),
+        CHUNKS_P2=power_of_two(chunks), HAS_SINKS=sinks is not None, **_trust(call), **call.dependent(),
         num_warps=min(16, max(4, listing // 256)),
     )  # fmt: skip
 
 
 def _power(tiles: int, most: int) -> int:
     """A power of two for some sub-tiles, ``most`` at most."""
-    return min(most, max(16, int(triton.next_power_of_2(tiles))))
+    return min(most, max(16, power_of_two(tiles)))
 
 
 def _trust(call: Call) -> dict[str, Any]:
@@ -178,7 +178,7 @@ def _join_and_audit(
     """The last two launches."""
     keys, tiles, live, options = call.keys(), gate.history.shape[2], _live(call), call.options
     chunk = _power(tiles, AUDIT_CHUNK)
-    parts = triton.cdiv(tiles, chunk)
+    parts = -(-tiles // chunk)
     evidence = torch.empty(call.heads, parts, 6, dtype=torch.float32, device=call.q.device)
     known = {
         "COUNTS": listed.counts, "TAU": call.hot[0], "TRUST": gate.trust, "AUDIT": evidence, "tau_b": keys["tau_b"],
@@ -192,6 +192,6 @@ def _join_and_audit(
     lengths = {name: live[name] for name in ("LENGTHS", "length_stride", "keys", "BN", "HAS_LENGTHS")}
     trust_and_guard[(call.heads,)](
         *decode.guard_arguments(call, results), LIMIT=gate.limit, **known, **lengths, **decode.guard_rows(call),
-        parts=parts, trained=options["trained"], PARTS_P2=triton.next_power_of_2(parts), **AUDIT,
+        parts=parts, trained=options["trained"], PARTS_P2=power_of_two(parts), **AUDIT,
         **call.dependent(), num_warps=1,
     )  # fmt: skip

@@ -166,7 +166,6 @@ def look_ahead(
     ENERGY ``[.., subtiles, GP]`` log2 of each sub-tile's sqrt(sum p^2), PEAK ``[.., subtiles]`` its largest value
     scale.
     """
-    wait_for_launch(PDL)
     split, bg, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, g = bg // kv_heads, bg % kv_heads
     COLUMNS: tl.constexpr = PACK * GP
@@ -181,27 +180,25 @@ def look_ahead(
         b, first_token + block * TOKENS, tl.minimum(first_token + block * TOKENS + TOKENS, queries) - 1, START, LENGTHS,
         start_stride, length_stride, keys, queries, HAS_START, HAS_LENGTHS, CAUSAL, WINDOW,
     )  # fmt: skip
-    share = tl.maximum(tl.cdiv(tl.cdiv(hi, STEP) - lo // STEP, splits), least_steps)
-    first = (lo // STEP + split * share) * STEP
-    last = tl.minimum(first + share * STEP, hi)
     final = tl.maximum(hi - 1, 0) // BN  # the last sub-tile there is
     all_refined = (tl.load(FLOOR + b * floor_b + g) >= 1.0) | (tl.load(STATE + bg * 4 + 1) >= 1.0)
     all_refined = all_refined | (tl.load(TAU + b * tau_b + g) <= 0.0)
-    count = 0
+    wait_for_launch(PDL)  # what stands above no launch of this call writes
+    count, begin, end = 0, lo // STEP * STEP, hi
     if LISTED:  # steps and sub-tiles are those of the list
         LIST += bg.to(tl.int64) * subtiles
         PLACES += bg.to(tl.int64) * subtiles
         count = tl.load(COUNTS + bg * 4)
-        share = tl.maximum(tl.cdiv(tl.cdiv(count, PACK), splits), least_steps)
-        first = split * share * STEP
-        last = tl.minimum(first + share * STEP, count * BN)
-    if all_refined:
-        last = first  # everything is refined: nothing is read here
+        begin, end = 0, count * BN
+    # Splits take turns, so that what programs read at one time lies together.
+    taking = tl.minimum(splits, tl.maximum(1, tl.cdiv(tl.cdiv(end - begin, STEP), least_steps)))
+    first, stride = begin + split * STEP, taking * STEP
+    last = tl.where(all_refined, first, end)  # where everything is refined nothing is read here
 
     place = bg.to(tl.int64) * tl.num_programs(2) + block
     slot = place * slots + split
     meta = META + slot * FIELDS * GP + rows
-    if split > 0 and first >= (count * BN if LISTED else hi):  # of a short sequence
+    if split >= taking:  # of a short sequence
         nothing = tl.zeros((GP,), tl.float32)
         tl.store(meta, nothing + EMPTY)
         for field in tl.static_range(1, 4):
@@ -241,27 +238,27 @@ def look_ahead(
     if LISTED:
         next_tiles, next_places = listed(LIST, PLACES, first // BN + parts, count, PAGED)
         next_k, next_v, next_allowed = narrow_scales(KS, VS, MASK, mask_key, next_places, next_tiles, hi, BN, KEY_MASK)
-        scale_tiles, scale_places = listed(LIST, PLACES, (first + STEP) // BN + parts, count, PAGED)
+        scale_tiles, scale_places = listed(LIST, PLACES, (first + stride) // BN + parts, count, PAGED)
     else:
         tiles = tl.minimum(first // BN + parts, final)
         next_places = stored_tiles(TABLE, tiles, hi, BN, TILE, PAGED)
         next_k, next_v, next_allowed = narrow_scales(KS, VS, MASK, mask_key, next_places, tiles, hi, BN, KEY_MASK)
-        scale_places = stored_tiles(TABLE, tl.minimum((first + STEP) // BN + parts, final), hi, BN, TILE, PAGED)
-    for n0 in range(first, last, STEP):
+        scale_places = stored_tiles(TABLE, tl.minimum((first + stride) // BN + parts, final), hi, BN, TILE, PAGED)
+    for n0 in range(first, last, stride):
         k_narrow, v_narrow, allowed = finite_scale(next_k), finite_scale(next_v), next_allowed
         places = next_places
         if LISTED:
             here, starts = next_tiles, tl.where(n0 // BN + parts < count, next_tiles * BN, hi)
-            next_tiles, next_places = listed(LIST, PLACES, (n0 + STEP) // BN + parts, count, PAGED)
+            next_tiles, next_places = listed(LIST, PLACES, (n0 + stride) // BN + parts, count, PAGED)
             next_k, next_v, next_allowed = narrow_scales(
                 KS, VS, MASK, mask_key, scale_places, scale_tiles, hi, BN, KEY_MASK
             )
-            scale_tiles, scale_places = listed(LIST, PLACES, (n0 + 2 * STEP) // BN + parts, count, PAGED)
+            scale_tiles, scale_places = listed(LIST, PLACES, (n0 + 2 * stride) // BN + parts, count, PAGED)
         else:
-            tiles = tl.minimum((n0 + STEP) // BN + parts, final)
+            tiles = tl.minimum((n0 + stride) // BN + parts, final)
             next_places = stored_tiles(TABLE, tiles, hi, BN, TILE, PAGED)
             next_k, next_v, next_allowed = narrow_scales(KS, VS, MASK, mask_key, scale_places, tiles, hi, BN, KEY_MASK)
-            scale_places = stored_tiles(TABLE, tl.minimum((n0 + 2 * STEP) // BN + parts, final), hi, BN, TILE, PAGED)
+            scale_places = stored_tiles(TABLE, tl.minimum((n0 + 2 * stride) // BN + parts, final), hi, BN, TILE, PAGED)
         product = tl.broadcast_to(origin[None, :], (BN, COLUMNS))
         low_product = tl.zeros((BN, COLUMNS), tl.int32)
         for u in tl.static_range(PACK):

@@ -7,14 +7,41 @@ import triton
 import triton.language as tl
 
 from lamp_compile.runtime.kernels._device import EMPTY, LOG2E, wait_for_launch
+from lamp_compile.runtime.kernels.decide import NOTES
 
 PEAK_SQUARE = tl.constexpr(119.0 * 119.0 / 7.5)
 """Mean square of a stored row's channels in units of its scale (``formats._base.mean_square_of_peak``)."""
 
 
+@triton.jit
+def sign_rows(SIGNS, j, columns, DIM: tl.constexpr):
+    """Rows j of the rotation (``_device.rotated``)."""
+    inside = (j < DIM)[:, None] & (columns < DIM)[None, :]
+    return tl.load(SIGNS + j[:, None] * DIM + columns[None, :], mask=inside, other=0)
+
+
+@triton.jit
+def one_of(
+    PARTIAL, META, first_slot, part, parts, row, columns, GP: tl.constexpr, FIELDS: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+):  # fmt: skip
+    """Of some partial results of one row: maxima, and outputs ``[n, VP]``."""
+    there = part < parts
+    top = tl.load(META + (first_slot + part) * FIELDS * GP + row, mask=there, other=EMPTY)
+    at = PARTIAL + ((first_slot + part) * GP + row)[:, None] * VALUE_DIM + columns[None, :]
+    return top, tl.load(at, mask=there[:, None] & (columns < VALUE_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def weighed(top, got, written, most):
+    """Outputs by their share; those without a key were not written."""
+    got = tl.where((written & (top > EMPTY))[:, None], got, 0.0)
+    return got * tl.exp2(tl.where(written, top, EMPTY) - most)[:, None]
+
+
 @triton.jit(do_not_specialize=["queries", "first_token", "all_blocks", "slots", "splits"])
 def merge(
-    PARTIAL, META, ROWINFO, SINKS, SIGNS, OUT, LSE, CERTIFICATE, EVIDENCE, COUNTS,
+    PARTIAL, META, TAKEN, NOTED, ROWINFO, SINKS, SIGNS, OUT, LSE, CERTIFICATE, EVIDENCE, COUNTS,
     kv_heads, heads, queries, first_token, all_blocks, slots, splits, scale, root,
     GROUP: tl.constexpr, GP: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     VP: tl.constexpr, FIELDS: tl.constexpr, SEGMENTS_P2: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr,
@@ -22,6 +49,10 @@ def merge(
 ):  # fmt: skip
     """One row: OUT ``[B, H, S, Dv]``, LSE ``[B, H, S]`` (natural), CERTIFICATE ``[B, H, S, 3]``, EVIDENCE
     ``[B, H, S, 3]`` (live, squared relative error, not finite), COUNTS ``[B*G, blocks, 2]`` (live, refined)."""
+    columns = tl.arange(0, VP)
+    if ROTATE:  # no launch ahead of this one makes these: read while it ends
+        j = tl.arange(0, COLUMNS)
+        signs = sign_rows(SIGNS, j, columns, VALUE_DIM)
     wait_for_launch(PDL)
     row, bg, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, g = bg // kv_heads, bg % kv_heads
@@ -30,44 +61,60 @@ def merge(
     if token < queries:
         place = bg.to(tl.int64) * tl.num_programs(2) + block
         first_slot = place * slots + splits  # what the refinement left; it has taken in the look-ahead's results
-        segments = slots - splits
-        index = tl.arange(0, SEGMENTS_P2)
-        inside = index < segments
+        index, part = tl.arange(0, SEGMENTS_P2), tl.arange(0, CHUNK)
+        # All of this is read before any of it is used: every sum below waits for all warps. Of programs of the
+        # refinement that had nothing to do it holds anything.
+        segments = tl.load(TAKEN + place * 2 + 1)
+        inside = index < slots - splits
         meta = META + (first_slot + index) * FIELDS * GP + row
         top = tl.load(meta, mask=inside, other=EMPTY)
+        part_top, got = one_of(
+            PARTIAL, META, first_slot, part, slots - splits, row, columns, GP, FIELDS, VALUE_DIM
+        )  # fmt: skip
+        mass = tl.load(meta + GP, mask=inside, other=0.0)
+        value_mass = tl.load(meta + 2 * GP, mask=inside, other=0.0)
+        k_most = tl.load(meta + 3 * GP, mask=inside, other=0.0)
+        hot_square = tl.load(meta + 5 * GP, mask=inside, other=0.0)
+        hot_value = tl.load(meta + 6 * GP, mask=inside, other=0.0)
+        seen_tiles = tl.load(meta + 4 * GP, mask=inside, other=0.0)
+        notes = NOTED + place * NOTES * GP + row
+        cold, cold_square, cold_value = tl.load(notes), tl.load(notes + GP), tl.load(notes + 2 * GP)
+        live, refined = tl.load(notes + 3 * GP), tl.load(notes + 4 * GP)
+        step = tl.load(ROWINFO + place * 4 * GP + row)
+        norm = tl.load(ROWINFO + (place * 4 + 2) * GP + row)
+        inside = index < segments
+        top = tl.where(inside, top, EMPTY)
         most = tl.max(top, 0)
         seen = most > EMPTY
         if HAS_SINKS:
             sink = tl.load(SINKS + head).to(tl.float32) * LOG2E
             most = tl.where(seen, tl.maximum(most, sink), most)
+
+        parts = weighed(part_top, got, part < segments, most)
+        for first in range(CHUNK, segments, CHUNK):
+            part = first + tl.arange(0, CHUNK)
+            part_top, got = one_of(PARTIAL, META, first_slot, part, segments, row, columns, GP, FIELDS, VALUE_DIM)
+            parts += weighed(part_top, got, part < segments, most)
+
         share = tl.exp2(top - most)
-        keys_total = tl.sum(tl.load(meta + GP, mask=inside, other=0.0) * share, 0)
+        mass = tl.where(inside, mass, 0.0)
+        keys_total = tl.sum(mass * share, 0)
         total = keys_total
         if HAS_SINKS:
             total += tl.where(seen, tl.exp2(sink - most), 0.0)
         # A NaN among the maxima is not seen by a maximum; it is by a sum.
         spoilt = tl.sum(tl.where(inside, top * 0.0, 0.0), 0) + total * 0.0
         inverse = tl.where(seen, 1.0 / total, 0.0) + spoilt
-
-        columns = tl.arange(0, VP)
-        x = tl.zeros((VP,), tl.float32)
-        for first in range(0, segments, CHUNK):
-            part = first + tl.arange(0, CHUNK)
-            there = part < segments
-            part_top = tl.load(META + (first_slot + part) * FIELDS * GP + row, mask=there, other=EMPTY)
-            weight, there = tl.exp2(part_top - most), there & (part_top > EMPTY)  # the others were not written
-            at = PARTIAL + ((first_slot + part) * GP + row)[:, None] * VALUE_DIM + columns[None, :]
-            got = tl.load(at, mask=there[:, None] & (columns < VALUE_DIM)[None, :], other=0.0)
-            x += tl.sum(got * weight[:, None], 0)
-        x = tl.where(seen, x * inverse, spoilt)
+        x = tl.where(seen, tl.sum(parts, 0) * inverse, spoilt)
         square = tl.sum(x * x, 0)
         place_out = ((b * heads + head) * queries + token).to(tl.int64)
         target = OUT + place_out * VALUE_DIM
         if ROTATE:
-            for first in range(0, VALUE_DIM, COLUMNS):
+            turned = tl.sum(signs.to(tl.float32) * x[None, :], 1) * root
+            tl.store(target + j, turned.to(OUT.dtype.element_ty), mask=j < VALUE_DIM)
+            for first in range(COLUMNS, VALUE_DIM, COLUMNS):
                 j = first + tl.arange(0, COLUMNS)
-                at = SIGNS + j[:, None] * VALUE_DIM + columns[None, :]
-                signs = tl.load(at, mask=(j < VALUE_DIM)[:, None] & (columns < VALUE_DIM)[None, :], other=0)
+                signs = sign_rows(SIGNS, j, columns, VALUE_DIM)
                 turned = tl.sum(signs.to(tl.float32) * x[None, :], 1) * root
                 tl.store(target + j, turned.to(OUT.dtype.element_ty), mask=j < VALUE_DIM)
         else:
@@ -75,23 +122,19 @@ def merge(
 
         # Certificate: every sum in units of the final weights; the largest key scale stands for all keys.
         lse = most + tl.log2(total)
-        cold = tl.load(META + first_slot * FIELDS * GP + 4 * GP + row)
         old = tl.where(cold == float("-inf"), 0.0, tl.exp2(2.0 * (cold - lse)) * 256.0)
         one = tl.exp2(top - lse)
-        step = tl.load(ROWINFO + place * 4 * GP + row)
-        norm = tl.load(ROWINFO + (place * 4 + 2) * GP + row)
         rounding = tl.where(norm == 0.0, 0.0, step * step) * (DIM * PEAK_SQUARE)
-        k_most = tl.max(tl.load(meta + 3 * GP, mask=inside, other=0.0), 0)
-        scores = scale * scale / 12.0 * (k_most * k_most)
-        value_mass = tl.maximum(tl.sum(tl.load(meta + 2 * GP, mask=inside, other=0.0) * one, 0), 0.0)
-        squares = tl.sum(tl.load(meta + 5 * GP, mask=inside, other=0.0) * one * one, 0)
-        squares += tl.sum(tl.load(meta + 7 * GP, mask=inside, other=0.0), 0) * old
-        hot_value = tl.sum(tl.load(meta + 6 * GP, mask=inside, other=0.0) * one * one, 0)
-        cold_value = tl.sum(tl.load(meta + 8 * GP, mask=inside, other=0.0), 0) * old
+        largest = tl.max(tl.where(inside, k_most, 0.0), 0)
+        scores = scale * scale / 12.0 * (largest * largest)
+        value_masses = tl.maximum(tl.sum(tl.where(inside, value_mass, 0.0) * one, 0), 0.0)
+        squares = tl.sum(tl.where(inside, hot_square, 0.0) * one * one, 0) + cold_square * old
+        hot_values = tl.sum(tl.where(inside, hot_value, 0.0) * one * one, 0)
+        cold_values = cold_value * old
         first_sum = scores * (norm * squares + rounding * tl.maximum(keys_total / total, 0.0))
         # The int8 softmax row of the look-ahead adds at most 3 % to the value error of its own sub-tile.
-        second_sum = (hot_value + cold_value * 1.03) * (VALUE_DIM / 12.0)
-        third_sum = scores * (norm * (hot_value + cold_value) + rounding * value_mass) * (VALUE_DIM * PEAK_SQUARE)
+        second_sum = (hot_values + cold_values * 1.03) * (VALUE_DIM / 12.0)
+        third_sum = scores * (norm * (hot_values + cold_values) + rounding * value_masses) * (VALUE_DIM * PEAK_SQUARE)
         first_sum = tl.where(seen, first_sum, 0.0)
         second_sum, third_sum = tl.where(seen, second_sum, 0.0), tl.where(seen, third_sum, 0.0)
         tl.store(LSE + place_out, tl.where(seen, lse * (1.0 / LOG2E), float("-inf")) + spoilt)
@@ -107,8 +150,9 @@ def merge(
         tl.store(EVIDENCE + place_out * 3 + 2, bad.to(tl.float32))
         if row == 0:
             counts = COUNTS + (bg.to(tl.int64) * all_blocks + block) * 2
-            tl.store(counts, tl.sum(tl.load(meta + 9 * GP, mask=inside, other=0.0), 0))
-            tl.store(counts + 1, tl.sum(tl.load(meta + 10 * GP, mask=inside, other=0.0), 0))
+            counted_tiles = tl.sum(tl.where(inside, seen_tiles, 0.0), 0)
+            tl.store(counts, live + counted_tiles)
+            tl.store(counts + 1, refined + counted_tiles)
 
 
 @triton.jit(do_not_specialize=["rows", "blocks"])

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lamp_compile.runtime.kernels._device import finite_scale
-from lamp_compile.runtime.kernels._tensors import padded_half, sequence_step
+from lamp_compile.runtime.kernels._tensors import padded_half, power_of_two, sequence_step
 
 
 @triton.jit(do_not_specialize=["pages"], do_not_specialize_on_alignment=["POSITIONS", "TABLE"])
@@ -71,7 +71,7 @@ def summarize(
     kv_heads, tile, half = k_high.shape[1], k_high.shape[3], k_high.shape[4]
     batch, pages = (k_high.shape[0], k_high.shape[2]) if table is None else tuple(table.shape)
     rank, key, key_bias = key.shape[2], key.contiguous(), key_bias.contiguous()
-    padded = max(2, triton.next_power_of_2(rank))
+    padded = max(2, power_of_two(rank))
     summarize_row[(batch * kv_heads,)](
         *planes[:3], summary, key, key_bias, positions, table, sequence_step(positions),
         0 if table is None else table.stride(0), pages, kv_heads, k_high.shape[2] * tile,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lamp_compile.launch_plan import LaunchPlan
+from lamp_compile.runtime.kernels._tensors import power_of_two
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,8 @@ class Target:
 @dataclass(frozen=True)
 class Cut:
     """One call, cut: rows of a program (tokens x group, padded), sub-tiles that share a pass (``_device.py``), tokens
-    and number of its row blocks, sub-tiles of a sequence, splits of the look-ahead, segments of the refinement and
-    their length in sub-tiles; where sequences differ in length, steps of a split and sub-tiles of a segment at
-    least."""
+    and number of its row blocks, sub-tiles of a sequence, programs of the look-ahead (splits) and of the refinement
+    (segments) for one block of rows; where sequences differ in length, steps of a split at least."""
 
     rows: int
     pack: int
@@ -44,9 +44,7 @@ class Cut:
     subtiles: int
     splits: int
     segments: int
-    segment: int
     least_steps: int
-    least_tiles: int
     launch: LaunchPlan
 
     @property
@@ -80,28 +78,19 @@ def cut(
     """Cut attention of q ``[B, H, S, D]`` over room for ``room`` keys per sequence; ``mixed``: most are far from it."""
     batch, heads, queries, _ = q.shape
     group = heads // planes[0].shape[1]
-    rows = _power(group)
+    rows = power_of_two(group)
     if queries > 1:
-        rows = max(rows, min(launch.most_rows, _power(group * queries)))
+        rows = max(rows, min(launch.most_rows, power_of_two(group * queries)))
     tokens = max(1, min(queries, rows // group))
     blocks = -(-queries // tokens)
     crowd = batch * planes[0].shape[1] * blocks
     subtiles = -(-room // subtile)
     pack = max(1, target.columns // rows)
     splits = min(target.processors * launch.programs // crowd, subtiles // launch.least_subtiles, launch.most_splits)
-    wanted = max(1, target.processors * launch.refine_programs // crowd)
-    segment = min(128, max(16, _power(-(-subtiles // wanted))))
-    steps = tiles = 1
+    segments = min(target.processors * launch.refine_programs // crowd, subtiles // pack)
+    steps = 1
     if mixed and queries == 1:  # the longest sequence must not be the last one at work
-        steps, tiles = launch.mixed_steps, launch.mixed_tiles
+        steps = launch.mixed_steps
         splits = max(splits, min(launch.most_splits, -(-subtiles // (pack * steps))))
-        segment = max(16, min(segment, _power(tiles)))
-    return Cut(
-        rows, pack, tokens, blocks, subtiles, max(1, splits), -(-subtiles // segment), segment, steps,
-        min(tiles, segment), launch,
-    )  # fmt: skip
-
-
-def _power(n: int) -> int:
-    """The next power of two."""
-    return 1 << max(0, n - 1).bit_length()
+        segments = max(segments, -(-subtiles // launch.mixed_tiles))
+    return Cut(rows, pack, tokens, blocks, subtiles, max(1, splits), max(1, segments), steps, launch)

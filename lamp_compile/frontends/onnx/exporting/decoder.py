@@ -175,18 +175,19 @@ class DecoderGraph(nn.Module):
                 fix="torch.export of the model with fixed positions, and export_onnx of that module",
             )
         self.sites = {site.layer: site for site in lamp.sites}
-        config = lamp.original.config
+        config: Any = lamp.original.config
+        text = config.get_text_config(decoder=True)
         self.layers: list[PlaneLayer | FloatRows] = []
         for index, spec in enumerate(lamp.spec.layers):
-            self.layers.append(self._layer(index, spec, config))
+            self.layers.append(self._layer(index, spec, text))
 
-    def _layer(self, index: int, spec: LayerSpec | None, config: Any) -> PlaneLayer | FloatRows:
+    def _layer(self, index: int, spec: LayerSpec | None, text: Any) -> PlaneLayer | FloatRows:
         site = self.sites.get(index)
         if site is None:
             raise ModelError(
                 "a cache layer that no attention uses", where=f"layer {index}", fix="lamp_compile.compile in torch"
             )
-        masked = why_masked(site, config)
+        masked = why_masked(site, text)
         if masked or (site.reason and "head_dim" not in site.reason):
             raise ModelError(
                 masked or site.reason, where=site.name, fix="lamp_compile.compile(model), which takes any mask"

@@ -1,0 +1,177 @@
+"""Third launch: decide, with the finished log-sum-exp of the same query, which sub-tiles to refine, and list them.
+
+Once per block of rows and kv head. The programs of the refinement share the list evenly: what lies in clusters (the
+newest keys, the first) makes no program longer than the others.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lamp_compile.runtime.kernels._device import DEAD, EMPTY, LOG2E, key_range, wait_for_launch
+from lamp_compile.runtime.kernels.look_ahead import stored_tiles
+
+NOTES = tl.constexpr(5)
+"""Numbers that are noted per row; ``decide`` lists them."""
+
+
+@triton.jit
+def looked_ahead(META, SINKS, place, slots, splits, head, valid,
+                 GP: tl.constexpr, FIELDS: tl.constexpr, SPLITS_P2: tl.constexpr, HAS_SINKS: tl.constexpr):  # fmt: skip
+    """Of the rows, over partial results: log2 of the sum over all keys (and the sink), -inf without a live key; the
+    largest importance of rules other than energy. Also, how many of these results hold a key."""
+    index, rows = tl.arange(0, SPLITS_P2), tl.arange(0, GP)
+    meta = META + (place * slots + index)[:, None] * FIELDS * GP + rows[None, :]
+    inside = (index < splits)[:, None] & valid[None, :]
+    top = tl.load(meta, mask=inside, other=EMPTY)
+    total = tl.load(meta + GP, mask=inside, other=0.0)
+    importance = tl.load(meta + 4 * GP, mask=inside, other=DEAD)
+    most = tl.max(top, 0)
+    filled = tl.max(tl.where((top > EMPTY) & inside, index[:, None] + 1, 0), 0)
+    total = tl.sum(total * tl.exp2(top - most[None, :]), 0)
+    if HAS_SINKS:
+        sink = tl.load(SINKS + head).to(tl.float32) * LOG2E
+        new = tl.maximum(most, sink)
+        total = tl.where(total == 0.0, 0.0, total * tl.exp2(most - new) + tl.exp2(sink - new))
+        most = new
+    return most + tl.log2(total), tl.max(importance, 0), tl.max(filled, 0)
+
+
+@triton.jit
+def chosen(
+    energy, other, v_peaks, row_valid, tau, lse, largest,
+    GROUP: tl.constexpr, GP: tl.constexpr, TOKENS: tl.constexpr, RULE: tl.constexpr,
+):  # fmt: skip
+    """Which sub-tiles ``[CHUNK]`` to refine, by what the look-ahead noted of them (DEAD where it did not look): one
+    decision for all rows that share them. Also, by how many tokens each is seen; and what the others, which stay at the
+    high plane, add to the certificate: sums of squared weights, and of these times squared value scales ``[GP]``."""
+    rows = tl.arange(0, GP)
+    bar = tl.log2(tau)
+    # Not "above the bar" but "not below it": what is NaN cannot be judged and is refined.
+    if RULE == 0:
+        hot = (energy <= (bar + lse)[None, :]) == 0
+    elif RULE == 1:
+        hot = (other + 1.0 <= (bar + lse)[None, :]) == 0
+    else:
+        hot = (other <= (bar + largest)[None, :]) == 0
+    live = ((energy < EMPTY) == 0) & row_valid[None, :]
+    hot = tl.max((hot & live).to(tl.int32), 1)
+    if TOKENS == 1:
+        tokens_live = tl.max(live.to(tl.int32), 1)
+    else:  # several tokens: the first head stands for its group
+        tokens_live = tl.sum((live & (rows % GROUP == 0)[None, :]).to(tl.int32), 1)
+    z = tl.where(live & (hot == 0)[:, None], tl.exp2(2.0 * (energy - lse[None, :])), 0.0)
+    return hot, tokens_live, tl.sum(z, 0), tl.sum(z * (v_peaks * v_peaks)[:, None], 0)
+
+
+@triton.jit
+def noted(
+    ENERGY, OTHER, PEAK, LEVELS, tile, lead, hi, row_valid, GP: tl.constexpr, BN: tl.constexpr, RULE: tl.constexpr,
+    LISTED: tl.constexpr,
+):  # fmt: skip
+    """What the look-ahead noted of sub-tiles, and levels known before; of those it did not look at, anything."""
+    there = tile * BN < hi
+    read = there[:, None] & row_valid[None, :]
+    at = (lead + tile)[:, None] * GP + tl.arange(0, GP)[None, :]
+    energy = tl.load(ENERGY + at, mask=read, other=DEAD)
+    other, level = energy, there.to(tl.int32)
+    if RULE != 0:
+        other = tl.load(OTHER + at, mask=read, other=DEAD)
+    if LISTED:
+        level = tl.load(LEVELS + tile, mask=there, other=0).to(tl.int32)
+    return energy, other, tl.load(PEAK + lead + tile, mask=there, other=0.0), level
+
+
+@triton.jit(
+    do_not_specialize=["queries", "first_token", "keys", "subtiles", "slots", "splits", "segments"],
+    do_not_specialize_on_alignment=["START", "LENGTHS", "TABLE"],
+)
+def decide(
+    META, ENERGY, OTHER, PEAK, TAU, FLOOR, STATE, SINKS, START, LENGTHS, TABLE, LEVELS, COUNTS,
+    HOT, HOT_PLACES, TAKEN, NOTED,
+    tau_b, floor_b, start_stride, length_stride, table_stride, kv_heads, queries, first_token, keys, subtiles, slots,
+    splits, segments,
+    GROUP: tl.constexpr, GP: tl.constexpr, PACK: tl.constexpr, TOKENS: tl.constexpr, BN: tl.constexpr,
+    TILE: tl.constexpr, RULE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr,
+    HAS_START: tl.constexpr, HAS_LENGTHS: tl.constexpr, PAGED: tl.constexpr, FIELDS: tl.constexpr,
+    SPLITS_P2: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr, LISTED: tl.constexpr,
+):  # fmt: skip
+    """HOT ``[B*G, blocks, subtiles]``: sub-tiles to refine, ascending, HOT_PLACES where they stand in pages; TAKEN
+    ``[B*G, blocks, 2]`` their number, and that of programs to share them; NOTED ``[B*G, blocks, NOTES, GP]`` log2 of
+    the look-ahead's sum, of the sub-tiles that stay at the high plane the sums of ``chosen``, and how many sub-tiles
+    are seen and refined (where all are refined nothing was looked at: none, ``refine`` counts them).
+
+    With LISTED, of a head whose LEVELS were known before (COUNTS, ``predict.py``), these decide.
+    """
+    bg, block = tl.program_id(0), tl.program_id(1)
+    b, g = bg // kv_heads, bg % kv_heads
+    rows = tl.arange(0, GP)
+    row_valid = (rows < GROUP * TOKENS) & (first_token + block * TOKENS + rows // GROUP < queries)
+    lo, hi, _ = key_range(
+        b, first_token + block * TOKENS, tl.minimum(first_token + block * TOKENS + TOKENS, queries) - 1, START, LENGTHS,
+        start_stride, length_stride, keys, queries, HAS_START, HAS_LENGTHS, CAUSAL, WINDOW,
+    )  # fmt: skip
+    tau = tl.load(TAU + b * tau_b + g)
+    all_refined = (tl.load(FLOOR + b * floor_b + g) >= 1.0) | (tl.load(STATE + bg * 4 + 1) >= 1.0) | (tau <= 0.0)
+    wait_for_launch(PDL)  # what stands above no launch of this call writes
+    place = bg.to(tl.int64) * tl.num_programs(1) + block
+    lead, start = place * subtiles, lo // BN + tl.arange(0, CHUNK)
+    if LISTED:
+        LEVELS += lead
+    # Read before anything waits for another sum.
+    energy, other, v_peaks, level = noted(
+        ENERGY, OTHER, PEAK, LEVELS, start, lead, hi, row_valid, GP, BN, RULE, LISTED
+    )
+    use = False
+    if LISTED:
+        use = tl.load(COUNTS + bg * 4 + 1) != 0
+        all_refined = all_refined & (use == 0)
+    lse, largest, filled = looked_ahead(
+        META, SINKS, place, slots, splits, g * GROUP + rows % GROUP, row_valid, GP, FIELDS, SPLITS_P2, HAS_SINKS
+    )
+    HOT += lead
+    HOT_PLACES += lead
+    if PAGED:
+        TABLE += b * table_stride
+    count, live, refined = 0, 0, 0
+    square = tl.zeros((GP,), tl.float32)
+    value_square = tl.zeros((GP,), tl.float32)
+    for begin in range(lo // BN, tl.cdiv(hi, BN), CHUNK):
+        tile = begin + tl.arange(0, CHUNK)
+        there = tile * BN < hi
+        looked = there & (level == 1) & (all_refined == 0)  # level 1: all that live where the gate is not used
+        energy = tl.where(looked[:, None], energy, DEAD)
+        v_peaks = tl.where(looked, v_peaks, 0.0)
+        hot, tokens_live, more, more_value = chosen(
+            energy, other, v_peaks, row_valid, tau, lse, largest, GROUP, GP, TOKENS, RULE
+        )
+        if LISTED:
+            if use:
+                hot = (there & (level == 2)).to(tl.int32)
+                tokens_live = (there & (level != 0)).to(tl.int32)
+                z = tl.where(((energy < EMPTY) == 0) & row_valid[None, :], tl.exp2(2.0 * (energy - lse[None, :])), 0.0)
+                more, more_value = tl.sum(z, 0), tl.sum(z * (v_peaks * v_peaks)[:, None], 0)
+        live += tl.sum(tokens_live, 0)
+        refined += tl.sum(tokens_live * hot, 0)
+        square += more
+        value_square += more_value
+        hot = tl.where(all_refined, there.to(tl.int32), hot)
+        at = count + tl.cumsum(hot, 0) - hot
+        tl.store(HOT + at, tile, mask=hot == 1)
+        if PAGED:
+            places = stored_tiles(TABLE, tile, hi, BN, TILE, PAGED).to(tl.int32)
+            tl.store(HOT_PLACES + at, places, mask=hot == 1)
+        count += tl.sum(hot, 0)
+        energy, other, v_peaks, level = noted(
+            ENERGY, OTHER, PEAK, LEVELS, tile + CHUNK, lead, hi, row_valid, GP, BN, RULE, LISTED
+        )
+    tl.store(TAKEN + place * 2, count)
+    # Programs that join partial results of the look-ahead have something to do, too.
+    tl.store(TAKEN + place * 2 + 1, tl.minimum(segments, tl.maximum(tl.maximum(filled, 1), tl.cdiv(count, PACK))))
+    notes = NOTED + place * NOTES * GP + rows
+    tl.store(notes, lse)
+    tl.store(notes + GP, square)
+    tl.store(notes + 2 * GP, value_square)
+    tl.store(notes + 3 * GP, tl.zeros((GP,), tl.float32) + live)
+    tl.store(notes + 4 * GP, tl.zeros((GP,), tl.float32) + refined)
