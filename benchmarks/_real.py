@@ -20,7 +20,8 @@ from lamp_compile.runtime import guard
 
 Rounding = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Keys and values ``[G, N, D]`` as a format keeps them, in float32."""
-TAU = SitePlan("*").tau
+_tau = SitePlan("*").tau
+TAU = _tau if isinstance(_tau, float) else _tau[0]
 """Of the default plan."""
 
 
@@ -63,10 +64,10 @@ def decoding(heads: Heads, count: int) -> Inputs:
     return Inputs(q, heads.k[None, :, :keys], heads.v[None, :, :keys], planes, lengths)
 
 
-def layer(heads: Heads, count: int, rounded: Mapping[str, Rounding]) -> dict[str, Any]:
-    """Share refined at the default tau, and the relative errors of every output row."""
+def layer(heads: Heads, count: int, rounded: Mapping[str, Rounding], tau: float = TAU) -> dict[str, Any]:
+    """Share refined at tau, and the relative errors of every output row."""
     inputs = decoding(heads, count)
-    lamp = Attention(inputs, tau=TAU if isinstance(TAU, float) else TAU[0])
+    lamp = Attention(inputs, tau=tau)
     outs: dict[str, Tensor] = {"lamp": lamp(inputs)[:, :, 0]}
     counts = lamp.stats.sum((0, 1)).tolist()
     k, v = inputs.k[0], inputs.v[0]
@@ -86,14 +87,16 @@ def layer(heads: Heads, count: int, rounded: Mapping[str, Rounding]) -> dict[str
     return {"refined": counts[guard.REFINED], "live": counts[guard.LIVE], "errors": errors}
 
 
-def measure(model: Any, windows: Tensor, count: int, rounded: Mapping[str, Rounding] | None = None) -> dict[str, Any]:
+def measure(
+    model: Any, windows: Tensor, count: int, rounded: Mapping[str, Rounding] | None = None, tau: float = TAU
+) -> dict[str, Any]:  # fmt: skip
     """Shares of every layer, and median and mean error over all layers and windows: of lamp, of bf16, and of keys and
     values ``rounded`` in other ways."""
     rounded = rounded or {"fp8": rounded_fp8}
     names = ("lamp", *rounded, "bf16")
     found: list[list[dict[str, Any]]] = []
     for ids in windows:
-        found.append([layer(heads, count, rounded) for heads in capture(model, ids)])
+        found.append([layer(heads, count, rounded, tau) for heads in capture(model, ids)])
     shares, layers = [], []
     for index, of_layer in enumerate(zip(*found, strict=True)):
         share = sum(one["refined"] for one in of_layer) / max(1, sum(one["live"] for one in of_layer))
@@ -112,12 +115,12 @@ def measure(model: Any, windows: Tensor, count: int, rounded: Mapping[str, Round
 
 def measure_folder(
     folder: str | Path, text: str | Path, context: int, windows: int, count: int, device: torch.device,
-    rounded: Mapping[str, Rounding] | None = None,
+    rounded: Mapping[str, Rounding] | None = None, tau: float = TAU,
 ) -> dict[str, Any]:  # fmt: skip
     """The same for a model folder and a text."""
     model = load.load_model(folder, device=device)
     picked = load.load_windows(model, folder, text, context, windows).to(device)
-    return measure(model, picked, count, rounded)
+    return measure(model, picked, count, rounded, tau)
 
 
 def parse_shares(text: str) -> list[float]:

@@ -230,7 +230,9 @@ def line(row: dict[str, Any]) -> str:
 def measured(args: argparse.Namespace, device: torch.device) -> dict[str, Any] | None:
     """What the model's own data gives; None, and why, where it fails: the planted cases can run without it."""
     try:
-        return _real.measure_folder(args.model, args.text, args.context, args.windows, args.positions, device)
+        return _real.measure_folder(
+            args.model, args.text, args.context, args.windows, args.positions, device, tau=args.tau
+        )
     except LampError:
         raise
     except Exception as problem:  # noqa: BLE001
@@ -271,6 +273,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=4096, help="tokens of a window of the text")
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--positions", type=int, default=64, help="decode steps measured in each window")
+    parser.add_argument("--tau", type=float, default=_real.TAU, help="threshold that shares are measured at")
     parser.add_argument("--shares", type=_real.parse_shares, help="refined shares to impose instead: 0.05,0.1")
     parser.add_argument("--cases", default=f"{MAIN},{SMALL},{FIT}", help="BATCHxLENGTH, comma-separated")
     parser.add_argument("--fixed-at", default="32x32768", help="the case that also runs fixed shares")
@@ -306,7 +309,12 @@ def main(argv: list[str] | None = None) -> int:
     bench = Bench(shape, device, args.repeats, shares, args.fixed_at, bandwidth)
     out = None if args.out is None else Path(args.out) if args.out else default_out("decode_kernel", head["device"])
     data: dict[str, Any] = {**head, "shape": vars(shape), "copy_gb_per_s": bandwidth, "shares": shares}
-    data |= {"shares_are": source, "real_layers": real["layers"], "model": args.model and Path(args.model).name}
+    data |= {
+        "shares_are": source,
+        "real_layers": real["layers"],
+        "tau": args.tau,
+        "model": args.model and Path(args.model).name,
+    }
     for case in dict.fromkeys(map(Case.parse, args.cases.split(","))):
         if time.monotonic() - began > args.budget:
             print(f"out of budget before {case.name}", flush=True)

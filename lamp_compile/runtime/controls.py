@@ -69,7 +69,10 @@ class Controls:
         """The controls of a site; made from the plan the first time, so that a second compile finds the same
         tensors."""
         if site.name not in self._sites:
-            self._sites[site.name] = SiteControls.of(site, kv_heads, device)
+            self._sites[site.name] = made = SiteControls.of(site, kv_heads, device)
+            if not torch.compiler.is_compiling():
+                for tensor in (made.tau, made.floor, made.budget):  # changed in place: CUDA graphs need no copy of them
+                    torch._dynamo.mark_static_address(tensor, guard=False)
         return self._sites[site.name]
 
     def set(

@@ -66,8 +66,9 @@ def _kernel(name: str, data: dict[str, Any]) -> str:
     head = (
         f"`{name}`: attention of one new token on {_device(data)}, {shape['kv_heads']} kv heads, groups of "
         f"{shape['group']}, D {shape['dim']}. Times are those of captured CUDA graphs over inputs larger than the "
-        f"device's cache; the refined shares of layers are {data['shares_are']}, "
-        f"{sum(shares) / len(shares):.1%} in the mean. *Time over its bytes'*: over that of copying as many bytes as "
+        f"device's cache; the refined shares of layers are {data['shares_are']}"
+        f"{' at tau ' + format(data['tau'], 'g') if data.get('tau') else ''}, {sum(shares) / len(shares):.1%} in the "
+        "mean. *Time over its bytes'*: over that of copying as many bytes as "
         "are touched. *Error*: of the output against float64, relative."
     )
     titles = [CASE, "refined", "lamp, ms", "bf16 SDPA, ms", "fp8, ms", "speed over bf16", "over fp8"]

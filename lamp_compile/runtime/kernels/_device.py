@@ -23,6 +23,8 @@ MAGIC = tl.constexpr(12582912.0)
 """1.5 * 2^23: x + MAGIC is a float whose low bits are x rounded to a whole number, for |x| < 2^22."""
 MAGIC_BITS = tl.constexpr(0x4B400000)
 """MAGIC as an integer: where a product starts from it, its bits are the float MAGIC + product."""
+ROW_FIELDS = tl.constexpr(6)
+"""Numbers that ``prepare_query`` notes of a row."""
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -138,10 +140,18 @@ def query_of(Q8, ROWINFO, place, row, scale, GP: tl.constexpr, HP: tl.constexpr)
     products of 256 channels then stay exact as floats)."""
     half = tl.arange(0, HP)
     query = Q8 + place * GP * 2 * HP + row[None, :] * (2 * HP) + half[:, None]
-    info = ROWINFO + place * 4 * GP + row
+    info = ROWINFO + place * ROW_FIELDS * GP + row
     factor = tl.load(info) * (scale * LOG2E)
     origin = MAGIC_BITS - (tl.load(info + 3 * GP) * 128.0).to(tl.int32)
     return tl.load(query), tl.load(query + HP), factor, tl.load(info + GP), origin
+
+
+@triton.jit
+def settings_of(ROWINFO, place, GP: tl.constexpr):
+    """tau, and whether everything is refined, as they were when the step began: others may change them meanwhile, and
+    all launches of a step must agree."""
+    at = ROWINFO + place * ROW_FIELDS * GP + 4 * GP
+    return tl.load(at), tl.load(at + GP) != 0.0
 
 
 @triton.jit

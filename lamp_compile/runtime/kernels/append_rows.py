@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lamp_compile.runtime.kernels._device import rotated, round_even
 from lamp_compile.runtime.kernels._tensors import padded_half, parts, row_step, sequence_step, signs
+from lamp_compile.runtime.kernels.targets import target_of
 
 ROWS = 16
 """Rows of one program: what a matrix instruction takes."""
@@ -62,9 +63,11 @@ def append_rows(
     plane_keys, root_k, root_v,
     HALF_K: tl.constexpr, HP_K: tl.constexpr, HALF_V: tl.constexpr, HP_V: tl.constexpr, TILE: tl.constexpr,
     ROWS: tl.constexpr, ROTATE: tl.constexpr, BALANCED: tl.constexpr, SHARED: tl.constexpr, PAGED: tl.constexpr,
-    PARTS: tl.constexpr,
+    PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """K ``[B, G, n, D]`` (third grid axis 0) or V (axis 1): rows of several sequences and tokens for one kv head."""
+    if PDL:  # an attention that follows may begin; it waits for what is written here
+        tl.extra.cuda.gdc_launch_dependents()
     g, values = tl.program_id(1), tl.program_id(2)
     index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     if SHARED:  # one divisor for all sequences: rows of different sequences in one program
@@ -135,5 +138,5 @@ def append(
         head_dim**-0.5, (2 * half_v) ** -0.5,
         HALF_K=half_k, HP_K=padded_half(half_k), HALF_V=half_v, HP_V=padded_half(half_v), TILE=tile, ROWS=ROWS,
         ROTATE=rotate, BALANCED=balance is not None, SHARED=shared, PAGED=table is not None,
-        PARTS=parts(k, balance), num_warps=4,
+        PARTS=parts(k, balance), PDL=target_of(k.device).pdl, num_warps=4,
     )  # fmt: skip

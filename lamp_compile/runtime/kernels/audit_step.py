@@ -146,8 +146,8 @@ def merge_and_audit(
     if tl.program_id(0) < GROUP:
         merge(
             PARTIAL, META, TAKEN, NOTED, ROWINFO, SINKS, SIGNS, OUT, LSE, CERTIFICATE, EVIDENCE, GUARD_COUNTS, kv_heads,
-            heads, queries, first_token, all_blocks, slots, splits, scale, root, GROUP, GP, TOKENS, DIM, VALUE_DIM, VP, FIELDS,
-            SEGMENTS_P2, CHUNK, COLUMNS, ROTATE, HAS_SINKS, False,
+            heads, queries, first_token, all_blocks, slots, splits, scale, root, GROUP, GP, TOKENS, DIM, VALUE_DIM, VP,
+            FIELDS, SEGMENTS_P2, CHUNK, COLUMNS, ROTATE, HAS_SINKS, False,
         )  # fmt: skip
     else:
         audit_part(

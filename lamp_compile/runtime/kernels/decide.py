@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lamp_compile.runtime.kernels._device import DEAD, EMPTY, LOG2E, key_range, wait_for_launch
+from lamp_compile.runtime.kernels._device import DEAD, EMPTY, LOG2E, key_range, settings_of, wait_for_launch
 from lamp_compile.runtime.kernels.look_ahead import stored_tiles
 
 NOTES = tl.constexpr(5)
@@ -74,13 +74,14 @@ def noted(
     there = tile * BN < hi
     read = there[:, None] & row_valid[None, :]
     at = (lead + tile)[:, None] * GP + tl.arange(0, GP)[None, :]
-    energy = tl.load(ENERGY + at, mask=read, other=DEAD)
+    energy = tl.load(ENERGY + at, mask=read, other=DEAD, eviction_policy="evict_first")
     other, level = energy, there.to(tl.int32)
     if RULE != 0:
-        other = tl.load(OTHER + at, mask=read, other=DEAD)
+        other = tl.load(OTHER + at, mask=read, other=DEAD, eviction_policy="evict_first")
     if LISTED:
         level = tl.load(LEVELS + tile, mask=there, other=0).to(tl.int32)
-    return energy, other, tl.load(PEAK + lead + tile, mask=there, other=0.0), level
+    v_peaks = tl.load(PEAK + lead + tile, mask=there, other=0.0, eviction_policy="evict_first")
+    return energy, other, v_peaks, level
 
 
 @triton.jit(
@@ -88,9 +89,9 @@ def noted(
     do_not_specialize_on_alignment=["START", "LENGTHS", "TABLE"],
 )
 def decide(
-    META, ENERGY, OTHER, PEAK, TAU, FLOOR, STATE, SINKS, START, LENGTHS, TABLE, LEVELS, COUNTS,
+    ROWINFO, META, ENERGY, OTHER, PEAK, SINKS, START, LENGTHS, TABLE, LEVELS, COUNTS,
     HOT, HOT_PLACES, TAKEN, NOTED,
-    tau_b, floor_b, start_stride, length_stride, table_stride, kv_heads, queries, first_token, keys, subtiles, slots,
+    start_stride, length_stride, table_stride, kv_heads, queries, first_token, keys, subtiles, slots,
     splits, segments,
     GROUP: tl.constexpr, GP: tl.constexpr, PACK: tl.constexpr, TOKENS: tl.constexpr, BN: tl.constexpr,
     TILE: tl.constexpr, RULE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr,
@@ -112,17 +113,14 @@ def decide(
         b, first_token + block * TOKENS, tl.minimum(first_token + block * TOKENS + TOKENS, queries) - 1, START, LENGTHS,
         start_stride, length_stride, keys, queries, HAS_START, HAS_LENGTHS, CAUSAL, WINDOW,
     )  # fmt: skip
-    tau = tl.load(TAU + b * tau_b + g)
-    all_refined = (tl.load(FLOOR + b * floor_b + g) >= 1.0) | (tl.load(STATE + bg * 4 + 1) >= 1.0) | (tau <= 0.0)
-    wait_for_launch(PDL)  # what stands above no launch of this call writes
+    wait_for_launch(PDL)  # what is read above no launch of this call writes
     place = bg.to(tl.int64) * tl.num_programs(1) + block
+    tau, all_refined = settings_of(ROWINFO, place, GP)
     lead, start = place * subtiles, lo // BN + tl.arange(0, CHUNK)
     if LISTED:
         LEVELS += lead
     # Read before anything waits for another sum.
-    energy, other, v_peaks, level = noted(
-        ENERGY, OTHER, PEAK, LEVELS, start, lead, hi, row_valid, GP, BN, RULE, LISTED
-    )
+    energy, other, v_peaks, level = noted(ENERGY, OTHER, PEAK, LEVELS, start, lead, hi, row_valid, GP, BN, RULE, LISTED)
     use = False
     if LISTED:
         use = tl.load(COUNTS + bg * 4 + 1) != 0
@@ -146,7 +144,7 @@ def decide(
         hot, tokens_live, more, more_value = chosen(
             energy, other, v_peaks, row_valid, tau, lse, largest, GROUP, GP, TOKENS, RULE
         )
-        if LISTED:
+        if LISTED:  # noqa: SIM102  (known when this is compiled; what follows is not)
             if use:
                 hot = (there & (level == 2)).to(tl.int32)
                 tokens_live = (there & (level != 0)).to(tl.int32)

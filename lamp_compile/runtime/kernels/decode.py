@@ -31,12 +31,12 @@ from lamp_compile.runtime.kernels.targets import Cut, Target, cut, target_of
 
 FIELDS = 7
 """Numbers per partial result and row; ``look_ahead`` and ``refine`` list theirs."""
-NOTES = 5
-"""Numbers per row that the decision notes; ``decide`` lists them."""
+NOTES, ROW_FIELDS = 5, 6
+"""Numbers per row that ``decide`` notes, and ``prepare_query``; they list them."""
 DECIDED = 16384
 """Sub-tiles times rows of which one program decides at a time."""
 OF_DECISIONS = (
-    "tau_b", "floor_b", "start_stride", "length_stride", "table_stride", "keys", "subtiles", "PACK", "BN", "TILE",
+    "start_stride", "length_stride", "table_stride", "keys", "subtiles", "PACK", "BN", "TILE",
     "RULE", "CAUSAL", "WINDOW", "HAS_START", "HAS_LENGTHS", "PAGED", "slots", "splits", "FIELDS",
 )  # fmt: skip
 """What ``decide`` needs of ``Call.keys`` and ``Call.sums``."""
@@ -74,7 +74,7 @@ class Call:
         return bool(self.options["rotation"] != "none")
 
     def dependent(self) -> dict[str, bool]:
-        """Of all launches but the first: they may begin while the one ahead ends (``_device.wait_for_launch``)."""
+        """Of all launches: they may begin while the one ahead ends (``_device.wait_for_launch``)."""
         return {"PDL": True, "launch_pdl": True} if self.target.pdl and self.cut.launch.dependent else {"PDL": False}
 
     def signs(self, dim: int) -> Tensor:
@@ -83,13 +83,11 @@ class Call:
 
     def keys(self) -> dict[str, Any]:
         """Of both kernels that read planes: steps, sizes, and what they are compiled for."""
-        tau, floor = self.hot[:2]
         mask, bias, _, start, lengths, table = self.seen
         k_high, v_high = self.planes[0], self.planes[3]
         half_k, half_v, tile = k_high.shape[4], v_high.shape[3], k_high.shape[3]
         options = self.options
         return {
-            "tau_b": per_head_step(tau), "floor_b": per_head_step(floor),
             **broadcast_steps("mask", mask), **broadcast_steps("bias", bias),
             "start_stride": sequence_step(start), "length_stride": sequence_step(lengths),
             "table_stride": 0 if table is None else table.stride(0),
@@ -213,7 +211,7 @@ def room_for(call: Call, blocks: int) -> Scratch:
     hot = torch.empty(*grid, cut.subtiles, **whole)
     return Scratch(
         torch.empty(*grid, cut.rows, width, dtype=torch.int8, device=call.q.device),
-        torch.empty(*grid, 4, cut.rows, **made),
+        torch.empty(*grid, ROW_FIELDS, cut.rows, **made),
         torch.empty(*grid, cut.slots, cut.rows, 2 * planes[3].shape[3], **made),
         torch.empty(*grid, cut.slots, FIELDS, cut.rows, **made),
         energy, energy if call.options["rule"] == "energy" else torch.empty_like(energy),
@@ -230,19 +228,20 @@ NO_GATE: dict[str, Any] = {"GATE": None, "GATE_BIAS": None, "PROJECTED": None, "
 def prepare(call: Call, scratch: Scratch, first_block: int, gate: dict[str, Any]) -> None:
     """The first launch."""
     q, half_k = call.q, call.planes[0].shape[4]
+    tau, floor, _, state, _ = call.hot
     prepare_query[tuple(scratch.q8.shape[:2])](
-        q, call.balance, call.signs(q.shape[-1]), scratch.q8, scratch.rowinfo, **gate,
+        q, call.balance, call.signs(q.shape[-1]), tau, floor, state, scratch.q8, scratch.rowinfo, **gate,
         stride_b=q.stride(0), stride_h=q.stride(1), stride_s=q.stride(2),
         balance_b=0 if call.balance is None or call.balance.dim() == 2 else row_step(call.balance),
         root=q.shape[-1] ** -0.5, **call.rows(first_block), HALF=half_k, HP=padded_half(half_k), ROTATE=call.rotates,
-        BALANCED=call.balance is not None, PARTS=parts(q, call.balance), PDL=call.dependent()["PDL"], num_warps=4,
+        BALANCED=call.balance is not None, PARTS=parts(q, call.balance), tau_b=per_head_step(tau),
+        floor_b=per_head_step(floor), **call.dependent(), num_warps=4,
     )  # fmt: skip
 
 
 def read(call: Call, scratch: Scratch, first_block: int, listed: Listed | None) -> None:
     """The launches that read the planes, and the decision between them."""
     cut, planes, launch, grid = call.cut, call.planes, call.cut.launch, scratch.q8.shape[:2]
-    tau, floor, _, state, _ = call.hot
     mask, bias, sinks, start, lengths, table = call.seen
     keys, sums, rows = call.keys(), call.sums(), call.rows(first_block)
     warps, refine_warps = cut.warps(keys["HP_V"])
@@ -250,21 +249,21 @@ def read(call: Call, scratch: Scratch, first_block: int, listed: Listed | None) 
     noted = (scratch.energy, scratch.other, scratch.peak)
     common = {**call.dependent(), "LISTED": listed is not None}
     look_ahead[(cut.splits, *grid)](
-        scratch.q8, scratch.rowinfo, planes[0], planes[2], planes[3], planes[5], tau, floor, state, mask, bias, start,
-        lengths, table, scratch.partial, scratch.meta, *noted, *known, **keys, **rows, **sums, **common,
+        scratch.q8, scratch.rowinfo, planes[0], planes[2], planes[3], planes[5], mask, bias, start, lengths, table,
+        scratch.partial, scratch.meta, *noted, *known, **keys, **rows, **sums, **common,
         least_steps=cut.least_steps, num_warps=warps, num_stages=launch.stages,
     )  # fmt: skip
     hot = (scratch.hot, scratch.hot_places, scratch.taken)
     chunk = max(16, min(DECIDED // cut.rows, power_of_two(cut.subtiles)))
     decide[grid](
-        scratch.meta, *noted, tau, floor, state, sinks, start, lengths, table, levels, known[2], *hot, scratch.noted,
+        scratch.rowinfo, scratch.meta, *noted, sinks, start, lengths, table, levels, known[2], *hot, scratch.noted,
         **{name: number for name, number in {**keys, **sums}.items() if name in OF_DECISIONS}, **rows, **common,
         segments=cut.segments, SPLITS_P2=power_of_two(cut.splits), CHUNK=chunk, HAS_SINKS=sinks is not None,
         num_warps=max(4, min(32, chunk * cut.rows // 512)),
     )  # fmt: skip
     del keys["RULE"], keys["table_stride"]  # it has its decisions and places from there
     refine[(cut.segments, *grid)](
-        scratch.q8, scratch.rowinfo, *planes, tau, floor, state, mask, bias, start, lengths, scratch.partial,
+        scratch.q8, scratch.rowinfo, *planes, mask, bias, start, lengths, scratch.partial,
         scratch.meta, scratch.energy, *hot, known[2], **keys, **rows, **sums, **common,
         num_warps=refine_warps, num_stages=launch.refine_stages,
     )  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lamp_compile.runtime.kernels import decode
-from lamp_compile.runtime.kernels._tensors import power_of_two
+from lamp_compile.runtime.kernels._tensors import per_head_step, power_of_two
 from lamp_compile.runtime.kernels.audit_step import merge_and_audit, trust_and_guard
 from lamp_compile.runtime.kernels.decode import Call, Listed, Results, Scratch
 from lamp_compile.runtime.kernels.predict import list_subtiles, predict_parts
@@ -155,7 +155,7 @@ def _predict(call: Call, gate: Gate, projected: Tensor, listed: Listed, predicte
     list_subtiles[(call.heads,)](
         found, parts, tau, floor, state, gate.trust, gate.margin, sinks, PREDICTED=predicted, LEVELS=listed.levels,
         LIST=listed.list, PLACES=listed.places, COUNTS=listed.counts, **_live(call), **_pages(call), **rows,
-        tau_b=keys["tau_b"], floor_b=keys["floor_b"], subtiles=subtiles, chunks=chunks,
+        tau_b=per_head_step(tau), floor_b=per_head_step(floor), subtiles=subtiles, chunks=chunks,
         trained=call.options["trained"], skip=call.options["skip"], CHUNK=listing,
         CHUNKS_P2=power_of_two(chunks), HAS_SINKS=sinks is not None, **_trust(call), **call.dependent(),
         num_warps=min(16, max(4, listing // 256)),
@@ -176,13 +176,13 @@ def _join_and_audit(
     call: Call, scratch: Scratch, results: Results, gate: Gate, listed: Listed, predicted: Tensor
 ) -> None:  # fmt: skip
     """The last two launches."""
-    keys, tiles, live, options = call.keys(), gate.history.shape[2], _live(call), call.options
+    tiles, live, options = gate.history.shape[2], _live(call), call.options
     chunk = _power(tiles, AUDIT_CHUNK)
     parts = -(-tiles // chunk)
     evidence = torch.empty(call.heads, parts, 6, dtype=torch.float32, device=call.q.device)
     known = {
-        "COUNTS": listed.counts, "TAU": call.hot[0], "TRUST": gate.trust, "AUDIT": evidence, "tau_b": keys["tau_b"],
-        "skip": options["skip"], **_trust(call),
+        "COUNTS": listed.counts, "TAU": call.hot[0], "TRUST": gate.trust, "AUDIT": evidence,
+        "tau_b": per_head_step(call.hot[0]), "skip": options["skip"], **_trust(call),
     }  # fmt: skip
     merge_and_audit[(call.rows(0)["GROUP"] + parts, call.heads, 1)](
         **decode.joining(call, scratch, 0, results), GUARD_COUNTS=results.counts, ENERGY=scratch.energy,

@@ -24,6 +24,7 @@ from lamp_compile.runtime.kernels._device import (
     of_part,
     over_parts,
     query_of,
+    settings_of,
     tanh,
     to_columns,
     upper_nibbles,
@@ -145,9 +146,9 @@ def seen_scores(x, j, lo, hi, row_position, MASK, mask_key, BIAS, bias_key, mask
     do_not_specialize_on_alignment=["START", "LENGTHS", "TABLE"],
 )
 def look_ahead(
-    Q8, ROWINFO, KH, KS, VH, VS, TAU, FLOOR, STATE, MASK, BIAS, START, LENGTHS, TABLE, PARTIAL, META, ENERGY, OTHER,
+    Q8, ROWINFO, KH, KS, VH, VS, MASK, BIAS, START, LENGTHS, TABLE, PARTIAL, META, ENERGY, OTHER,
     PEAK, LIST, PLACES, COUNTS,
-    tau_b, floor_b, mask_b, mask_h, mask_s, mask_key, bias_b, bias_h, bias_s, bias_key, start_stride, length_stride,
+    mask_b, mask_h, mask_s, mask_key, bias_b, bias_h, bias_s, bias_key, start_stride, length_stride,
     table_stride, kv_heads, queries, first_token, keys, plane_keys, subtiles, slots, splits, least_steps, scale,
     softcap,
     GROUP: tl.constexpr, GP: tl.constexpr, PACK: tl.constexpr, TOKENS: tl.constexpr, HALF_K: tl.constexpr,
@@ -181,9 +182,9 @@ def look_ahead(
         start_stride, length_stride, keys, queries, HAS_START, HAS_LENGTHS, CAUSAL, WINDOW,
     )  # fmt: skip
     final = tl.maximum(hi - 1, 0) // BN  # the last sub-tile there is
-    all_refined = (tl.load(FLOOR + b * floor_b + g) >= 1.0) | (tl.load(STATE + bg * 4 + 1) >= 1.0)
-    all_refined = all_refined | (tl.load(TAU + b * tau_b + g) <= 0.0)
-    wait_for_launch(PDL)  # what stands above no launch of this call writes
+    wait_for_launch(PDL)  # what is read above no launch of this call writes
+    place = bg.to(tl.int64) * tl.num_programs(2) + block
+    _, all_refined = settings_of(ROWINFO, place, GP)
     count, begin, end = 0, lo // STEP * STEP, hi
     if LISTED:  # steps and sub-tiles are those of the list
         LIST += bg.to(tl.int64) * subtiles
@@ -194,8 +195,6 @@ def look_ahead(
     taking = tl.minimum(splits, tl.maximum(1, tl.cdiv(tl.cdiv(end - begin, STEP), least_steps)))
     first, stride = begin + split * STEP, taking * STEP
     last = tl.where(all_refined, first, end)  # where everything is refined nothing is read here
-
-    place = bg.to(tl.int64) * tl.num_programs(2) + block
     slot = place * slots + split
     meta = META + slot * FIELDS * GP + rows
     if split >= taking:  # of a short sequence
@@ -303,14 +302,16 @@ def look_ahead(
             tile = of_part(here, PACK, GP) - part  # in its columns, as n0 // BN without a list
         else:
             there, tile = valid & (n0 // BN + part < subtiles), n0 // BN
-        tl.store(energies + tile * GP, local + 0.5 * tl.log2(tl.sum(p * p, 0)), mask=there)
+        # Kept in the cache until the decision reads them: written to memory they cost 4 % of all the reading.
+        energy = local + 0.5 * tl.log2(tl.sum(p * p, 0))
+        tl.store(energies + tile * GP, energy, mask=there, eviction_policy="evict_last")
         if RULE != 0:
             size = tl.log2(tl.abs(x) * (1.0 / 1.4426950408889634))
             other = tl.max(tl.where(y > EMPTY, y + size, DEAD), 0)
-            tl.store(others + tile * GP, other, mask=there)
+            tl.store(others + tile * GP, other, mask=there, eviction_policy="evict_last")
             largest = tl.maximum(largest, other)
         v_peak = tl.max(v_scale, 0)
-        tl.store(peaks + tile, v_peak, mask=there & (row == 0))
+        tl.store(peaks + tile, v_peak, mask=there & (row == 0), eviction_policy="evict_last")
         p8, whole = round_row(p, v_scale, v_peak, thresholds, MASKED)
 
         # Sums are kept relative to the first maximum, and moved only when a later one is far above it.

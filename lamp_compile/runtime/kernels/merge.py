@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lamp_compile.runtime.kernels._device import EMPTY, LOG2E, wait_for_launch
+from lamp_compile.runtime.kernels._device import EMPTY, LOG2E, ROW_FIELDS, wait_for_launch
 from lamp_compile.runtime.kernels.decide import NOTES
 
 PEAK_SQUARE = tl.constexpr(119.0 * 119.0 / 7.5)
@@ -80,8 +80,8 @@ def merge(
         notes = NOTED + place * NOTES * GP + row
         cold, cold_square, cold_value = tl.load(notes), tl.load(notes + GP), tl.load(notes + 2 * GP)
         live, refined = tl.load(notes + 3 * GP), tl.load(notes + 4 * GP)
-        step = tl.load(ROWINFO + place * 4 * GP + row)
-        norm = tl.load(ROWINFO + (place * 4 + 2) * GP + row)
+        step = tl.load(ROWINFO + place * ROW_FIELDS * GP + row)
+        norm = tl.load(ROWINFO + (place * ROW_FIELDS + 2) * GP + row)
         inside = index < segments
         top = tl.where(inside, top, EMPTY)
         most = tl.max(top, 0)

@@ -5,24 +5,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lamp_compile.runtime.kernels._device import rotated, round_even
+from lamp_compile.runtime.kernels._device import ROW_FIELDS, rotated, round_even, wait_for_launch
 
 
 @triton.jit(do_not_specialize=["queries", "first_token"])
 def prepare_query(
-    Q, BALANCE, SIGNS, Q8, ROWINFO, GATE, GATE_BIAS, PROJECTED,
-    stride_b, stride_h, stride_s, balance_b, kv_heads, queries, first_token, root,
+    Q, BALANCE, SIGNS, TAU, FLOOR, STATE, Q8, ROWINFO, GATE, GATE_BIAS, PROJECTED,
+    stride_b, stride_h, stride_s, balance_b, tau_b, floor_b, kv_heads, queries, first_token, root,
     GROUP: tl.constexpr, GP: tl.constexpr, TOKENS: tl.constexpr, HALF: tl.constexpr, HP: tl.constexpr,
     ROTATE: tl.constexpr, BALANCED: tl.constexpr, PARTS: tl.constexpr,
     PDL: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Q ``[B, H, S, D]`` -> Q8 int8 ``[B*G, blocks, GP, 2*HP]``, ROWINFO ``[B*G, blocks, 4, GP]``: rounding step,
-    sum of q8, squared norm of the prepared query, sum of q8 over the lower nibbles' channels. SIGNS and root as of
+    """Q ``[B, H, S, D]`` -> Q8 int8 ``[B*G, blocks, GP, 2*HP]``, ROWINFO ``[B*G, blocks, ROW_FIELDS, GP]``:
+    rounding step, sum of q8, squared norm of the prepared query, sum of q8 over the lower nibbles' channels; tau, and 1
+    where everything is refined (``settings_of``). SIGNS and root as of
     ``rotated``. With a RANK, of one token, the projection of a look-ahead network too: GATE ``[H, D, R]``, GATE_BIAS
     ``[H, R]`` -> PROJECTED ``[B*G, GP, RP]``, STEP numbers at a time."""
+    wait_for_launch(PDL)
     bg, block = tl.program_id(0), tl.program_id(1)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     b, g = bg // kv_heads, bg % kv_heads
     rows, half = tl.arange(0, GP), tl.arange(0, HP)
     token = first_token + block * TOKENS + rows // GROUP
@@ -60,7 +60,11 @@ def prepare_query(
     target = Q8 + place * GP * 2 * HP + rows[:, None] * (2 * HP) + half[None, :]
     tl.store(target, upper.to(tl.int8))
     tl.store(target + HP, lower.to(tl.int8))
-    info = ROWINFO + place * 4 * GP + rows
+    info = ROWINFO + place * ROW_FIELDS * GP + rows
+    tau = tl.load(TAU + b * tau_b + g)
+    all_refined = (tl.load(FLOOR + b * floor_b + g) >= 1.0) | (tl.load(STATE + bg * 4 + 1) >= 1.0) | (tau <= 0.0)
+    tl.store(info + 4 * GP, tl.zeros((GP,), tl.float32) + tau)
+    tl.store(info + 5 * GP, tl.zeros((GP,), tl.float32) + all_refined.to(tl.float32))
     tl.store(info, step + spoilt)
     tl.store(info + GP, tl.sum(upper + lower, 1))
     tl.store(info + 2 * GP, tl.sum(upper * upper + lower * lower, 1) * step * step)

@@ -16,6 +16,7 @@ from lamp_compile.runtime.kernels._device import (
     key_range,
     over_parts,
     query_of,
+    settings_of,
     wait_for_launch,
 )
 from lamp_compile.runtime.kernels.correct import corrected
@@ -32,9 +33,9 @@ def by_rows(x, to_row, PACK: tl.constexpr, GP: tl.constexpr):
     do_not_specialize_on_alignment=["START", "LENGTHS"],
 )
 def refine(
-    Q8, ROWINFO, KH, KL, KS, VH, VL, VS, TAU, FLOOR, STATE, MASK, BIAS, START, LENGTHS, PARTIAL, META, ENERGY,
+    Q8, ROWINFO, KH, KL, KS, VH, VL, VS, MASK, BIAS, START, LENGTHS, PARTIAL, META, ENERGY,
     HOT, HOT_PLACES, TAKEN, COUNTS,
-    tau_b, floor_b, mask_b, mask_h, mask_s, mask_key, bias_b, bias_h, bias_s, bias_key, start_stride, length_stride,
+    mask_b, mask_h, mask_s, mask_key, bias_b, bias_h, bias_s, bias_key, start_stride, length_stride,
     kv_heads, queries, first_token, keys, plane_keys, subtiles, slots, splits, scale, softcap,
     GROUP: tl.constexpr, GP: tl.constexpr, PACK: tl.constexpr, TOKENS: tl.constexpr, HALF_K: tl.constexpr,
     HP_K: tl.constexpr, HALF_V: tl.constexpr, HP_V: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr,
@@ -48,8 +49,8 @@ def refine(
     ``predict.py``), these are what the look-ahead has left out: nothing is taken back, and their energies are
     written for the audit.
 
-    META ``[.., slots, FIELDS, GP]`` takes maximum, sum, sum of p times squared value scale, largest key scale, sub-tiles
-    seen where everything is refined, sums of squared weights, and of these times squared value scales.
+    META ``[.., slots, FIELDS, GP]`` takes maximum, sum, sum of p times squared value scale, largest key scale,
+    sub-tiles seen where everything is refined, sums of squared weights, and of these times squared value scales.
     """
     segment, bg, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, g = bg // kv_heads, bg % kv_heads
@@ -63,9 +64,8 @@ def refine(
     )  # fmt: skip
     place = bg.to(tl.int64) * tl.num_programs(2) + block
     slot = place * slots + splits + segment
-    tau = tl.load(TAU + b * tau_b + g)
-    all_refined = (tl.load(FLOOR + b * floor_b + g) >= 1.0) | (tl.load(STATE + bg * 4 + 1) >= 1.0) | (tau <= 0.0)
-    wait_for_launch(PDL)  # what stands above no launch of this call writes
+    wait_for_launch(PDL)  # what is read above no launch of this call writes
+    _, all_refined = settings_of(ROWINFO, place, GP)
     count, taking = tl.load(TAKEN + place * 2), tl.load(TAKEN + place * 2 + 1)
     if segment >= taking:
         return
@@ -106,15 +106,15 @@ def refine(
             upper, lower, shift, mass, value_mass, square, value_square, k_most, seen_tiles, top = corrected(
                 KH, KL, KS, VH, VL, VS, MASK, BIAS, energies, HOT, HOT_PLACES, q_upper, q_lower, factor, cold_offset,
                 offset, origin, first, count, stride, top, counted, row_position, mask_rows, bias_rows, lo, hi,
-                mask_key, bias_key, softcap, 0.0, GROUP, GP, PACK, TOKENS, HALF_K, HP_K, HALF_V, HP_V, BN, TILE, CAUSAL, WINDOW,
-                SOFTCAP, HAS_MASK, KEY_MASK, HAS_BIAS, PAGED, ASM, False,
+                mask_key, bias_key, softcap, 0.0, GROUP, GP, PACK, TOKENS, HALF_K, HP_K, HALF_V, HP_V, BN, TILE,
+                CAUSAL, WINDOW, SOFTCAP, HAS_MASK, KEY_MASK, HAS_BIAS, PAGED, ASM, False,
             )  # fmt: skip
         else:
             upper, lower, shift, mass, value_mass, square, value_square, k_most, seen_tiles, top = corrected(
                 KH, KL, KS, VH, VL, VS, MASK, BIAS, energies, HOT, HOT_PLACES, q_upper, q_lower, factor, cold_offset,
                 offset, origin, first, count, stride, top, counted, row_position, mask_rows, bias_rows, lo, hi,
-                mask_key, bias_key, softcap, delta, GROUP, GP, PACK, TOKENS, HALF_K, HP_K, HALF_V, HP_V, BN, TILE, CAUSAL, WINDOW,
-                SOFTCAP, HAS_MASK, KEY_MASK, HAS_BIAS, PAGED, ASM, True,
+                mask_key, bias_key, softcap, delta, GROUP, GP, PACK, TOKENS, HALF_K, HP_K, HALF_V, HP_V, BN, TILE,
+                CAUSAL, WINDOW, SOFTCAP, HAS_MASK, KEY_MASK, HAS_BIAS, PAGED, ASM, True,
             )  # fmt: skip
     else:
         upper, lower, shift, mass, value_mass, square, value_square, k_most, seen_tiles, top = corrected(
