@@ -103,7 +103,10 @@ def _cpu_kernels() -> dict[str, Any]:
         detail = f"{reason}; decoding on a CPU runs the reference, which is slower than the model itself"
     else:
         found = ", ".join(cpu.instruction_sets())
-        detail = f"{cpu.instruction_set()} (this machine has {found}; LAMP_CPU=NAME takes another, LAMP_CPU=none none)"
+        detail = (
+            f"{cpu.instruction_set()}, {cpu.threads()} "
+            f"(this machine has {found}; LAMP_CPU=NAME takes another, LAMP_CPU=none none)"
+        )
     return {"name": "CPU kernels", "available": reason is None, "detail": detail}
 
 

@@ -89,6 +89,9 @@ def inference_only(out: Tensor, q: Tensor) -> Tensor:
 
 
 def _fused_attention(q: Tensor, *args: Any, **options: Any) -> Tensor:
+    again = kernels.attend_again(q, args, options)
+    if again is not None:
+        return again
     planes, hot, balance, seen = args[:6], args[6:11], args[11], args[12:]
     state, stats = hot[3:]
     if kernels.why_not_attend(q, planes, state, options) is None:

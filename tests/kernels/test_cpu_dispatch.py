@@ -101,6 +101,33 @@ def test_without_a_compiler_there_is_a_reason(monkeypatch):
 
 
 @pytest.mark.usefixtures("asked_anew")
+def test_on_windows_the_reason_names_the_compiler(monkeypatch):
+    without(monkeypatch)
+    pretend(monkeypatch, None)
+    monkeypatch.setattr("platform.system", lambda: "Windows")
+    assert "clang-cl" in str(kernels.why_not_device("cpu"))
+
+
+@pytest.mark.usefixtures("asked_anew")
+@pytest.mark.skipif(_library.path() is None, reason="the core is not compiled here")
+def test_threads_of_its_own_give_the_same_bits(monkeypatch):
+    """As on macOS and Windows, where torch's OpenMP runtime is not GCC's."""
+    without(monkeypatch)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        call = calls.make(batch=2, heads=8, kv_heads=4, keys=5000, share=0.2)
+        wanted = cpu.attend(*call.arguments(torch.device("cpu"))).out
+        monkeypatch.setattr(_library, "_gomp_parallel", lambda: None)
+        _library.load.cache_clear()
+        assert "of its own" in cpu.threads()
+        for _ in range(3):
+            assert torch.equal(cpu.attend(*call.arguments(torch.device("cpu"))).out, wanted)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("asked_anew")
 @pytest.mark.parametrize("content", [b"", b"no library", b"\x7fELF" + bytes(200)])
 def test_a_file_that_is_no_library_has_a_reason(content, monkeypatch, tmp_path):
     without(monkeypatch)

@@ -53,9 +53,25 @@ def sdist(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
     return build("sdist", tree(tmp_path_factory.mktemp("sdist"), root))
 
 
+REFUSES = """#!/bin/sh
+case " $* " in *openmp*) echo "unsupported option '-fopenmp'" >&2; exit 1;; esac
+exec {compiler} "$@"
+"""
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
-    return build("wheel", tree(tmp_path_factory.mktemp("wheel"), root))
+    """Built by a compiler without OpenMP, as Apple's is."""
+    folder = tmp_path_factory.mktemp("wheel")
+    environment = {}
+    for variable, names in (("CC", ("cc", "gcc")), ("CXX", ("c++", "g++"))):
+        compiler = next((found for name in names if (found := shutil.which(name))), None)
+        if compiler is None:
+            continue
+        (folder / variable).write_text(REFUSES.format(compiler=compiler), encoding="utf-8")
+        (folder / variable).chmod(0o755)
+        environment[variable] = str(folder / variable)
+    return build("wheel", tree(folder, root), **environment)
 
 
 @pytest.fixture(scope="module")

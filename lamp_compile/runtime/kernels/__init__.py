@@ -190,6 +190,14 @@ def attend(
         return decode.decode(q, planes, hot, balance, seen, options).out
 
 
+def attend_again(q: Tensor, args: tuple[Any, ...], options: Mapping[str, Any]) -> Tensor | None:
+    """``lamp::fused_attention`` where the call before it on these very planes was the same but for the numbers in the
+    query and the lengths; else None. ``args``: the tensors behind the query."""
+    if why_not_device("cpu") is not None:
+        return None
+    return cpu.attend_again(q, args, options)
+
+
 def attend_predicted(
     q: Tensor, planes: tuple[Tensor, ...], hot: tuple[Tensor, ...], seen: tuple[Tensor | None, ...],
     kept: tuple[Tensor, ...], weights: tuple[Tensor, ...], options: Mapping[str, Any],

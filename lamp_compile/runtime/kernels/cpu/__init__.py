@@ -16,11 +16,20 @@ from torch import Tensor
 
 from lamp_compile.errors import CacheError
 from lamp_compile.runtime import rotation
-from lamp_compile.runtime.kernels.cpu import _library
-from lamp_compile.runtime.kernels.cpu._library import instruction_set, instruction_sets
+from lamp_compile.runtime.kernels.cpu import _again, _library
+from lamp_compile.runtime.kernels.cpu._library import instruction_set, instruction_sets, threads
 from lamp_compile.runtime.kernels.result import Result
 
-__all__ = ["append", "attend", "instruction_set", "instruction_sets", "summarize", "why_not"]
+__all__ = [
+    "append",
+    "attend",
+    "attend_again",
+    "instruction_set",
+    "instruction_sets",
+    "summarize",
+    "threads",
+    "why_not",
+]
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 RULES = {"energy": 0, "lamp_strict": 1, "lamp_relaxed": 2}
@@ -89,6 +98,7 @@ def attend(
     Raises:
         MemoryError: None is left for scores; nothing was written.
     """
+    given, first_balance = q, balance
     q = q if q.stride(-1) == 1 else q.contiguous()
     tau, floor, budget = (_dense(x) for x in hot[:3])
     state, stats = hot[3:]
@@ -120,7 +130,12 @@ def attend(
         failed = _library.load().lamp_attend_predicted(_library.pointer(call), _library.pointer(gate))
     if failed:
         raise MemoryError(f"no memory for the scores of {heads // planes[0].shape[1]} x {options['keys']} keys")
+    if predicted is None and not details and q is given:
+        _again.keep(q, (*planes, *hot, first_balance, *seen), options, call, out)
     return Result(out, lse, certificate)
+
+
+attend_again = _again.attend
 
 
 def summarize(

@@ -120,7 +120,7 @@ def why_not() -> str | None:
     if wanted == "none":
         return f"{VARIABLE}=none"
     if path() is None:
-        return "the CPU kernels were not compiled when this package was installed (no C++ compiler?)"
+        return f"the CPU kernels were not compiled when this package was installed ({_compiler()})"
     try:
         core = load()
     except (OSError, AttributeError, RuntimeError) as error:
@@ -128,6 +128,20 @@ def why_not() -> str | None:
     if wanted and core.lamp_use(wanted.encode()) != 0:
         return f"{VARIABLE}={wanted}: this machine has {core.lamp_instruction_sets().decode()}"
     return None
+
+
+def _compiler() -> str:
+    """What may have been missing."""
+    if platform.system() == "Windows":
+        return "no clang-cl? Visual Studio has it as 'C++ Clang tools for Windows'"
+    return "no C++ compiler?"
+
+
+def threads() -> str:
+    """Whose threads the core runs on."""
+    if _gomp_parallel():
+        return "on torch's threads"
+    return "on threads of its own, started for every call: torch has another OpenMP runtime than GCC's"
 
 
 def instruction_set() -> str:

@@ -97,9 +97,9 @@ static void join_and_audit(Work &work) {
 
 static void work_through(Work &work) {
   const int64_t segments = segments_of(work);
-  for (int64_t s = 0; s < segments; s++) look_at_segment(work, s);
+  look_at_segments(work, 0, segments);
   join_and_audit(work);
-  for (int64_t s = 0; s < segments; s++) refine_segment(work, s);
+  refine_segments(work, 0, segments);
 }
 
 // Scores in the thousands: where every score comes from both planes at once, none moves.
@@ -127,13 +127,15 @@ static void open_piece(void *data, int64_t piece, int64_t) {
 static void look_task(void *data, int64_t task, int64_t) {
   const Plan &plan = *(const Plan *)data;
   Work &work = work_of(plan, task / plan.segments);
-  if (task % plan.segments < segments_of(work)) look_at_segment(work, task % plan.segments);
+  const int64_t segment = task % plan.segments;
+  if (segment < segments_of(work)) look_at_segments(work, segment, segment + 1);
 }
 static void join_piece(void *data, int64_t piece, int64_t) { join_and_audit(work_of(*(const Plan *)data, piece)); }
 static void refine_task(void *data, int64_t task, int64_t) {
   const Plan &plan = *(const Plan *)data;
   Work &work = work_of(plan, task / plan.segments);
-  if (task % plan.segments < segments_of(work)) refine_segment(work, task % plan.segments);
+  const int64_t segment = task % plan.segments;
+  if (segment < segments_of(work)) refine_segments(work, segment, segment + 1);
 }
 static void close_piece(void *data, int64_t piece, int64_t) {
   const Plan &plan = *(const Plan *)data;

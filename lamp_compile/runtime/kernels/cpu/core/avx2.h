@@ -20,8 +20,7 @@ LAMP_INLINE __m256i bytes_of(const uint8_t *at, int count) {
 }
 
 template <int ROWS>
-LAMP_INLINE void dots(const uint8_t *plane, const uint8_t *, int half, const int8_t *q, const int32_t *sum8,
-                      int32_t *out) {
+LAMP_INLINE void dots(const uint8_t *plane, int half, const int8_t *q, const int32_t *sum8, Feed &feed, int32_t *out) {
   constexpr int KEYS = 8 / ROWS;
   static_assert(2 * 2 * 15 * 127 * (PADDED / 32) < 32768, "products of a whole row fit into sixteen bits");
   const __m256i low = _mm256_set1_epi8(15), flip = _mm256_set1_epi8(8), ones = _mm256_set1_epi16(1);
@@ -30,8 +29,10 @@ LAMP_INLINE void dots(const uint8_t *plane, const uint8_t *, int half, const int
   const __m256i correction = _mm256_loadu_si256((const __m256i *)repeated);
   for (int j = 0; j < SUBTILE; j += KEYS) {
     __m256i acc[8];
+    const uint8_t *soon = take(feed, KEYS * half);
     for (int i = 0; i < KEYS; i++) {
       __m256i sum[ROWS];
+      for (int c = 0; c < half; c += 64) __builtin_prefetch(soon + i * half + c);
       for (int r = 0; r < ROWS; r++) sum[r] = _mm256_setzero_si256();
       for (int c = 0; c < half; c += 32) {
         const __m256i bytes = bytes_of(plane + (j + i) * half + c, half - c);
@@ -53,8 +54,8 @@ LAMP_INLINE void dots(const uint8_t *plane, const uint8_t *, int half, const int
 }
 
 template <int ROWS>
-LAMP_INLINE void values(const uint8_t *const *tiles, const uint8_t *const *, int count, int64_t stride, int half,
-                        const uint8_t *w, int32_t *out) {
+LAMP_INLINE void values(const uint8_t *const *tiles, int count, int64_t stride, int half, const uint8_t *w, Feed &feed,
+                        int32_t *out) {
   constexpr int MOST = 8;  // sub-tiles in one call
   static_assert(2 * 255 * 8 * MOST < 32768, "products of all sub-tiles fit into sixteen bits");
   const __m256i low = _mm256_set1_epi8(15), eight = _mm256_set1_epi8(8), ones = _mm256_set1_epi16(1);
@@ -64,7 +65,9 @@ LAMP_INLINE void values(const uint8_t *const *tiles, const uint8_t *const *, int
     for (int p = 0; p < channels; p++) {
       __m256i upper[ROWS], lower[ROWS];
       for (int r = 0; r < ROWS; r++) upper[r] = lower[r] = _mm256_setzero_si256();
+      const uint8_t *soon = p % 2 ? nullptr : take(feed, 64 * count);
       for (int t = 0; t < count; t++) {
+        if (soon) __builtin_prefetch(soon + 64 * t);
         const __m256i bytes = _mm256_loadu_si256((const __m256i *)(tiles[t] + (c + p) * stride));
         const __m256i high =
             _mm256_sub_epi8(_mm256_xor_si256(_mm256_and_si256(_mm256_srli_epi16(bytes, 4), low), eight), eight);

@@ -71,16 +71,16 @@ LAMP_INLINE void multiply_keys(const __m512i *nibbles, const int8_t *q, __m512i 
 
 // Whole blocks of 64 bytes a key: lanes become keys, four channels to each, and little is summed across them.
 template <int ROWS, int HALF, bool BOTH>
-LAMP_APART void dots_by_lane(const uint8_t *plane, const uint8_t *residual, const uint8_t *next, const int8_t *q,
-                             const int32_t *sum8, int32_t *out) {
+LAMP_APART void dots_by_lane(const uint8_t *plane, const uint8_t *residual, const int8_t *q, const int32_t *sum8,
+                             Feed &feed, int32_t *out) {
   const __m512i flip = _mm512_set1_epi8((char)0x88);
   for (int j = 0; j < SUBTILE; j += LANES) {
     __m512i sums[ROWS][4];
     for (int r = 0; r < ROWS; r++)
       for (int i = 0; i < 4; i++) sums[r][i] = _mm512_setzero_si512();
-    for (int i = 0; i < 16 && !BOTH; i++)
-      for (int first = 0; first < HALF; first += 64) __builtin_prefetch(next + (j + i) * HALF + first);
     for (int first = 0; first < HALF; first += 32) {
+      constexpr int SOON = (BOTH ? 16 : 8) * 64;
+      const uint8_t *soon = take(feed, SOON);
       // Taken out of the loop, the query's vectors would be spilled and read again.
       __asm__ volatile("" : "+r"(q), "+r"(plane), "+r"(residual));
       __m512i bytes[4][2], more[4][2], nibbles[4];
@@ -88,6 +88,7 @@ LAMP_APART void dots_by_lane(const uint8_t *plane, const uint8_t *residual, cons
       for (int i = 0; i < 4; i++) {
         sixteen_of_four<HALF>(plane + (j + i) * HALF + first, bytes[i]);
         if (BOTH) sixteen_of_four<HALF>(residual + (j + i) * HALF + first, more[i]);
+        for (int n = 0; n < SOON / 4; n += 64) __builtin_prefetch(soon + i * (SOON / 4) + n);
       }
 #pragma GCC unroll 2
       for (int b = 0; b < 2; b++) {
@@ -109,7 +110,7 @@ LAMP_APART void dots_by_lane(const uint8_t *plane, const uint8_t *residual, cons
 }
 
 template <int ROWS, int BLOCKS>
-LAMP_APART void dots_of(const uint8_t *plane, const uint8_t *next, int half, const int8_t *q, const int32_t *sum8,
+LAMP_APART void dots_of(const uint8_t *plane, int half, const int8_t *q, const int32_t *sum8, Feed &feed,
                         int32_t *out) {
   constexpr int KEYS = 16 / ROWS;
   const int left = half - 64 * (BLOCKS - 1);
@@ -124,13 +125,14 @@ LAMP_APART void dots_of(const uint8_t *plane, const uint8_t *next, int half, con
   const __m512i correction = _mm512_loadu_si512(repeated);
   for (int j = 0; j < SUBTILE; j += KEYS) {
     __m512i acc[16];
+    const uint8_t *soon = take(feed, KEYS * half);
 #pragma GCC unroll 16
     for (int i = 0; i < KEYS; i++) {
       __m512i sum[ROWS];
       for (int r = 0; r < ROWS; r++) sum[r] = _mm512_setzero_si512();
       for (int b = 0; b < BLOCKS; b++) {
         const uint8_t *at = plane + (j + i) * half + 64 * b;
-        __builtin_prefetch(next + (j + i) * half + 64 * b);
+        __builtin_prefetch(soon + i * half + 64 * b);
         const __m512i bytes = b == BLOCKS - 1 ? _mm512_maskz_loadu_epi8(tail, at) : _mm512_loadu_si512(at);
         const __m512i upper = upper_of(bytes), lower = lower_of(bytes);
         for (int r = 0; r < ROWS; r++) {
@@ -156,29 +158,28 @@ LAMP_APART void dots_of(const uint8_t *plane, const uint8_t *next, int half, con
 }
 
 template <int ROWS>
-LAMP_INLINE void dots(const uint8_t *plane, const uint8_t *next, int half, const int8_t *q, const int32_t *sum8,
-                      int32_t *out) {
+LAMP_INLINE void dots(const uint8_t *plane, int half, const int8_t *q, const int32_t *sum8, Feed &feed, int32_t *out) {
   if (ROWS > 1 && half == 64)
-    dots_by_lane<ROWS, 64, false>(plane, plane, next, q, sum8, out);
+    dots_by_lane<ROWS, 64, false>(plane, plane, q, sum8, feed, out);
   else if (ROWS > 1 && half == 128)
-    dots_by_lane<ROWS, 128, false>(plane, plane, next, q, sum8, out);
+    dots_by_lane<ROWS, 128, false>(plane, plane, q, sum8, feed, out);
   else if (half <= 64)
-    dots_of<ROWS, 1>(plane, next, half, q, sum8, out);
+    dots_of<ROWS, 1>(plane, half, q, sum8, feed, out);
   else
-    dots_of<ROWS, 2>(plane, next, half, q, sum8, out);
+    dots_of<ROWS, 2>(plane, half, q, sum8, feed, out);
 }
 
 #include "dots_by_parts.h"
 
 template <int ROWS>
 LAMP_INLINE void fine_dots(const uint8_t *high, const uint8_t *residual, int half, const int8_t *q, const int32_t *sum8,
-                           int32_t *out) {
+                           Feed &feed, int32_t *out) {
   if (ROWS > 1 && half == 64)
-    dots_by_lane<ROWS, 64, true>(high, residual, high, q, sum8, out);
+    dots_by_lane<ROWS, 64, true>(high, residual, q, sum8, feed, out);
   else if (ROWS > 1 && half == 128)
-    dots_by_lane<ROWS, 128, true>(high, residual, high, q, sum8, out);
+    dots_by_lane<ROWS, 128, true>(high, residual, q, sum8, feed, out);
   else
-    dots_by_parts<ROWS>(high, residual, half, q, sum8, out);
+    dots_by_parts<ROWS>(high, residual, half, q, sum8, feed, out);
 }
 
 // 64 bytes: 32 keys of two channels. In tiles of 32 keys they lie together.
@@ -221,18 +222,22 @@ LAMP_INLINE void all_channels(int64_t stride, int half, int32_t *out, Multiply m
   }
 }
 
+constexpr int MOST_TILES = 8;  // in one call
+
 // Two pairs of channels: 16 * nibble times the weights of every row.
 template <int ROWS, bool TOGETHER>
-LAMP_APART void values_of(const uint8_t *const *tiles, const uint8_t *const *next, int count, int64_t stride, int half,
-                          const uint8_t *w, int32_t *out) {
+LAMP_APART void values_of(const uint8_t *const *tiles, int count, int64_t stride, int half, const uint8_t *w,
+                          Feed &feed, int32_t *out) {
   all_channels<ROWS>(TOGETHER ? SUBTILE : stride, half, out,
                      [&](const int64_t *at, __m512i(*upper)[ROWS], __m512i(*lower)[ROWS]) LAMP_LAMBDA {
                        const __m512i mask = _mm512_set1_epi8((char)0xf0);
+                       const uint8_t *soon = take(feed, 128 * MOST_TILES);
+                       for (int t = 128 * count; t < 128 * MOST_TILES; t += 64) __builtin_prefetch(soon + t);
                        for (int t = 0; t < count; t++) {
                          __m512i high[2], low[2];
                          for (int i = 0; i < 2; i++) {
                            const __m512i bytes = two_channels<TOGETHER>(tiles[t] + at[i], stride);
-                           __builtin_prefetch(next[t] + at[i]);
+                           __builtin_prefetch(soon + 128 * t + 64 * i);
                            high[i] = _mm512_and_si512(bytes, mask);
                            low[i] = _mm512_and_si512(_mm512_slli_epi16(bytes, 4), mask);
                          }
@@ -249,24 +254,27 @@ LAMP_APART void values_of(const uint8_t *const *tiles, const uint8_t *const *nex
 }
 
 template <int ROWS>
-LAMP_INLINE void values(const uint8_t *const *tiles, const uint8_t *const *next, int count, int64_t stride, int half,
-                        const uint8_t *w, int32_t *out) {
+LAMP_INLINE void values(const uint8_t *const *tiles, int count, int64_t stride, int half, const uint8_t *w, Feed &feed,
+                        int32_t *out) {
   if (stride == SUBTILE)
-    values_of<ROWS, true>(tiles, next, count, stride, half, w, out);
+    values_of<ROWS, true>(tiles, count, stride, half, w, feed, out);
   else
-    values_of<ROWS, false>(tiles, next, count, stride, half, w, out);
+    values_of<ROWS, false>(tiles, count, stride, half, w, feed, out);
 }
 
 // Both planes of two channels: 16 times the high nibble and the residual one, plus 8, times both bytes of the weights
 // of every row.
 template <int ROWS, bool TOGETHER>
 LAMP_INLINE void multiply_fine(const uint8_t *const *high, const uint8_t *const *residual, int count, int64_t at,
-                               int64_t stride, const uint8_t *w_upper, const uint8_t *w_lower, __m512i *upper,
-                               __m512i *lower) {
+                               int64_t stride, const uint8_t *w_upper, const uint8_t *w_lower, Feeds &feeds,
+                               __m512i *upper, __m512i *lower) {
   const __m512i flip = _mm512_set1_epi8(8);
   __m512i fine_upper[ROWS], fine_lower[ROWS];
   for (int r = 0; r < ROWS; r++) fine_upper[r] = fine_lower[r] = _mm512_setzero_si512();
+  const uint8_t *soon = take(feeds.values, 64 * count), *refined = take(feeds.refined, 64 * count);
   for (int t = 0; t < count; t++) {
+    __builtin_prefetch(soon + 64 * t);
+    __builtin_prefetch(refined + 64 * t);
     const __m512i coarse = two_channels<TOGETHER>(high[t] + at, stride);
     const __m512i fine = two_channels<TOGETHER>(residual[t] + at, stride);
     const __m512i above = _mm512_xor_si512(upper_of(coarse, fine), flip);
@@ -305,13 +313,13 @@ LAMP_INLINE int32_t surplus_of(const uint8_t *w_upper, const uint8_t *w_lower, i
 
 template <int ROWS, bool TOGETHER>
 LAMP_APART void fine_values_of(const uint8_t *const *high, const uint8_t *const *residual, int count, int64_t stride,
-                               int half, const uint8_t *w_upper, const uint8_t *w_lower, int32_t *out) {
+                               int half, const uint8_t *w_upper, const uint8_t *w_lower, Feeds &feeds, int32_t *out) {
   all_channels<ROWS>(TOGETHER ? SUBTILE : stride, half, out,
                      [&](const int64_t *at, __m512i(*upper)[ROWS], __m512i(*lower)[ROWS]) LAMP_LAMBDA {
 #pragma GCC unroll 2
                        for (int i = 0; i < 2; i++)
-                         multiply_fine<ROWS, TOGETHER>(high, residual, count, at[i], stride, w_upper, w_lower, upper[i],
-                                                       lower[i]);
+                         multiply_fine<ROWS, TOGETHER>(high, residual, count, at[i], stride, w_upper, w_lower, feeds,
+                                                       upper[i], lower[i]);
                      });
   for (int r = 0; r < ROWS; r++) {
     const int32_t surplus = surplus_of<ROWS>(w_upper, w_lower, count, r);
@@ -322,11 +330,12 @@ LAMP_APART void fine_values_of(const uint8_t *const *high, const uint8_t *const 
 constexpr bool WEIGHTS_OF_EIGHT_BITS = false;  // fine_values takes 16 bits of weight for both planes
 template <int ROWS>
 LAMP_INLINE void fine_values(const uint8_t *const *high, const uint8_t *const *residual, int count, int64_t stride,
-                             int half, const uint8_t *w_upper, const uint8_t *w_lower, const uint8_t *, int32_t *out) {
+                             int half, const uint8_t *w_upper, const uint8_t *w_lower, const uint8_t *, Feeds &feeds,
+                             int32_t *out) {
   if (stride == SUBTILE)
-    fine_values_of<ROWS, true>(high, residual, count, stride, half, w_upper, w_lower, out);
+    fine_values_of<ROWS, true>(high, residual, count, stride, half, w_upper, w_lower, feeds, out);
   else
-    fine_values_of<ROWS, false>(high, residual, count, stride, half, w_upper, w_lower, out);
+    fine_values_of<ROWS, false>(high, residual, count, stride, half, w_upper, w_lower, feeds, out);
 }
 
 LAMP_INLINE Vf halves(const uint16_t *from) { return (Vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from)); }

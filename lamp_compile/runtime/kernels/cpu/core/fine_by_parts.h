@@ -3,8 +3,8 @@
 
 template <int ROWS>
 LAMP_INLINE void fine_dots(const uint8_t *high, const uint8_t *residual, int half, const int8_t *q, const int32_t *sum8,
-                           int32_t *out) {
-  dots_by_parts<ROWS>(high, residual, half, q, sum8, out);
+                           Feed &feed, int32_t *out) {
+  dots_by_parts<ROWS>(high, residual, half, q, sum8, feed, out);
 }
 
 constexpr bool WEIGHTS_OF_EIGHT_BITS = true;
@@ -12,11 +12,11 @@ constexpr bool WEIGHTS_OF_EIGHT_BITS = true;
 template <int ROWS>
 LAMP_INLINE void fine_values(const uint8_t *const *high, const uint8_t *const *residual, int count, int64_t stride,
                              int half, const uint8_t *w_upper, const uint8_t *w_lower, const uint8_t *w_eight,
-                             int32_t *out) {
+                             Feeds &feeds, int32_t *out) {
   int32_t part[ROWS * MOST_DIM];
-  values<ROWS>(high, high, count, stride, half, w_upper, out);
-  values<ROWS>(residual, residual, count, stride, half, w_eight, part);
+  values<ROWS>(high, count, stride, half, w_upper, feeds.values, out);
+  values<ROWS>(residual, count, stride, half, w_eight, feeds.refined, part);
   for (int i = 0; i < ROWS * 2 * half; i++) out[i] = out[i] * 16 + part[i];
-  values<ROWS>(high, high, count, stride, half, w_lower, part);
+  values<ROWS>(high, count, stride, half, w_lower, feeds.refined, part);
   for (int i = 0; i < ROWS * 2 * half; i++) out[i] = out[i] * 16 + part[i];
 }

@@ -41,6 +41,11 @@ enum {
   SUMS
 };
 
+// Whether scores of a sub-tile are from both planes in the first pass.
+LAMP_INLINE bool final_at_once(const Work &work, int64_t j) {
+  return work.level >= 1 || (work.hot && work.hot[j / SUBTILE]);
+}
+
 LAMP_INLINE Vf scores(const LampAttend &call, const Rows &rows, int r, Vf products, Vf scale) {
   Vf y = products * scale * splat(rows.coefficient[r]);
   return call.softcap != 0 ? soft_cap(y, call.softcap) : y;
@@ -48,17 +53,17 @@ LAMP_INLINE Vf scores(const LampAttend &call, const Rows &rows, int r, Vf produc
 
 // Scores of 32 keys and up to four rows. PLAIN: nothing is added to them, and no cap bends them.
 template <int ROWS, bool PLAIN>
-LAMP_APART void look_at_subtile(Work &work, int r0, int64_t j, const uint8_t *plane, const uint8_t *next,
-                                const uint8_t *residual, const Vf *scale, Vf *most) {
+LAMP_APART void look_at_subtile(Work &work, int r0, int64_t j, const uint8_t *plane, const uint8_t *residual,
+                                const Vf *scale, Feed &feed, Vf *most) {
   const LampAttend &call = *work.call;
   const Rows &rows = work.rows;
-  const bool both = work.level >= 1 || (work.hot && work.hot[j / SUBTILE]);  // the scores are final at once
+  const bool both = final_at_once(work, j);
   const int64_t key = key_of(work, j);
   int32_t products[ROWS * SUBTILE];
   if (both)
-    fine_dots<ROWS>(plane, residual, (int)call.planes.half_k, rows.q[r0], rows.sum8 + r0, products);
+    fine_dots<ROWS>(plane, residual, (int)call.planes.half_k, rows.q[r0], rows.sum8 + r0, feed, products);
   else
-    dots<ROWS>(plane, next, (int)call.planes.half_k, rows.q[r0], rows.sum8 + r0, products);
+    dots<ROWS>(plane, (int)call.planes.half_k, rows.q[r0], rows.sum8 + r0, feed, products);
   uint8_t *alive = work.alive + (j - rows.from) / SUBTILE * rows.tokens;
   uint32_t seen = 0;
   for (int i = 0, known = -1; i < ROWS && r0 + i < rows.count; i++) {
@@ -134,17 +139,32 @@ LAMP_APART void weigh_chunk(Work &work, int64_t chunk, int64_t keys, int r, floa
 
 constexpr int AHEAD = 4 * SUBTILE;  // keys from now that are asked for
 
+// What the first pass reads of the sub-tile at j; behind the last one, values that the second pass begins with.
+LAMP_INLINE void ask_ahead(const Work &work, int64_t j, Feed &feed) {
+  const LampPlanes &planes = work.call->planes;
+  const Rows &rows = work.rows;
+  const bool keys = j < rows.to;
+  if (!keys) j = rows.from + (j - rows.to) / SUBTILE * SUBTILE;
+  const Place place = place_of(planes, rows.b, rows.g, key_of(work, j < rows.to ? j : rows.from));
+  clear(feed, &feed);
+  if (keys) {
+    fetch(planes.k_scale + scale_at(planes, place), 2 * SUBTILE);
+    push(feed, planes.k_high + key_at(planes, place), SUBTILE * planes.half_k);
+    if (final_at_once(work, j)) push(feed, planes.k_residual + key_at(planes, place), SUBTILE * planes.half_k);
+  } else {
+    push(feed, planes.v_high + value_at(planes, place), SUBTILE * planes.half_v);
+  }
+}
+
 // Scores of the keys from `first` to `end`, of one chunk, and the largest of each row.
 template <bool PLAIN>
-LAMP_INLINE void look_at_chunk(Work &work, int64_t first, int64_t end, Vf *most) {
+LAMP_INLINE void look_at_chunk(Work &work, int64_t first, int64_t end, Feed &feed, Vf *most) {
   const LampAttend &call = *work.call;
   const Rows &rows = work.rows;
   for (int64_t j = first; j < end; j += SUBTILE) {
     const Place place = place_of(call.planes, rows.b, rows.g, key_of(work, j));
-    const Place ahead = place_of(call.planes, rows.b, rows.g, key_of(work, j + AHEAD < rows.to ? j + AHEAD : j));
     const uint8_t *plane = call.planes.k_high + key_at(call.planes, place);
-    const uint8_t *next = call.planes.k_high + key_at(call.planes, ahead);
-    fetch(call.planes.k_scale + scale_at(call.planes, ahead), 2 * SUBTILE);
+    ask_ahead(work, j + AHEAD, feed);
     const uint8_t *residual = call.planes.k_residual + key_at(call.planes, place);
     Vf scale[2];
     for (int h = 0; h < 2; h++) {
@@ -153,33 +173,34 @@ LAMP_INLINE void look_at_chunk(Work &work, int64_t first, int64_t end, Vf *most)
     }
     for (int r = 0; r < rows.count;) switch (block_rows(rows.count - r)) {
         case 4:
-          look_at_subtile<4, PLAIN>(work, r, j, plane, next, residual, scale, most);
+          look_at_subtile<4, PLAIN>(work, r, j, plane, residual, scale, feed, most);
           r += 4;
           break;
         case 2:
-          look_at_subtile<2, PLAIN>(work, r, j, plane, next, residual, scale, most);
+          look_at_subtile<2, PLAIN>(work, r, j, plane, residual, scale, feed, most);
           r += 2;
           break;
         default:
-          look_at_subtile<1, PLAIN>(work, r, j, plane, next, residual, scale, most);
+          look_at_subtile<1, PLAIN>(work, r, j, plane, residual, scale, feed, most);
           r += 1;
       }
   }
 }
 
-static void look_at_segment(Work &work, int64_t segment) {
+static void look_at_segments(Work &work, int64_t begin, int64_t last) {
   const LampAttend &call = *work.call;
   const Rows &rows = work.rows;
-  const int64_t begin = rows.from + segment * SEGMENT;
-  for (int64_t first = begin; first < begin + SEGMENT && first < rows.to; first += CHUNK) {
+  Feed feed;
+  for (int64_t first = rows.from + begin * SEGMENT; first < rows.from + last * SEGMENT && first < rows.to;
+       first += CHUNK) {
     const int64_t end = first + CHUNK < rows.to ? first + CHUNK : rows.to;
     const int64_t chunk = (first - rows.from) / CHUNK;
     Vf most[MOST_ROWS];
     for (int r = 0; r < rows.count; r++) most[r] = splat(-__builtin_inff());
     if (call.bias || call.softcap != 0)
-      look_at_chunk<false>(work, first, end, most);
+      look_at_chunk<false>(work, first, end, feed, most);
     else
-      look_at_chunk<true>(work, first, end, most);
+      look_at_chunk<true>(work, first, end, feed, most);
     for (int r = 0; r < rows.count; r++) {
       if (call.rule == LAMP_ENERGY)
         weigh_chunk<true>(work, chunk, end - first, r, largest(most[r]));

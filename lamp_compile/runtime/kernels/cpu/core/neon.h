@@ -17,8 +17,10 @@ LAMP_INLINE int32x4_t sums_of_4(int32x4_t a, int32x4_t b, int32x4_t c, int32x4_t
 }
 
 template <int ROWS>
-LAMP_INLINE void dots(const uint8_t *plane, const uint8_t *, int half, const int8_t *q, const int32_t *, int32_t *out) {
+LAMP_INLINE void dots(const uint8_t *plane, int half, const int8_t *q, const int32_t *, Feed &feed, int32_t *out) {
   for (int j = 0; j < SUBTILE; j += 4) {
+    const uint8_t *soon = take(feed, 4 * half);
+    for (int i = 0; i < 4 * half; i += 64) __builtin_prefetch(soon + i);
     int32x4_t sum[ROWS][4];
     for (int r = 0; r < ROWS; r++)
       for (int i = 0; i < 4; i++) sum[r][i] = vdupq_n_s32(0);
@@ -38,8 +40,8 @@ LAMP_INLINE void dots(const uint8_t *plane, const uint8_t *, int half, const int
 }
 
 template <int ROWS>
-LAMP_INLINE void values(const uint8_t *const *tiles, const uint8_t *const *, int count, int64_t stride, int half,
-                        const uint8_t *w, int32_t *out) {
+LAMP_INLINE void values(const uint8_t *const *tiles, int count, int64_t stride, int half, const uint8_t *w, Feed &feed,
+                        int32_t *out) {
   // Weights go up to 255 and the dot product is signed: w = (w - 128) + 128.
   const uint8x16_t top = vdupq_n_u8(0x80);
   const int8x16_t ones = vdupq_n_s8(1);
@@ -50,7 +52,9 @@ LAMP_INLINE void values(const uint8_t *const *tiles, const uint8_t *const *, int
       for (int r = 0; r < ROWS; r++) sums[r][0][p] = sums[r][1][p] = vdupq_n_s32(0);
       mean[0][p] = mean[1][p] = vdupq_n_s32(0);
       if (p >= channels) continue;
-      for (int t = 0; t < count; t++)
+      const uint8_t *soon = p % 2 ? nullptr : take(feed, 64 * count);
+      for (int t = 0; t < count; t++) {
+        if (soon) __builtin_prefetch(soon + 64 * t);
         for (int part = 0; part < 2; part++) {
           const uint8x16_t bytes = vld1q_u8(tiles[t] + (c + p) * stride + 16 * part);
           const int8x16_t upper = upper16(bytes), lower = lower16(bytes);
@@ -63,6 +67,7 @@ LAMP_INLINE void values(const uint8_t *const *tiles, const uint8_t *const *, int
             sums[r][1][p] = vdotq_s32(sums[r][1][p], weight, lower);
           }
         }
+      }
     }
     for (int r = 0; r < ROWS; r++)
       for (int part = 0; part < 2; part++) {

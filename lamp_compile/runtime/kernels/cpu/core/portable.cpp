@@ -1,4 +1,8 @@
 // Any machine.
+#if defined(__AVX512F__)
+#include <immintrin.h>  // where it is compiled for the very machine it is compiled on
+#endif
+
 #include "table.h"
 
 namespace lamp_portable_kernels {

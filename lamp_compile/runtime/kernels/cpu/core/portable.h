@@ -6,14 +6,14 @@
 // fine_values: out[r][c] = (256 * w_upper + w_lower) * (16 * high + residual), summed alike: fits into 32 bits for
 //         up to 8 tiles, because the high plane holds -7 to 7. Where WEIGHTS_OF_EIGHT_BITS, the residual plane is
 //         multiplied by 256 * w_eight.
-// next: what a call soon will read in the same way, so that it can be asked for in passing.
+// feed: what will be read soon, which may be asked for in passing.
 // q is [rows][2][PADDED] with zeros behind the channels, w [tiles][rows][32], nibbles are -8 to 7.
 
 LAMP_INLINE int upper_nibble(uint8_t b) { return (int8_t)b >> 4; }
 LAMP_INLINE int lower_nibble(uint8_t b) { return (int8_t)(b << 4) >> 4; }
 
 template <int ROWS>
-LAMP_INLINE void dots(const uint8_t *plane, const uint8_t *, int half, const int8_t *q, const int32_t *, int32_t *out) {
+LAMP_INLINE void dots(const uint8_t *plane, int half, const int8_t *q, const int32_t *, Feed &, int32_t *out) {
   for (int j = 0; j < SUBTILE; j++)
     for (int r = 0; r < ROWS; r++) {
       const int8_t *upper = q + r * 2 * PADDED, *lower = upper + PADDED;
@@ -27,8 +27,8 @@ LAMP_INLINE void dots(const uint8_t *plane, const uint8_t *, int half, const int
 }
 
 template <int ROWS>
-LAMP_INLINE void values(const uint8_t *const *tiles, const uint8_t *const *, int count, int64_t stride, int half,
-                        const uint8_t *w, int32_t *out) {
+LAMP_INLINE void values(const uint8_t *const *tiles, int count, int64_t stride, int half, const uint8_t *w, Feed &,
+                        int32_t *out) {
   for (int r = 0; r < ROWS; r++)
     for (int c = 0; c < half; c++) {
       int32_t upper = 0, lower = 0;

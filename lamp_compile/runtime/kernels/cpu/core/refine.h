@@ -15,8 +15,8 @@ LAMP_APART void add_to(const Work &work, int r0, const float *step, const int32_
 
 // Weights of 8 bits on the high plane, relative to the largest.
 template <int ROWS>
-LAMP_APART void add_cold(const Work &work, const Run &run, const Block &block, const Cold &cold, int r0,
-                         const uint8_t *const *next, float *const *outputs) {
+LAMP_APART void add_cold(const Work &work, const Run &run, const Block &block, const Cold &cold, int r0, Feed &feed,
+                         float *const *outputs) {
   uint8_t w[RUN * ROWS * SUBTILE];
   float step[ROWS];
   const uint8_t *high[RUN];
@@ -32,26 +32,33 @@ LAMP_APART void add_cold(const Work &work, const Run &run, const Block &block, c
   }
   const int half = (int)work.call->planes.half_v;
   int32_t found[ROWS * MOST_DIM];
-  values<ROWS>(high, next, block.cold_count, work.call->planes.tile, half, w, found);
+  values<ROWS>(high, block.cold_count, work.call->planes.tile, half, w, feed, found);
   add_to<ROWS>(work, r0, step, found, outputs);
 }
 
 // Refined sub-tiles: weights of 16 bits.
 template <int ROWS>
-static void add_hot(const Work &work, Hot &hot, int r0, float *const *outputs) {
+static void add_hot(const Work &work, Hot &hot, int r0, Feeds &feeds, float *const *outputs, Vf (*sums)[KEY_SUMS]) {
   if (!hot.count) return;
+  const int half = (int)work.call->planes.half_v;
   uint8_t upper[RUN * ROWS * SUBTILE], lower[RUN * ROWS * SUBTILE], eight[RUN * ROWS * SUBTILE];
-  float step[ROWS];
+  float step[ROWS], weight[ROWS][RUN_KEYS];
   Vf inverse[ROWS];
   for (int i = 0; i < ROWS; i++) {
-    step[i] = hot.most[i] / 65280.0f;  // 255 * 256
-    inverse[i] = splat(hot.most[i] > 0 ? 65280.0f / hot.most[i] : 0.0f);
+    const int r = r0 + i;
+    float most = 0;
+    if (r < work.rows.count)
+      most = weigh_hot(work, hot, i, r, weight[i], sums[r], outputs[i][2 * half + POISON]);
+    else
+      __builtin_memset(weight[i], 0, sizeof weight[i]);  // a row that fills up the block
+    step[i] = most / 65280.0f;                           // 255 * 256
+    inverse[i] = splat(most > 0 ? 65280.0f / most : 0.0f);
   }
   for (int n = 0; n < hot.count; n++)
     for (int h = 0; h < 2; h++) {
       const Vf cut = dither(hot.key[n] + h * LANES);
       for (int i = 0; i < ROWS; i++) {
-        const Vf x = smaller(load(hot.weight[i] + n * SUBTILE + h * LANES) * inverse[i], splat(65280.0f));
+        const Vf x = smaller(load(weight[i] + n * SUBTILE + h * LANES) * inverse[i], splat(65280.0f));
         const Vi fine = __builtin_convertvector(x + cut, Vi);
         const int at = (n * ROWS + i) * SUBTILE + h * LANES;
         as_bytes(fine >> 8, upper + at);
@@ -60,12 +67,10 @@ static void add_hot(const Work &work, Hot &hot, int r0, float *const *outputs) {
           as_bytes(__builtin_convertvector(smaller(x * splat(1.0f / 256.0f) + cut, splat(255.0f)), Vi), eight + at);
       }
     }
-  const int half = (int)work.call->planes.half_v;
   int32_t found[ROWS * MOST_DIM];
-  fine_values<ROWS>(hot.high, hot.residual, hot.count, work.call->planes.tile, half, upper, lower, eight, found);
+  fine_values<ROWS>(hot.high, hot.residual, hot.count, work.call->planes.tile, half, upper, lower, eight, feeds, found);
   add_to<ROWS>(work, r0, step, found, outputs);
   hot.count = 0;
-  for (int i = 0; i < 4; i++) hot.most[i] = 0;
 }
 
 template <int ROWS>
@@ -75,106 +80,116 @@ LAMP_INLINE void outputs_of(const Work &work, int r0, float *partial, float **ou
 }
 
 template <int ROWS>
-LAMP_INLINE void refine_rows(const Work &work, const Run &run, int r0, const uint8_t *const *next, float *partial,
-                             Hot &hot, Vf (*sums)[KEY_SUMS]) {
+LAMP_INLINE void refine_rows(const Work &work, const Run &run, int r0, Feeds &feeds, float *partial, Hot &hot,
+                             Vf (*sums)[KEY_SUMS]) {
   const int value_dim = 2 * (int)work.call->planes.half_v;
   float *outputs[ROWS];
-  float differences[RUN * 4 * SUBTILE];
   Block block;
-  Cold cold;
   outputs_of<ROWS>(work, r0, partial, outputs);
   sort_subtiles<ROWS>(work, run, r0, block);
-  if (hot.count + block.hot_count > RUN) add_hot<ROWS>(work, hot, r0, outputs);
-  if (!settled(work))
-    for (int n = 0; n < block.hot_count; n++)
-      score_differences<ROWS>(work, run, block.hot[n], r0, differences + n * 4 * SUBTILE);
+  if (hot.count + block.hot_count > RUN) add_hot<ROWS>(work, hot, r0, feeds, outputs, sums);
+  for (int n = 0; n < block.hot_count; n++) gather<ROWS>(work, run, block, block.hot[n], r0, feeds.refined, hot);
+  if (!block.cold_count) return;
+  Cold cold;
   for (int i = 0; i < ROWS; i++) {
     const int r = r0 + i;
-    if (r < work.rows.count) {
-      float &poison = outputs[i][value_dim + POISON];
-      if (block.cold_count && !block.mixed && !run.any_spoilt)
-        weigh_cold<true>(work, run, block, i, r, cold, sums[r], poison);
-      else if (block.cold_count)
-        weigh_cold<false>(work, run, block, i, r, cold, sums[r], poison);
-      if (block.hot_count) weigh_hot(work, run, block, i, r, differences, hot, sums[r], poison);
+    if (r >= work.rows.count) {  // a row that fills up the block
+      __builtin_memset(cold.weight[i], 0, sizeof cold.weight[i]);
+      cold.most[i] = 0;
       continue;
     }
-    // A row that fills up the block.
-    __builtin_memset(cold.weight[i], 0, sizeof cold.weight[i]);
-    __builtin_memset(hot.weight[i], 0, sizeof hot.weight[i]);
-    cold.most[i] = 0;
+    float &poison = outputs[i][value_dim + POISON];
+    if (!block.mixed && !run.any_spoilt)
+      weigh_cold<true>(work, run, block, i, r, cold, feeds.refined, sums[r], poison);
+    else
+      weigh_cold<false>(work, run, block, i, r, cold, feeds.refined, sums[r], poison);
   }
-  for (int n = 0; n < block.hot_count; n++) {
-    const int t = block.hot[n];
-    hot.high[hot.count] = run.v_high[t];
-    hot.residual[hot.count] = run.v_residual[t];
-    hot.key[hot.count++] = run.first + t * SUBTILE;
-  }
-  if (block.cold_count) add_cold<ROWS>(work, run, block, cold, r0, next, outputs);
+  add_cold<ROWS>(work, run, block, cold, r0, feeds.values, outputs);
 }
 
 // What is left of refined sub-tiles at the end of a segment.
 template <int ROWS>
-LAMP_INLINE void close_rows(const Work &work, int r0, float *partial, Hot &hot) {
+LAMP_INLINE void close_rows(const Work &work, int r0, Feeds &feeds, float *partial, Hot &hot, Vf (*sums)[KEY_SUMS]) {
   float *outputs[ROWS];
   outputs_of<ROWS>(work, r0, partial, outputs);
-  add_hot<ROWS>(work, hot, r0, outputs);
+  add_hot<ROWS>(work, hot, r0, feeds, outputs, sums);
 }
 
-static void refine_segment(Work &work, int64_t segment) {
-  const Rows &rows = work.rows;
-  const int width = 2 * (int)work.call->planes.half_v + SUMS;
-  float *partial = work.partial + segment * rows.count * width;
-  __builtin_memset(partial, 0, sizeof(float) * rows.count * width);
-  const int64_t begin = rows.from + segment * SEGMENT;
-  const int64_t end = begin + SEGMENT < rows.to ? begin + SEGMENT : rows.to;
-  Run runs[2];  // one is worked on while the residual planes of the next are on their way
+// What is carried from run to run of a segment.
+struct Carried {
   Hot hot[MOST_ROWS / 4];
-  for (int r = 0; r < rows.count; r += 4) {
-    hot[r / 4].count = 0;
-    for (int i = 0; i < 4; i++) hot[r / 4].most[i] = 0;
-  }
   Vf sums[MOST_ROWS][KEY_SUMS];
+};
+
+LAMP_INLINE void clear(const Rows &rows, Carried &carried) {
+  for (int r = 0; r < rows.count; r += 4) carried.hot[r / 4].count = 0;
   for (int r = 0; r < rows.count; r++)
-    for (int i = 0; i < KEY_SUMS; i++) sums[r][i] = splat(0.0f);
-  int64_t opened = begin;
-  for (int64_t first = begin; first < end; first += RUN_KEYS) {
-    for (; opened < end && opened <= first + RUN_KEYS; opened += RUN_KEYS) {
-      Run &next = runs[(opened - begin) / RUN_KEYS % 2];
-      open_run(work, opened, end, next);
-      decide(work, next, partial);
-    }
-    Run &run = runs[(first - begin) / RUN_KEYS % 2];
-    const Run &after = first + RUN_KEYS < end ? runs[(first - begin) / RUN_KEYS % 2 ^ 1] : run;
-    const uint8_t *next[RUN];
-    for (int t = 0; t < RUN; t++) next[t] = after.v_high[t < after.count ? t : 0];
-    for (int r = 0; r < rows.count;) switch (block_rows(rows.count - r)) {
-        case 4:
-          refine_rows<4>(work, run, r, next, partial, hot[r / 4], sums);
-          r += 4;
-          break;
-        case 2:
-          refine_rows<2>(work, run, r, next, partial, hot[r / 4], sums);
-          r += 2;
-          break;
-        default:
-          refine_rows<1>(work, run, r, next, partial, hot[r / 4], sums);
-          r += 1;
-      }
-  }
-  for (int r = 0; r < rows.count;) switch (block_rows(rows.count - r)) {
+    for (int i = 0; i < KEY_SUMS; i++) carried.sums[r][i] = splat(0.0f);
+}
+
+LAMP_INLINE void refine_run(const Work &work, const Run &run, Feeds &feeds, float *partial, Carried &carried) {
+  for (int r = 0; r < work.rows.count;) switch (block_rows(work.rows.count - r)) {
       case 4:
-        close_rows<4>(work, r, partial, hot[r / 4]);
+        refine_rows<4>(work, run, r, feeds, partial, carried.hot[r / 4], carried.sums);
         r += 4;
         break;
       case 2:
-        close_rows<2>(work, r, partial, hot[r / 4]);
+        refine_rows<2>(work, run, r, feeds, partial, carried.hot[r / 4], carried.sums);
         r += 2;
         break;
       default:
-        close_rows<1>(work, r, partial, hot[r / 4]);
+        refine_rows<1>(work, run, r, feeds, partial, carried.hot[r / 4], carried.sums);
+        r += 1;
+    }
+}
+
+LAMP_INLINE void close_segment(const Work &work, Feeds &feeds, float *partial, Carried &carried) {
+  const Rows &rows = work.rows;
+  const int width = 2 * (int)work.call->planes.half_v + SUMS;
+  for (int r = 0; r < rows.count;) switch (block_rows(rows.count - r)) {
+      case 4:
+        close_rows<4>(work, r, feeds, partial, carried.hot[r / 4], carried.sums);
+        r += 4;
+        break;
+      case 2:
+        close_rows<2>(work, r, feeds, partial, carried.hot[r / 4], carried.sums);
+        r += 2;
+        break;
+      default:
+        close_rows<1>(work, r, feeds, partial, carried.hot[r / 4], carried.sums);
         r += 1;
     }
   for (int r = 0; r < rows.count; r++)
-    for (int i = 0; i < KEY_SUMS; i++) partial[r * width + width - SUMS + i] = total(sums[r][i]);
+    for (int i = 0; i < KEY_SUMS; i++) partial[r * width + width - SUMS + i] = total(carried.sums[r][i]);
+}
+
+// Segments from `first` to before `last`, each with a partial result of its own.
+static void refine_segments(Work &work, int64_t first, int64_t last) {
+  const Rows &rows = work.rows;
+  const int64_t width = 2 * work.call->planes.half_v + SUMS, size = rows.count * width;
+  const int64_t begin = rows.from + first * SEGMENT;
+  const int64_t end = rows.from + last * SEGMENT < rows.to ? rows.from + last * SEGMENT : rows.to;
+  __builtin_memset(work.partial + first * size, 0, sizeof(float) * size * (last - first));
+  Run runs[2];  // one is worked on while what the next one reads is on its way
+  Carried carried;
+  Feeds feeds;
+  clear(feeds.refined, &feeds);
+  for (int64_t j = begin; j < end; j += RUN_KEYS) {
+    const int64_t segment = (j - rows.from) / SEGMENT, after = j + RUN_KEYS;
+    const int now = (int)(j / RUN_KEYS % 2);
+    float *partial = work.partial + segment * size;
+    if ((j - rows.from) % SEGMENT == 0) clear(rows, carried);
+    if (j == begin) {
+      open_run(work, j, end, runs[now]);
+      decide(work, runs[now], partial);
+    }
+    clear(feeds.values, &feeds);
+    if (after < end) {
+      open_run(work, after, end, runs[now ^ 1]);
+      decide(work, runs[now ^ 1], work.partial + (after - rows.from) / SEGMENT * size);
+      ask_for(work, runs[now ^ 1], feeds);
+    }
+    refine_run(work, runs[now], feeds, partial, carried);
+    if (after >= end || (after - rows.from) % SEGMENT == 0) close_segment(work, feeds, partial, carried);
+  }
 }

@@ -12,25 +12,25 @@ LAMP_INLINE Vf dither(int64_t key) {
   return x - floats(__builtin_convertvector(x, Vi));
 }
 
+// What all rows share of 32 keys: the scales of values, and squares of scales.
+struct Scales {
+  Vf v[2], k_square[2], v_square[2];
+};
+
 // What all rows share of one run of sub-tiles.
 struct Run {
   int64_t first;  // key
   int count;      // sub-tiles
   const uint8_t *k_high[RUN], *k_residual[RUN], *v_high[RUN], *v_residual[RUN];
-  Vf k_scale[RUN][2], v_scale[RUN][2];
-  Vf k_square[RUN][2], v_square[RUN][2];  // of the scales
-  Vf cut[RUN][2];                         // where weights are cut
-  uint32_t v_spoilt[RUN];                 // keys whose value has no finite scale
+  Vf k_scale[RUN][2];
+  Scales scales[RUN];
+  Vf cut[RUN][2];          // where weights are cut
+  uint32_t v_spoilt[RUN];  // keys whose value has no finite scale
   bool any_spoilt;
   float factor[MOST_ROWS];                              // from the chunk's weights to the row's
   bool alive[RUN][MOST_ROWS], hot_for[RUN][MOST_ROWS];  // by token
+  bool hot[RUN];                                        // for any token
 };
-
-// Ask for 32 keys of a plane of values.
-LAMP_INLINE void fetch_values(const LampPlanes &planes, const uint8_t *plane) {
-  if (planes.tile == SUBTILE) return fetch(plane, SUBTILE * planes.half_v);
-  for (int64_t c = 0; c < planes.half_v; c++) __builtin_prefetch(plane + c * planes.tile);
-}
 
 // Whether a row wants units of decision refined, for the sixteen sub-tiles from `first` on (those of a unit alike). Not
 // "above tau": NaN cannot be judged, so it is refined.
@@ -84,9 +84,7 @@ LAMP_APART void decide(const Work &work, Run &run, float *partial) {
       for (int s = t; s < end; s++) {
         run.alive[s][token] = alive;
         run.hot_for[s][token] = alive && flags[t];
-        if (!run.hot_for[s][token]) continue;
-        if (!settled(work)) fetch(run.k_residual[s], SUBTILE * work.call->planes.half_k);
-        fetch_values(work.call->planes, run.v_residual[s]);
+        run.hot[s] |= run.hot_for[s][token];
       }
       sums[ALIVE] += alive;
       sums[REFINED] += alive && flags[t];
@@ -99,14 +97,14 @@ LAMP_APART void decide(const Work &work, Run &run, float *partial) {
 LAMP_APART void leave_out_bad(Run &run) {
   for (int t = 0; t < run.count; t++)
     for (int h = 0; h < 2; h++) {
-      const Vi known = finite(run.v_scale[t][h]);
+      const Vi known = finite(run.scales[t].v[h]);
       for (int i = 0; i < LANES; i++)
         if (!known[i]) run.v_spoilt[t] |= 1u << (h * LANES + i);
       run.any_spoilt |= any(~known);
       run.k_scale[t][h] = select(finite(run.k_scale[t][h]), run.k_scale[t][h], splat(0.0f));
-      run.v_scale[t][h] = select(known, run.v_scale[t][h], splat(0.0f));
-      run.k_square[t][h] = run.k_scale[t][h] * run.k_scale[t][h];
-      run.v_square[t][h] = run.v_scale[t][h] * run.v_scale[t][h];
+      run.scales[t].v[h] = select(known, run.scales[t].v[h], splat(0.0f));
+      run.scales[t].k_square[h] = run.k_scale[t][h] * run.k_scale[t][h];
+      run.scales[t].v_square[h] = run.scales[t].v[h] * run.scales[t].v[h];
     }
 }
 
@@ -126,16 +124,35 @@ LAMP_APART void open_run(const Work &work, int64_t first, int64_t end, Run &run)
     run.v_high[t] = planes.v_high + value_at(planes, place);
     run.v_residual[t] = planes.v_residual + value_at(planes, place);
     run.v_spoilt[t] = 0;
+    run.hot[t] = false;
     for (int h = 0; h < 2; h++) {
       const Vf k = halves(planes.k_scale + scale_at(planes, place) + h * LANES);
       const Vf v = halves(planes.v_scale + scale_at(planes, place) + h * LANES);
       run.k_scale[t][h] = k;
-      run.v_scale[t][h] = v;
-      run.k_square[t][h] = k * k;
-      run.v_square[t][h] = v * v;
+      run.scales[t].v[h] = v;
+      run.scales[t].k_square[h] = k * k;
+      run.scales[t].v_square[h] = v * v;
       run.cut[t][h] = dither(j + h * LANES);
       bad += k * splat(0.0f) + v * splat(0.0f);  // NaN for NaN and infinity
     }
   }
   if (any(bad != bad)) leave_out_bad(run);
+}
+
+// What a run that is decided on will read, in order.
+LAMP_APART void ask_for(const Work &work, const Run &run, Feeds &feeds) {
+  const LampPlanes &planes = work.call->planes;
+  const int64_t stored = planes.tile * planes.half_v;
+  for (int t = 0; t < run.count && !settled(work); t++)
+    if (run.hot[t]) push(feeds.refined, run.k_residual[t], SUBTILE * planes.half_k);
+  for (int t = 0; t < run.count; t++)
+    if (planes.tile == SUBTILE || !t || run.v_high[t] != run.v_high[t - 1] + SUBTILE)
+      push(feeds.values, run.v_high[t], stored);
+  for (int t = 0; t < run.count; t++) {
+    if (!run.hot[t]) continue;
+    if (planes.tile == SUBTILE)
+      push(feeds.refined, run.v_residual[t], stored);
+    else
+      for (int64_t c = 0; c < planes.half_v; c++) __builtin_prefetch(run.v_residual[t] + c * planes.tile);
+  }
 }

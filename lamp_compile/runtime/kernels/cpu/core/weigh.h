@@ -14,13 +14,16 @@ struct Cold {
   float most[4];
 };
 
-// Weights of refined sub-tiles, gathered from any runs of a segment until there are enough to multiply.
+// Refined sub-tiles, gathered from any runs of a segment until there are enough to weigh and multiply at once.
 struct Hot {
   int count;
   const uint8_t *high[RUN], *residual[RUN];
   int64_t key[RUN];
-  float weight[4][RUN_KEYS];
-  float most[4];
+  Scales scales[RUN];
+  uint32_t v_spoilt[RUN];
+  bool refined[RUN][4];                // by row of the block
+  float factor[RUN][4];                // from the chunk's weights to the row's
+  float difference[RUN][4 * SUBTILE];  // what refinement adds to the scores
 };
 
 template <int ROWS>
@@ -29,11 +32,17 @@ LAMP_INLINE void sort_subtiles(const Work &work, const Run &run, int r0, Block &
   block.mixed = false;
   for (int t = 0; t < run.count; t++) {
     bool cold = false, hot = false;
-    for (int i = 0; i < ROWS; i++) {
-      const int r = r0 + i, token = work.rows.token[r];
-      block.refined[t][i] = r < work.rows.count && run.hot_for[t][token];
-      hot |= block.refined[t][i];
-      cold |= r < work.rows.count && run.alive[t][token] && !run.hot_for[t][token];
+    if (work.rows.tokens == 1) {
+      hot = run.hot_for[t][0];
+      cold = run.alive[t][0] && !hot;
+      for (int i = 0; i < ROWS; i++) block.refined[t][i] = hot;
+    } else {
+      for (int i = 0; i < ROWS; i++) {
+        const int r = r0 + i, token = work.rows.token[r];
+        block.refined[t][i] = r < work.rows.count && run.hot_for[t][token];
+        hot |= block.refined[t][i];
+        cold |= r < work.rows.count && run.alive[t][token] && !run.hot_for[t][token];
+      }
     }
     if (cold) block.cold[block.cold_count++] = t;
     if (hot) block.hot[block.hot_count++] = t;
@@ -43,13 +52,13 @@ LAMP_INLINE void sort_subtiles(const Work &work, const Run &run, int r0, Block &
 
 // What refinement adds to the scores of 32 keys, in base 2.
 template <int ROWS>
-LAMP_APART void score_differences(const Work &work, const Run &run, int t, int r0, float *difference) {
+LAMP_APART void score_differences(const Work &work, const Run &run, int t, int r0, Feed &feed, float *difference) {
   const LampAttend &call = *work.call;
   const Rows &rows = work.rows;
   const int half = (int)call.planes.half_k;
   int32_t fine[ROWS * SUBTILE], coarse[ROWS * SUBTILE];
-  dots<ROWS>(run.k_residual[t], run.k_residual[t], half, rows.q[r0], rows.sum8 + r0, fine);
-  if (call.softcap != 0) dots<ROWS>(run.k_high[t], run.k_high[t], half, rows.q[r0], rows.sum8 + r0, coarse);
+  dots<ROWS>(run.k_residual[t], half, rows.q[r0], rows.sum8 + r0, feed, fine);
+  if (call.softcap != 0) dots<ROWS>(run.k_high[t], half, rows.q[r0], rows.sum8 + r0, feed, coarse);
   for (int i = 0; i < ROWS; i++)
     for (int h = 0; h < 2; h++) {
       const int at = i * SUBTILE + h * LANES;
@@ -67,9 +76,9 @@ LAMP_APART void score_differences(const Work &work, const Run &run, int t, int r
 }
 
 // Whether a row gives weight to a value that has no finite scale; NaN is a weight.
-LAMP_INLINE bool spoilt(const Run &run, int t, int h, Vf p) {
+LAMP_INLINE bool spoilt(uint32_t bad, int h, Vf p) {
   for (int k = 0; k < LANES; k++)
-    if (run.v_spoilt[t] >> (h * LANES + k) & 1 && !(p[k] <= 0)) return true;
+    if (bad >> (h * LANES + k) & 1 && !(p[k] <= 0)) return true;
   return false;
 }
 
@@ -85,15 +94,15 @@ LAMP_INLINE void clear(Sums &sums) {
 }
 
 // Sixteen keys of weight p; gives back the weight of their values.
-LAMP_INLINE Vf add_weights(const Run &run, int t, int h, Vf p, Sums &sums) {
-  const Vf w = p * run.v_scale[t][h], soft = p * run.k_square[t][h], hard = p * soft;
+LAMP_INLINE Vf add_weights(const Scales &scales, int h, Vf p, Sums &sums) {
+  const Vf w = p * scales.v[h], soft = p * scales.k_square[h], hard = p * soft;
   sums.weight[h] += p;
   sums.value_weight[h] += w;
   sums.hard[h] += hard;
   sums.soft[h] += soft;
   sums.value[h] += w * w;
-  sums.both[h] += hard * run.v_square[t][h];
-  sums.both_soft[h] += soft * run.v_square[t][h];
+  sums.both[h] += hard * scales.v_square[h];
+  sums.both_soft[h] += soft * scales.v_square[h];
   sums.most[h] = larger(w, sums.most[h]);
   return w;
 }
@@ -112,20 +121,25 @@ LAMP_INLINE void add_sums(const Sums &sums, Vf factor, Vf noise, Vf *to) {
 // Weights of row r, the i-th of its block, in the sub-tiles that are not refined for it. PLAIN: nothing is spoilt, and
 // the block's rows agree on what is refined.
 template <bool PLAIN>
-LAMP_APART void weigh_cold(const Work &work, const Run &run, const Block &block, int i, int r, Cold &cold, Vf *to,
-                           float &poison) {
+LAMP_APART void weigh_cold(const Work &work, const Run &run, const Block &block, int i, int r, Cold &cold, Feed &feed,
+                           Vf *to, float &poison) {
   const float *z = work.z + r * work.span + (run.first - work.rows.from);
   const Vf factor = splat(run.factor[r]);
+  constexpr int SOON = 2;
   Sums sums;
   clear(sums);
   for (int n = 0; n < block.cold_count; n++) {
     const int t = block.cold[n];
     float *weight = cold.weight[i] + n * SUBTILE;
+    if (!empty(feed)) {
+      const uint8_t *soon = take(feed, 64 * SOON);
+      for (int k = 0; k < SOON; k++) __builtin_prefetch(soon + 64 * k);
+    }
     for (int h = 0; h < 2; h++) {
       const Vf p = load(z + t * SUBTILE + h * LANES);
       const bool mine = PLAIN || !block.refined[t][i];
-      store(weight + h * LANES, mine ? add_weights(run, t, h, p, sums) : splat(0.0f));
-      if (!PLAIN && mine && run.v_spoilt[t] && spoilt(run, t, h, p * factor)) poison = 1;
+      store(weight + h * LANES, mine ? add_weights(run.scales[t], h, p, sums) : splat(0.0f));
+      if (!PLAIN && mine && run.v_spoilt[t] && spoilt(run.v_spoilt[t], h, p * factor)) poison = 1;
     }
   }
   add_sums(sums, factor, splat(1.0f), to);
@@ -134,28 +148,39 @@ LAMP_APART void weigh_cold(const Work &work, const Run &run, const Block &block,
   cold.most[i] = largest(larger(sums.most[0], sums.most[1]));
 }
 
-// The same in those that are, with what refinement adds to the scores.
-LAMP_APART void weigh_hot(const Work &work, const Run &run, const Block &block, int i, int r, const float *differences,
-                          Hot &hot, Vf *to, float &poison) {
-  const float *z = work.z + r * work.span + (run.first - work.rows.from);
-  const Vf factor = splat(run.factor[r]);
+// Weights of row r, the i-th of its block, in refined sub-tiles, times the scale of the value; gives back the largest.
+LAMP_APART float weigh_hot(const Work &work, const Hot &hot, int i, int r, float *weight, Vf *to, float &poison) {
+  const float *z = work.z + r * work.span - work.rows.from;
   Sums sums;
   clear(sums);
-  for (int n = 0; n < block.hot_count; n++) {
-    const int t = block.hot[n];
-    float *weight = hot.weight[i] + (hot.count + n) * SUBTILE;
+  for (int n = 0; n < hot.count; n++)
     for (int h = 0; h < 2; h++) {
-      if (!block.refined[t][i]) {
-        store(weight + h * LANES, splat(0.0f));
+      const int at = n * SUBTILE + h * LANES;
+      if (!hot.refined[n][i]) {
+        store(weight + at, splat(0.0f));
         continue;
       }
-      Vf p = load(z + t * SUBTILE + h * LANES) * factor;
-      if (!settled(work)) p *= exp2(smaller(splat(127.0f), load(differences + (n * 4 + i) * SUBTILE + h * LANES)));
-      store(weight + h * LANES, add_weights(run, t, h, p, sums));
-      if (run.v_spoilt[t] && spoilt(run, t, h, p)) poison = 1;
+      Vf p = load(z + hot.key[n] + h * LANES) * splat(hot.factor[n][i]);
+      if (!settled(work)) p *= exp2(smaller(splat(127.0f), load(hot.difference[n] + i * SUBTILE + h * LANES)));
+      store(weight + at, add_weights(hot.scales[n], h, p, sums));
+      if (hot.v_spoilt[n] && spoilt(hot.v_spoilt[n], h, p)) poison = 1;
     }
-  }
   add_sums(sums, splat(1.0f), splat(1.0f / 256.0f), to);
-  const float here = largest(larger(sums.most[0], sums.most[1]));
-  if (here > hot.most[i]) hot.most[i] = here;
+  return largest(larger(sums.most[0], sums.most[1]));
+}
+
+// Keeps a refined sub-tile of a run for later.
+template <int ROWS>
+LAMP_INLINE void gather(const Work &work, const Run &run, const Block &block, int t, int r0, Feed &feed, Hot &hot) {
+  const int n = hot.count++;
+  if (!settled(work)) score_differences<ROWS>(work, run, t, r0, feed, hot.difference[n]);
+  hot.high[n] = run.v_high[t];
+  hot.residual[n] = run.v_residual[t];
+  hot.key[n] = run.first + t * SUBTILE;
+  hot.scales[n] = run.scales[t];
+  hot.v_spoilt[n] = run.v_spoilt[t];
+  for (int i = 0; i < ROWS; i++) {
+    hot.refined[n][i] = block.refined[t][i];
+    hot.factor[n][i] = r0 + i < work.rows.count ? run.factor[r0 + i] : 0.0f;
+  }
 }

@@ -1,0 +1,42 @@
+// What will be read soon, asked for a little at a time between products. Processors follow a stream by themselves, but
+// not far enough, and forget requests that come many at once.
+
+struct Feed {
+  static constexpr uint32_t ROOM = 64;  // pieces: several times as many as a run of sub-tiles has
+  const uint8_t *at, *end;              // of the piece under way; asking again for what is there costs next to nothing
+  uint32_t next, count;
+  const uint8_t *from[ROOM], *to[ROOM];
+};
+
+// Nothing to ask for; `idle` is any address that may be asked for.
+LAMP_INLINE void clear(Feed &feed, const void *idle) {
+  feed.at = feed.end = (const uint8_t *)idle;
+  feed.next = feed.count = 0;
+}
+LAMP_INLINE bool empty(const Feed &feed) { return feed.at >= feed.end && feed.next == feed.count; }
+// Pieces for which there is no room are read without having been asked for.
+LAMP_INLINE void push(Feed &feed, const uint8_t *from, int64_t bytes) {
+  const uint32_t last = (feed.count - 1) % Feed::ROOM;
+  if (feed.next != feed.count && feed.to[last] == from) {
+    feed.to[last] = from + bytes;
+  } else if (feed.count - feed.next < Feed::ROOM) {
+    feed.from[feed.count % Feed::ROOM] = from;
+    feed.to[feed.count++ % Feed::ROOM] = from + bytes;
+  }
+}
+// Where so many bytes to ask for begin. Some may lie behind the end of a piece; none of them is read.
+LAMP_INLINE const uint8_t *take(Feed &feed, int64_t bytes) {
+  if (feed.at >= feed.end) {
+    if (feed.next == feed.count) return feed.at - bytes;
+    feed.at = feed.from[feed.next % Feed::ROOM];
+    feed.end = feed.to[feed.next++ % Feed::ROOM];
+  }
+  const uint8_t *at = feed.at;
+  feed.at += bytes;
+  return at;
+}
+
+// Of the second pass: the high plane of the values of the next run, and refined sub-tiles of any.
+struct Feeds {
+  Feed values, refined;
+};
