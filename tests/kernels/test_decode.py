@@ -205,6 +205,44 @@ def test_segments_of_the_refinement(triton_device, monkeypatch):
     check(calls.make(keys=1200, batch=1, heads=2, kv_heads=1, start=torch.tensor([37])), triton_device)
 
 
+@pytest.mark.parametrize("floor", [0.0, 1.0])
+def test_decisions_in_chunks(floor, triton_device, monkeypatch):
+    """However many programs decide, the list is the same."""
+    from lamp_compile.runtime.kernels import decode
+
+    call = calls.make(keys=1700, batch=2, heads=2, kv_heads=1, share=0.3, start=torch.tensor([0, 517]))
+    call = replace(call, hot=(call.hot[0], torch.full_like(call.hot[1], floor), *call.hot[2:]))
+    together = check(call, triton_device)
+    monkeypatch.setattr(decode, "DECIDED", 16)
+    apart = calls.by_kernels(call, triton_device)
+    assert torch.equal(apart.out, together.out)
+    assert torch.equal(apart.stats, together.stats)
+    torch.testing.assert_close(apart.certificate, together.certificate)
+
+
+def test_settings_that_change_during_a_step(triton_device, monkeypatch):
+    """A controller writes tau whenever it likes: all launches of a step go by what it was when the step began."""
+    from lamp_compile.runtime.kernels import decode
+
+    call = calls.make(keys=600, batch=1, heads=2, kv_heads=1, share=0.2)
+    wanted = calls.by_kernels(call, triton_device)
+    arguments = call.arguments(triton_device)
+    tau, floor = arguments[2][:2]
+
+    class Late:
+        """``decide``, but everything is to be refined from here on."""
+
+        def __getitem__(self, grid):
+            tau.zero_()
+            floor.fill_(1.0)
+            return real[grid]
+
+    real = decode.decide
+    monkeypatch.setattr(decode, "decide", Late())
+    assert torch.equal(decode.decode(*arguments).out.cpu(), wanted.out)
+    assert float(tau.max()) == 0.0
+
+
 def test_a_prefill_in_blocks_of_queries(triton_device, monkeypatch):
     from lamp_compile.runtime.kernels import decode
 

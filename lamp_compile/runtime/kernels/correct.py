@@ -21,10 +21,10 @@ from lamp_compile.runtime.kernels._device import (
     upper_nibbles8,
     weigh,
 )
-from lamp_compile.runtime.kernels.decide import shared
 from lamp_compile.runtime.kernels.look_ahead import (
     dither,
     first_key,
+    listed,
     load_keys,
     load_values,
     narrow_scales,
@@ -64,16 +64,14 @@ def whole_weights(p, gain, v_scale, v_peak, MASKED: tl.constexpr):
 @triton.jit
 def corrected(
     KH, KL, KS, VH, VL, VS, MASK, BIAS, ENERGY, HOT, HOT_PLACES, q_upper, q_lower, factor, cold_offset, offset, origin,
-    counts, ends, first, stride, top, counted, row_position, mask_rows, bias_rows, lo, hi, mask_key, bias_key, softcap,
-    delta,
+    first, count, stride, top, counted, row_position, mask_rows, bias_rows, lo, hi, mask_key, bias_key, softcap, delta,
     GROUP: tl.constexpr, GP: tl.constexpr, PACK: tl.constexpr, TOKENS: tl.constexpr, HALF_K: tl.constexpr,
     HP_K: tl.constexpr, HALF_V: tl.constexpr, HP_V: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, HAS_MASK: tl.constexpr, KEY_MASK: tl.constexpr,
-    HAS_BIAS: tl.constexpr, PAGED: tl.constexpr, ASM: tl.constexpr, CHUNK: tl.constexpr,
-    BACK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PAGED: tl.constexpr, ASM: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
-    """Sums over the sub-tiles at entries ``first``, first + 1 .. of the lists (``decide.shared``), PACK at a time and
-    ``stride`` apart, relative to ``top``, which they may move.
+    """Sums over the sub-tiles at entries ``first``, first + 1 .. of the ``count`` in HOT, PACK at a time and ``stride``
+    apart, relative to ``top``, which they may move.
 
     With BACK what the look-ahead has added is taken back (``delta`` 0: it has added nothing). Without, there was
     nothing to take: no cold scores, and the energies of the sub-tiles are written, of one token.
@@ -94,18 +92,17 @@ def corrected(
     k_most = tl.zeros((BN, PACK), tl.float32)
     seen_tiles = tl.zeros((PACK,), tl.float32)
     # A step ahead: where sub-tiles stand, and their scales, of which places are known from the step before.
-    next_tiles, next_places = shared(HOT, HOT_PLACES, first + parts, counts, ends, CHUNK, PAGED)
+    next_tiles, next_places = listed(HOT, HOT_PLACES, first + parts, count, PAGED)
     next_k, next_v, next_allowed = narrow_scales(KS, VS, MASK, mask_key, next_places, next_tiles, hi, BN, KEY_MASK)
-    scale_tiles, scale_places = shared(HOT, HOT_PLACES, first + stride + parts, counts, ends, CHUNK, PAGED)
-    count = tl.max(ends, 0)
+    scale_tiles, scale_places = listed(HOT, HOT_PLACES, first + stride + parts, count, PAGED)
     for i in range(first, count, stride):
         tiles, places = next_tiles, next_places
         k_narrow, v_narrow, allowed = finite_scale(next_k), finite_scale(next_v), next_allowed
-        next_tiles, next_places = shared(HOT, HOT_PLACES, i + stride + parts, counts, ends, CHUNK, PAGED)
+        next_tiles, next_places = listed(HOT, HOT_PLACES, i + stride + parts, count, PAGED)
         next_k, next_v, next_allowed = narrow_scales(
             KS, VS, MASK, mask_key, scale_places, scale_tiles, hi, BN, KEY_MASK
         )
-        scale_tiles, scale_places = shared(HOT, HOT_PLACES, i + 2 * stride + parts, counts, ends, CHUNK, PAGED)
+        scale_tiles, scale_places = listed(HOT, HOT_PLACES, i + 2 * stride + parts, count, PAGED)
         product = tl.broadcast_to(origin[None, :], (BN, COLUMNS))
         low_product = tl.zeros((BN, COLUMNS), tl.int32)
         residual = tl.zeros((BN, COLUMNS), tl.int32)

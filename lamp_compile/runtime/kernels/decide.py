@@ -66,6 +66,29 @@ def chosen(
 
 
 @triton.jit
+def levels_of(
+    energy, other, v_peaks, level, tile, lo, hi, all_refined, use, row_valid, tau, lse, largest,
+    GROUP: tl.constexpr, GP: tl.constexpr, TOKENS: tl.constexpr, BN: tl.constexpr, RULE: tl.constexpr,
+    LISTED: tl.constexpr,
+):  # fmt: skip
+    """Of what was ``noted`` of a chunk: which sub-tiles there are, and of them what ``chosen`` says, or levels known
+    before."""
+    there = (tile >= lo // BN) & (tile * BN < hi)
+    looked = there & (level == 1) & (all_refined == 0)  # level 1: all that live where the gate is not used
+    energy, v_peaks = tl.where(looked[:, None], energy, DEAD), tl.where(looked, v_peaks, 0.0)
+    hot, tokens_live, square, value_square = chosen(
+        energy, other, v_peaks, row_valid, tau, lse, largest, GROUP, GP, TOKENS, RULE
+    )
+    if LISTED:  # noqa: SIM102  (known when this is compiled; what follows is not)
+        if use:
+            hot = (there & (level == 2)).to(tl.int32)
+            tokens_live = (there & (level != 0)).to(tl.int32)
+            z = tl.where(((energy < EMPTY) == 0) & row_valid[None, :], tl.exp2(2.0 * (energy - lse[None, :])), 0.0)
+            square, value_square = tl.sum(z, 0), tl.sum(z * (v_peaks * v_peaks)[:, None], 0)
+    return there, hot, tokens_live, square, value_square
+
+
+@triton.jit
 def noted(
     ENERGY, OTHER, PEAK, LEVELS, tile, lead, lo, hi, row_valid, GP: tl.constexpr, BN: tl.constexpr, RULE: tl.constexpr,
     LISTED: tl.constexpr,
@@ -97,11 +120,11 @@ def decide(
     HAS_START: tl.constexpr, HAS_LENGTHS: tl.constexpr, PAGED: tl.constexpr, FIELDS: tl.constexpr,
     SPLITS_P2: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
-    """CHUNK sub-tiles of a block of rows. HOT ``[B*G, blocks, subtiles]``: those to refine, ascending, from the chunk's
-    own place on; HOT_PLACES where they stand in pages; TAKEN ``[B*G, blocks, chunks, 2]`` how many they are, and how
-    many programs of the look-ahead left something; NOTED ``[B*G, blocks, chunks, NOTES, GP]`` log2 of the look-ahead's
-    sum, of the sub-tiles that stay at the high plane the sums of ``chosen``, and how many sub-tiles are seen and
-    refined (where all are refined nothing was looked at: none, ``refine`` counts them).
+    """CHUNK sub-tiles of a block of rows. HOT ``[B*G, blocks, subtiles]``: those to refine, ascending, behind those of
+    the chunks before, which are counted again; HOT_PLACES where they stand in pages; TAKEN ``[B*G, blocks, chunks, 2]``
+    how many they are, and how many programs of the look-ahead left something; NOTED ``[B*G, blocks, chunks, NOTES, GP]``
+    log2 of the look-ahead's sum, of the sub-tiles that stay at the high plane the sums of ``chosen``, and how many
+    sub-tiles are seen and refined (where all are refined nothing was looked at: none, ``refine`` counts them).
 
     With LISTED, of a head whose LEVELS were known before (COUNTS, ``predict.py``), these decide.
     """
@@ -130,21 +153,24 @@ def decide(
     lse, largest, filled = looked_ahead(
         META, SINKS, place, slots, splits, g * GROUP + rows % GROUP, row_valid, GP, FIELDS, SPLITS_P2, HAS_SINKS
     )
-    there = (tile >= lo // BN) & (tile * BN < hi)
-    looked = there & (level == 1) & (all_refined == 0)  # level 1: all that live where the gate is not used
-    energy, v_peaks = tl.where(looked[:, None], energy, DEAD), tl.where(looked, v_peaks, 0.0)
-    hot, tokens_live, square, value_square = chosen(
-        energy, other, v_peaks, row_valid, tau, lse, largest, GROUP, GP, TOKENS, RULE
-    )
-    if LISTED:  # noqa: SIM102  (known when this is compiled; what follows is not)
-        if use:
-            hot = (there & (level == 2)).to(tl.int32)
-            tokens_live = (there & (level != 0)).to(tl.int32)
-            z = tl.where(((energy < EMPTY) == 0) & row_valid[None, :], tl.exp2(2.0 * (energy - lse[None, :])), 0.0)
-            square, value_square = tl.sum(z, 0), tl.sum(z * (v_peaks * v_peaks)[:, None], 0)
+    there, hot, tokens_live, square, value_square = levels_of(
+        energy, other, v_peaks, level, tile, lo, hi, all_refined, use, row_valid, tau, lse, largest, GROUP, GP, TOKENS,
+        BN, RULE, LISTED,
+    )  # fmt: skip
     live, refined = tl.sum(tokens_live, 0), tl.sum(tokens_live * hot, 0)
     hot = tl.where(all_refined, there.to(tl.int32), hot)
-    at = lead + chunk * CHUNK + tl.cumsum(hot, 0) - hot
+    before = 0
+    for first in range(lo // BN // CHUNK * CHUNK, chunk * CHUNK, CHUNK):  # its names are its own: Triton joins types
+        earlier = first + tl.arange(0, CHUNK)
+        energies, others, peaks, levels = noted(
+            ENERGY, OTHER, PEAK, LEVELS, earlier, lead, lo, hi, row_valid, GP, BN, RULE, LISTED
+        )
+        was_there, was_hot, _live, _square, _value = levels_of(
+            energies, others, peaks, levels, earlier, lo, hi, all_refined, use, row_valid, tau, lse, largest, GROUP, GP,
+            TOKENS, BN, RULE, LISTED,
+        )  # fmt: skip
+        before += tl.sum(tl.where(all_refined, was_there.to(tl.int32), was_hot), 0)
+    at = lead + before + tl.cumsum(hot, 0) - hot
     tl.store(HOT + at, tile, mask=hot == 1)
     if PAGED:
         places = stored_tiles(TABLE + b * table_stride, tile, hi, BN, TILE, PAGED).to(tl.int32)
@@ -162,27 +188,10 @@ def decide(
 
 @triton.jit
 def shared_by(TAKEN, place, chunks, segments, PACK: tl.constexpr, CHUNKS_P2: tl.constexpr):
-    """Of one block of rows: how many sub-tiles of each chunk are refined ``[CHUNKS_P2]``, and how many programs of the
-    refinement have something to do: sub-tiles to refine, or partial results of the look-ahead to join."""
+    """Of one block of rows: how many sub-tiles are refined, and how many programs of the refinement have something to
+    do: sub-tiles to refine, or partial results of the look-ahead to join."""
     chunk = tl.arange(0, CHUNKS_P2)
     at = TAKEN + (place * chunks + chunk) * 2
-    counts = tl.load(at, mask=chunk < chunks, other=0)
+    count = tl.sum(tl.load(at, mask=chunk < chunks, other=0), 0)
     filled = tl.max(tl.load(at + 1, mask=chunk < chunks, other=0), 0)
-    return counts, tl.minimum(segments, tl.maximum(tl.maximum(filled, 1), tl.cdiv(tl.sum(counts, 0), PACK)))
-
-
-@triton.jit
-def shared(HOT, HOT_PLACES, entry, counts, ends, CHUNK: tl.constexpr, PAGED: tl.constexpr):
-    """Sub-tiles at some entries ``[PACK]`` of the lists of all chunks, one behind the other, and where they stand in
-    the plane; 0 behind the end. ``ends`` are the running sums of ``counts``."""
-    if ends.shape[0] == 1:
-        at = entry
-    else:
-        before = (ends[None, :] <= entry[:, None]).to(tl.int32)  # chunks that end before it
-        at = entry + tl.sum(before * (CHUNK - counts)[None, :], 1)
-    inside = entry < tl.max(ends, 0)
-    tiles = tl.load(HOT + at, mask=inside, other=0)
-    places = tiles
-    if PAGED:
-        places = tl.load(HOT_PLACES + at, mask=inside, other=0).to(tl.int64)
-    return tiles, places
+    return count, tl.minimum(segments, tl.maximum(tl.maximum(filled, 1), tl.cdiv(count, PACK)))

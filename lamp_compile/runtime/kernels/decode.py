@@ -264,7 +264,7 @@ def read(call: Call, scratch: Scratch, first_block: int, listed: Listed | None) 
     refine[(cut.segments, *grid)](
         scratch.q8, scratch.rowinfo, *planes, mask, bias, start, lengths, scratch.partial,
         scratch.meta, scratch.energy, *hot, known[2], **keys, **rows, **sums, **common,
-        **lists(cut), CHUNK=DECIDED, num_warps=refine_warps, num_stages=launch.refine_stages,
+        **lists(cut), num_warps=refine_warps, num_stages=launch.refine_stages,
     )  # fmt: skip
 
 

@@ -43,7 +43,7 @@ def refine(
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, HAS_MASK: tl.constexpr,
     KEY_MASK: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_START: tl.constexpr, HAS_LENGTHS: tl.constexpr, PAGED: tl.constexpr, ASM: tl.constexpr,
-    FIELDS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS_P2: tl.constexpr, PDL: tl.constexpr, LISTED: tl.constexpr,
+    FIELDS: tl.constexpr, CHUNKS_P2: tl.constexpr, PDL: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
     """Corrections of one block of rows by its share of the sub-tiles in HOT, as one more partial result; programs that
     TAKEN (``decide.py``) has no work for leave none. With LISTED, of a head whose levels were known before (COUNTS,
@@ -67,8 +67,7 @@ def refine(
     slot = place * slots + splits + segment
     wait_for_launch(PDL)  # what is read above no launch of this call writes
     _, all_refined = settings_of(ROWINFO, place, GP)
-    counts, taking = shared_by(TAKEN, place, chunks, tl.num_programs(0), PACK, CHUNKS_P2)
-    ends = tl.cumsum(counts, 0)
+    count, taking = shared_by(TAKEN, place, chunks, tl.num_programs(0), PACK, CHUNKS_P2)
     if segment >= taking:
         return
     known = all_refined
@@ -107,23 +106,23 @@ def refine(
         if known:
             upper, lower, shift, mass, value_mass, square, value_square, k_most, seen_tiles, top = corrected(
                 KH, KL, KS, VH, VL, VS, MASK, BIAS, energies, HOT, HOT_PLACES, q_upper, q_lower, factor, cold_offset,
-                offset, origin, counts, ends, first, stride, top, counted, row_position, mask_rows, bias_rows, lo, hi,
+                offset, origin, first, count, stride, top, counted, row_position, mask_rows, bias_rows, lo, hi,
                 mask_key, bias_key, softcap, 0.0, GROUP, GP, PACK, TOKENS, HALF_K, HP_K, HALF_V, HP_V, BN, TILE,
-                CAUSAL, WINDOW, SOFTCAP, HAS_MASK, KEY_MASK, HAS_BIAS, PAGED, ASM, CHUNK, False,
+                CAUSAL, WINDOW, SOFTCAP, HAS_MASK, KEY_MASK, HAS_BIAS, PAGED, ASM, False,
             )  # fmt: skip
         else:
             upper, lower, shift, mass, value_mass, square, value_square, k_most, seen_tiles, top = corrected(
                 KH, KL, KS, VH, VL, VS, MASK, BIAS, energies, HOT, HOT_PLACES, q_upper, q_lower, factor, cold_offset,
-                offset, origin, counts, ends, first, stride, top, counted, row_position, mask_rows, bias_rows, lo, hi,
+                offset, origin, first, count, stride, top, counted, row_position, mask_rows, bias_rows, lo, hi,
                 mask_key, bias_key, softcap, delta, GROUP, GP, PACK, TOKENS, HALF_K, HP_K, HALF_V, HP_V, BN, TILE,
-                CAUSAL, WINDOW, SOFTCAP, HAS_MASK, KEY_MASK, HAS_BIAS, PAGED, ASM, CHUNK, True,
+                CAUSAL, WINDOW, SOFTCAP, HAS_MASK, KEY_MASK, HAS_BIAS, PAGED, ASM, True,
             )  # fmt: skip
     else:
         upper, lower, shift, mass, value_mass, square, value_square, k_most, seen_tiles, top = corrected(
             KH, KL, KS, VH, VL, VS, MASK, BIAS, ENERGY, HOT, HOT_PLACES, q_upper, q_lower, factor, cold_offset, offset,
-            origin, counts, ends, first, stride, top, counted, row_position, mask_rows, bias_rows, lo, hi, mask_key,
+            origin, first, count, stride, top, counted, row_position, mask_rows, bias_rows, lo, hi, mask_key,
             bias_key, softcap, delta, GROUP, GP, PACK, TOKENS, HALF_K, HP_K, HALF_V, HP_V, BN, TILE, CAUSAL, WINDOW,
-            SOFTCAP, HAS_MASK, KEY_MASK, HAS_BIAS, PAGED, ASM, CHUNK, True,
+            SOFTCAP, HAS_MASK, KEY_MASK, HAS_BIAS, PAGED, ASM, True,
         )  # fmt: skip
 
     # Columns of the same row into one.
