@@ -8,6 +8,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter, deque
 from collections.abc import Iterable
+from threading import Lock
 from typing import Any
 
 import torch
@@ -38,6 +39,9 @@ class Ledger:
         self._retired: dict[tuple[Any, ...], Tensor] = {}
         """Sums of what was zeroed ``[sites, 7]``, by device and names of the sites."""
         self._past: dict[str, list[int]] = {}
+        self._kept = Lock()
+        """Of the three above, for what is moved from one to another. Finalisers, which only add, do without: they may
+        run in the middle of it."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ledger:
         """Copies of a model or a cache count in the same place."""
@@ -60,17 +64,19 @@ class Ledger:
         """Keep what statistics ``[B, G, 7]`` of some sites say that are about to be zeroed. No synchronisation, and of
         what happens often (a slot that gets another sequence) nothing piles up: it is summed where it is."""
         rows = list(counts)
-        for _, stats in rows:
-            self._pending.pop(id(stats), None)  # of a dead cache whose tensors another has taken over
-        for sites, new in _summed(rows):
-            key = (new.device, *sites)
-            held = self._retired.pop(key, None)  # taken out first: another thread may be reading
-            self._retired[key] = new if held is None else held + new
+        with self._kept:
+            for _, stats in rows:
+                self._pending.pop(id(stats), None)  # of a dead cache whose tensors another has taken over
+            for sites, new in _summed(rows):
+                key = (new.device, *sites)
+                held = self._retired.get(key)
+                self._retired[key] = new if held is None else held + new
 
     def totals(self) -> dict[str, list[int]]:
         """Statistics (``runtime.guard``) by site, over all caches there were. Reads the device."""
         self._fold()
-        found = {site: list(counts) for site, counts in self._past.items()}
+        with self._kept:
+            found = {site: list(counts) for site, counts in self._past.items()}
         live = [(layer.name, layer.stats) for cache in self.caches() for layer in counted(cache)]
         for sites, summed in _summed(live):
             _add(found, sites, summed)
@@ -87,16 +93,17 @@ class Ledger:
     def _fold(self) -> None:
         """Read what is kept as tensors. Those of dead caches are zeroed: their memory may serve another cache, which
         counts anew."""
-        while self._retired:
-            (_, *sites), summed = self._retired.popitem()
-            _add(self._past, sites, summed)
-        dead = []
-        while self._pending:
-            dead.append(self._pending.popitem()[1])
-        for sites, summed in _summed(dead):
-            _add(self._past, sites, summed)
-        for _, stats in dead:
-            stats.zero_()
+        with self._kept:
+            while self._retired:
+                (_, *sites), summed = self._retired.popitem()
+                _add(self._past, sites, summed)
+            dead = []
+            while self._pending:
+                dead.append(self._pending.popitem()[1])
+            for sites, summed in _summed(dead):
+                _add(self._past, sites, summed)
+            for _, stats in dead:
+                stats.zero_()
 
 
 def counted(cache: Any) -> list[Any]:

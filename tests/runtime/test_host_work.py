@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from lamp_compile.errors import LampError
 from lamp_compile.runtime import guard, kernels
 from lamp_compile.runtime.kv_cache import NestedCache
+from lamp_compile.runtime.ledger import Ledger
 from lamp_compile.runtime.slot_cache import SlotCache
 from tests.runtime.test_slot_cache import SHAPE, attend, fill, rows, slots, spec
 
@@ -231,3 +234,34 @@ def test_a_balance_of_another_size_is_refused_before_any_row(kind: str) -> None:
 
     with pytest.raises(LampError, match=r"balance \(2, 32\) for 2 kv heads of 64 channels"):
         lay_out()
+
+
+def test_caches_that_are_reset_in_several_threads_are_all_counted() -> None:
+    """One that is counted while another is being counted waits for it."""
+    made, times = Ledger(), 20
+
+    class Slow(dict[Any, Any]):
+        """What is read from it is put back late."""
+
+        def get(self, key: Any, default: Any = None) -> Any:
+            found = super().get(key, default)
+            time.sleep(1e-3)
+            return found
+
+        def pop(self, key: Any, default: Any = None) -> Any:
+            found = super().pop(key, default)
+            time.sleep(1e-3)
+            return found
+
+    made._retired = Slow()
+
+    def work() -> None:
+        for _ in range(times):
+            made.retire([("site", torch.ones(1, 2, guard.STATS_FIELDS, dtype=torch.int64))])
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert made.totals()["site"] == [3 * times * 2] * guard.STATS_FIELDS
