@@ -220,6 +220,15 @@ def test_decisions_in_chunks(floor, triton_device, monkeypatch):
     torch.testing.assert_close(apart.certificate, together.certificate)
 
 
+def test_no_key_at_all(device):
+    """Room for none leaves nothing to decide, which is noted all the same."""
+    call = calls.make(keys=40)
+    got = calls.by_kernels(replace(call, options={**call.options, "keys": 0}), device)
+    assert got.out.count_nonzero() == 0
+    assert (got.lse == -torch.inf).all()
+    assert got.stats.count_nonzero() == 0
+
+
 def test_settings_that_change_during_a_step(triton_device, monkeypatch):
     """A controller writes tau whenever it likes: all launches of a step go by what it was when the step began."""
     from lamp_compile.runtime.kernels import decode

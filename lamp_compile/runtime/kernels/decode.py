@@ -270,7 +270,7 @@ def read(call: Call, scratch: Scratch, first_block: int, listed: Listed | None) 
 
 def chunks_of(cut: Cut) -> int:
     """Programs that decide for one block of rows."""
-    return -(-cut.subtiles // DECIDED)
+    return max(1, -(-cut.subtiles // DECIDED))  # one with nothing to decide, too: others read what it notes
 
 
 def lists(cut: Cut) -> dict[str, int]:
