@@ -108,6 +108,27 @@ def test_however_the_call_is_cut(name, case, triton_device, monkeypatch):
     check(triton_predicted.make(**{"keys": 400, "batch": 2, **CASES[case], "heads": 2}), triton_device)
 
 
+@pytest.mark.parametrize(("tau", "floor"), [(0.0, 0.0), (calls.COLD, 0.0), (0.1, 1.0)])
+def test_settings_that_change_during_a_step(tau, floor, triton_device, monkeypatch):
+    """What is listed and what is refined are decided by several launches: if they disagreed, sub-tiles would be left
+    out. The audit, too, goes by what was asked for when the step began."""
+    from lamp_compile.runtime.kernels import decode_predicted
+
+    step = triton_predicted.make(keys=400, batch=1, heads=2, kv_heads=1, skip=20.0, tau=tau, floor=floor)
+    wanted = triton_predicted.by_kernels(step, triton_device)
+    real = decode_predicted.decode.prepare
+
+    def prepare(call, *args):
+        real(call, *args)
+        call.hot[0].fill_(0.01)
+        call.hot[1].fill_(0.0 if floor else 1.0)
+
+    monkeypatch.setattr(decode_predicted.decode, "prepare", prepare)
+    got = triton_predicted.by_kernels(step, triton_device)
+    for name in ("out", "history", "trust", "certificate"):
+        assert torch.equal(getattr(got, name), getattr(wanted, name)), name
+
+
 def test_kernels_know_the_constants_of_the_audit_and_the_gate(triton_device):
     """Kernels import nothing of networks."""
     from lamp_compile.runtime.kernels import decode_predicted, predict

@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lamp_compile.runtime.kernels._device import key_range, wait_for_launch
+from lamp_compile.runtime.kernels._device import key_range, settings_of, wait_for_launch
 from lamp_compile.runtime.kernels.decide import NOTES, looked_ahead, shared_by
 from lamp_compile.runtime.kernels.merge import guard_step, merge
 from lamp_compile.runtime.kernels.predict import sequence_length, skip_threshold
@@ -64,8 +64,8 @@ def trust_step(TRUST, excess, expense, stepped, limit, too_long, raised, broken,
 
 @triton.jit
 def audit_part(
-    ENERGY, PREDICTED, LEVELS, COUNTS, META, TAKEN, NOTED, SINKS, TAU, MARGIN, START, LENGTHS, HISTORY, TRUST, AUDIT,
-    part, parts, bg, tau_b, start_stride, length_stride, kv_heads, keys, subtiles, tiles, slots, splits, chunks, skip,
+    ENERGY, PREDICTED, LEVELS, COUNTS, META, TAKEN, NOTED, ROWINFO, SINKS, MARGIN, START, LENGTHS, HISTORY, TRUST,
+    AUDIT, part, parts, bg, start_stride, length_stride, kv_heads, keys, subtiles, tiles, slots, splits, chunks, skip,
     GROUP: tl.constexpr, GP: tl.constexpr, PACK: tl.constexpr, CHUNKS_P2: tl.constexpr, BN: tl.constexpr,
     CHUNK: tl.constexpr, FIELDS: tl.constexpr,
     SEGMENTS_P2: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr,
@@ -81,7 +81,7 @@ def audit_part(
     row = tl.arange(0, GP)
     valid = row < GROUP
     lead = bg.to(tl.int64) * subtiles
-    tau = tl.load(TAU + b * tau_b + g)
+    tau, _ = settings_of(ROWINFO, bg.to(tl.int64), GP)
     use, floors = tl.load(COUNTS + bg * 4 + 1) != 0, tl.load(COUNTS + bg * 4 + 3)
     refined_meta = META + splits * FIELDS * GP  # what the refinement left
     _, taking = shared_by(TAKEN, bg, chunks, slots - splits, PACK, CHUNKS_P2)
@@ -143,8 +143,8 @@ def audit_part(
 )
 def merge_and_audit(
     PARTIAL, META, TAKEN, NOTED, ROWINFO, SINKS, SIGNS, OUT, LSE, CERTIFICATE, EVIDENCE, GUARD_COUNTS, ENERGY,
-    PREDICTED, LEVELS, COUNTS, TAU, MARGIN, START, LENGTHS, HISTORY, TRUST, AUDIT,
-    kv_heads, heads, queries, first_token, all_blocks, slots, splits, chunks, scale, root, tau_b, start_stride,
+    PREDICTED, LEVELS, COUNTS, MARGIN, START, LENGTHS, HISTORY, TRUST, AUDIT,
+    kv_heads, heads, queries, first_token, all_blocks, slots, splits, chunks, scale, root, start_stride,
     length_stride, keys, subtiles, tiles, skip,
     GROUP: tl.constexpr, GP: tl.constexpr, PACK: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, VP: tl.constexpr, FIELDS: tl.constexpr, SEGMENTS_P2: tl.constexpr,
@@ -164,9 +164,9 @@ def merge_and_audit(
         )  # fmt: skip
     else:
         audit_part(
-            ENERGY, PREDICTED, LEVELS, COUNTS, META, TAKEN, NOTED, SINKS, TAU, MARGIN, START, LENGTHS, HISTORY, TRUST,
-            AUDIT,
-            tl.program_id(0) - GROUP, tl.num_programs(0) - GROUP, tl.program_id(1), tau_b, start_stride, length_stride,
+            ENERGY, PREDICTED, LEVELS, COUNTS, META, TAKEN, NOTED, ROWINFO, SINKS, MARGIN, START, LENGTHS, HISTORY,
+            TRUST, AUDIT,
+            tl.program_id(0) - GROUP, tl.num_programs(0) - GROUP, tl.program_id(1), start_stride, length_stride,
             kv_heads, keys, subtiles, tiles, slots, splits, chunks, skip, GROUP, GP, PACK, CHUNKS_P2, BN, AUDIT_CHUNK,
             FIELDS, SEGMENTS_P2, CAUSAL, WINDOW, HAS_SINKS, HAS_START, HAS_LENGTHS, SKIPS, AUDIT_WINDOW, DECAY,
             TRUST_FIELDS,
@@ -184,10 +184,10 @@ def total(AUDIT, parts, PARTS_P2: tl.constexpr):
     do_not_specialize=["rows", "blocks", "keys", "parts", "trained"], do_not_specialize_on_alignment=["LENGTHS"]
 )
 def trust_and_guard(
-    EVIDENCE, GUARD_COUNTS, STATE, STATS, FLOOR, BUDGET, AUDIT, COUNTS, TAU, LIMIT, LENGTHS, TRUST,
-    floor_b, budget_b, tau_b, length_stride, kv_heads, rows, blocks, keys, parts, trained, skip, window, hold,
+    EVIDENCE, GUARD_COUNTS, STATE, STATS, FLOOR, BUDGET, AUDIT, COUNTS, ROWINFO, LIMIT, LENGTHS, TRUST,
+    floor_b, budget_b, length_stride, kv_heads, rows, blocks, keys, parts, trained, skip, window, hold,
     hysteresis,
-    BN: tl.constexpr, PARTS_P2: tl.constexpr, HAS_LENGTHS: tl.constexpr, SKIPS: tl.constexpr,
+    GP: tl.constexpr, BN: tl.constexpr, PARTS_P2: tl.constexpr, HAS_LENGTHS: tl.constexpr, SKIPS: tl.constexpr,
     AUDIT_WINDOW: tl.constexpr, HOLD: tl.constexpr, SLACK: tl.constexpr, CEILING: tl.constexpr, LAVISH: tl.constexpr,
     MOST_EXCESS: tl.constexpr, TRUST_FIELDS: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -197,7 +197,7 @@ def trust_and_guard(
     bg = tl.program_id(0)
     b, g = bg // kv_heads, bg % kv_heads
     AUDIT += bg * parts * EVIDENCE_FIELDS
-    tau = tl.load(TAU + b * tau_b + g)
+    tau, _ = settings_of(ROWINFO, bg.to(tl.int64), GP)
     broken, raised = tl.load(COUNTS + bg * 4 + 2) != 0, (tl.load(COUNTS + bg * 4 + 3) & 1) != 0
     length = sequence_length(b, LENGTHS, length_stride, keys, HAS_LENGTHS)
     allowed, left = total(AUDIT, parts, PARTS_P2) + SLACK * tau * tau, total(AUDIT + 1, parts, PARTS_P2)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lamp_compile.runtime.kernels import decode
-from lamp_compile.runtime.kernels._tensors import per_head_step, power_of_two
+from lamp_compile.runtime.kernels._tensors import power_of_two
 from lamp_compile.runtime.kernels.audit_step import merge_and_audit, trust_and_guard
 from lamp_compile.runtime.kernels.decode import Call, Listed, Results, Scratch
 from lamp_compile.runtime.kernels.predict import list_subtiles, predict_parts
@@ -91,7 +91,7 @@ def decode_predicted(
     )
     predicted = torch.empty(lead, dtype=torch.float32, device=device)
     decode.prepare(call, scratch, 0, _projection(call, gate, projected))
-    _predict(call, gate, projected, listed, predicted)
+    _predict(call, scratch, gate, projected, listed, predicted)
     decode.read(call, scratch, 0, listed)
     _join_and_audit(call, scratch, results, gate, listed, predicted)
     return Result(results.out, results.lse, results.certificate)
@@ -132,9 +132,11 @@ def _pages(call: Call) -> dict[str, Any]:
     }
 
 
-def _predict(call: Call, gate: Gate, projected: Tensor, listed: Listed, predicted: Tensor) -> None:
+def _predict(
+    call: Call, scratch: Scratch, gate: Gate, projected: Tensor, listed: Listed, predicted: Tensor
+) -> None:  # fmt: skip
     """Two launches: what the gate says, and what follows of it."""
-    tau, floor, _, state, _ = call.hot
+    state = call.hot[3]
     keys, subtiles, sinks = call.keys(), call.cut.subtiles, call.seen[2]
     rows = {name: call.rows(0)[name] for name in ("kv_heads", "GROUP", "GP")}
     in_planes = call.planes[0].shape[2] * keys["TILE"]
@@ -153,9 +155,9 @@ def _predict(call: Call, gate: Gate, projected: Tensor, listed: Listed, predicte
         **call.dependent(), num_warps=4,
     )  # fmt: skip
     list_subtiles[(call.heads,)](
-        found, parts, tau, floor, state, gate.trust, gate.margin, sinks, PREDICTED=predicted, LEVELS=listed.levels,
+        found, parts, scratch.rowinfo, state, gate.trust, gate.margin, sinks, PREDICTED=predicted, LEVELS=listed.levels,
         LIST=listed.list, PLACES=listed.places, COUNTS=listed.counts, **_live(call), **_pages(call), **rows,
-        tau_b=per_head_step(tau), floor_b=per_head_step(floor), subtiles=subtiles, chunks=chunks,
+        subtiles=subtiles, chunks=chunks,
         trained=call.options["trained"], skip=call.options["skip"], CHUNK=listing,
         CHUNKS_P2=power_of_two(chunks), HAS_SINKS=sinks is not None, **_trust(call), **call.dependent(),
         num_warps=min(16, max(4, listing // 256)),
@@ -181,8 +183,7 @@ def _join_and_audit(
     parts = -(-tiles // chunk)
     evidence = torch.empty(call.heads, parts, 6, dtype=torch.float32, device=call.q.device)
     known = {
-        "COUNTS": listed.counts, "TAU": call.hot[0], "TRUST": gate.trust, "AUDIT": evidence,
-        "tau_b": per_head_step(call.hot[0]), "skip": options["skip"], **_trust(call),
+        "COUNTS": listed.counts, "TRUST": gate.trust, "AUDIT": evidence, "skip": options["skip"], **_trust(call),
     }  # fmt: skip
     merge_and_audit[(call.rows(0)["GROUP"] + parts, call.heads, 1)](
         **decode.joining(call, scratch, 0, results), GUARD_COUNTS=results.counts, ENERGY=scratch.energy,
@@ -191,7 +192,8 @@ def _join_and_audit(
     )  # fmt: skip
     lengths = {name: live[name] for name in ("LENGTHS", "length_stride", "keys", "BN", "HAS_LENGTHS")}
     trust_and_guard[(call.heads,)](
-        *decode.guard_arguments(call, results), LIMIT=gate.limit, **known, **lengths, **decode.guard_rows(call),
-        parts=parts, trained=options["trained"], PARTS_P2=power_of_two(parts), **AUDIT,
+        *decode.guard_arguments(call, results), ROWINFO=scratch.rowinfo, LIMIT=gate.limit, **known,
+        **lengths, **decode.guard_rows(call),
+        parts=parts, trained=options["trained"], GP=call.cut.rows, PARTS_P2=power_of_two(parts), **AUDIT,
         **call.dependent(), num_warps=1,
     )  # fmt: skip

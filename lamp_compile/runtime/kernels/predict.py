@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lamp_compile.runtime.kernels._device import key_range, wait_for_launch
+from lamp_compile.runtime.kernels._device import ROW_FIELDS, key_range, wait_for_launch
 from lamp_compile.runtime.kernels.look_ahead import stored_tiles
 
 LOWEST = tl.constexpr(-1e30)
@@ -194,9 +194,9 @@ def skip_threshold(length, margin, skip, BN: tl.constexpr):
     do_not_specialize_on_alignment=["START", "LENGTHS", "TABLE"],
 )
 def list_subtiles(
-    FOUND, PARTS, TAU, FLOOR, STATE, TRUST, MARGIN, SINKS, START, LENGTHS, TABLE, PREDICTED, LEVELS, LIST, PLACES,
+    FOUND, PARTS, ROWINFO, STATE, TRUST, MARGIN, SINKS, START, LENGTHS, TABLE, PREDICTED, LEVELS, LIST, PLACES,
     COUNTS,
-    tau_b, floor_b, start_stride, length_stride, table_stride, kv_heads, keys, subtiles, chunks, trained, skip,
+    start_stride, length_stride, table_stride, kv_heads, keys, subtiles, chunks, trained, skip,
     GROUP: tl.constexpr, GP: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
     CHUNKS_P2: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr,
     HAS_START: tl.constexpr, HAS_LENGTHS: tl.constexpr, PAGED: tl.constexpr, MASKED: tl.constexpr, SKIPS: tl.constexpr,
@@ -224,9 +224,9 @@ def list_subtiles(
     length = sequence_length(b, LENGTHS, length_stride, keys, HAS_LENGTHS)
     guarded = tl.load(STATE + bg * 4 + 1)
     use = (tl.load(trust + 2) == 0.0) & (length <= trained) & ((guarded > 0.0) == 0) & (broken == 0)
-    tau = tl.load(TAU + b * tau_b + g)
-    raised = (guarded >= 1.0) | (tl.load(FLOOR + b * floor_b + g) >= 1.0)
-    all_refined = raised | (tau <= 0.0)
+    settings = ROWINFO + bg.to(tl.int64) * ROW_FIELDS * GP + 4 * GP  # as when the step began, like the look-ahead's
+    tau, refined_by = tl.load(settings), tl.load(settings + GP)
+    all_refined, raised = refined_by != 0.0, refined_by >= 2.0
     bar = tl.where(all_refined, -2.0, tau)
     below = -1.0
     if SKIPS:

@@ -18,7 +18,7 @@ def prepare_query(
 ):  # fmt: skip
     """Q ``[B, H, S, D]`` -> Q8 int8 ``[B*G, blocks, GP, 2*HP]``, ROWINFO ``[B*G, blocks, ROW_FIELDS, GP]``:
     rounding step, sum of q8, squared norm of the prepared query, sum of q8 over the lower nibbles' channels; tau, and 1
-    where everything is refined (``settings_of``). SIGNS and root as of
+    where it refines everything, + 2 where a floor does (``settings_of``). SIGNS and root as of
     ``rotated``. With a RANK, of one token, the projection of a look-ahead network too: GATE ``[H, D, R]``, GATE_BIAS
     ``[H, R]`` -> PROJECTED ``[B*G, GP, RP]``, STEP numbers at a time."""
     wait_for_launch(PDL)
@@ -62,9 +62,10 @@ def prepare_query(
     tl.store(target + HP, lower.to(tl.int8))
     info = ROWINFO + place * ROW_FIELDS * GP + rows
     tau = tl.load(TAU + b * tau_b + g)
-    all_refined = (tl.load(FLOOR + b * floor_b + g) >= 1.0) | (tl.load(STATE + bg * 4 + 1) >= 1.0) | (tau <= 0.0)
+    raised = (tl.load(FLOOR + b * floor_b + g) >= 1.0) | (tl.load(STATE + bg * 4 + 1) >= 1.0)
+    all_refined = (tau <= 0.0).to(tl.float32) + raised.to(tl.float32) * 2.0
     tl.store(info + 4 * GP, tl.zeros((GP,), tl.float32) + tau)
-    tl.store(info + 5 * GP, tl.zeros((GP,), tl.float32) + all_refined.to(tl.float32))
+    tl.store(info + 5 * GP, tl.zeros((GP,), tl.float32) + all_refined)
     tl.store(info, step + spoilt)
     tl.store(info + GP, tl.sum(upper + lower, 1))
     tl.store(info + 2 * GP, tl.sum(upper * upper + lower * lower, 1) * step * step)
