@@ -15,7 +15,7 @@ from _requests import Clock, Request, Served, mean, spread
 from torch import Tensor
 
 import lamp_compile
-from lamp_compile.frontends.huggingface import compiled, many
+from lamp_compile.frontends.huggingface import compiled
 from lamp_compile.frontends.huggingface.many import ManyPrompts
 from lamp_compile.runtime import guard
 
@@ -47,6 +47,7 @@ class Log:
         self.logits: dict[int, list[Tensor]] = {index: [] for index in watched}
         self.steps, self.busy, self.refills = 0, 0, 0
         self.used: set[int] = set()
+        self.behind = 0
         self.waited = 0.0
         """Seconds that the host waited for tokens of launches."""
         self.starting: list[float] = []
@@ -62,6 +63,7 @@ class Observed(ManyPrompts):
     def __init__(self, log: Log, *args: Any) -> None:
         super().__init__(*args)
         self.log = log
+        log.behind = self.behind
 
     def _start(self, sequence: Any) -> None:
         began = self.log.admitted[sequence.index] = time.perf_counter()
@@ -161,7 +163,7 @@ def serve(model: Any, requests: Sequence[Request], setup: Any, clock: Clock) -> 
         "host_waits_share": log.waited / clock.seconds,
         "host_ms_per_prompt": 1e3 * statistics.median(log.starting or [0.0]),
         "host_ms_per_step": 1e3 * statistics.median(log.stepping or [0.0]),
-        "behind": many.UNREAD,
+        "behind": log.behind,
         "refined_share": mean(shares),
         "refined_share_of_prefill": mean(refined(log.read)),
         "layer_shares": [round(share, 4) for share in shares],
