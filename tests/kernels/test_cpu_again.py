@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -170,6 +171,20 @@ def test_nothing_is_kept_of_planes_that_are_gone():
     del call
     gc.collect()
     assert len(_again._known) == before
+
+
+def test_planes_that_outlive_many_states_keep_nothing_of_them():
+    """Every prompt in a slot has a state of its own over the same pages."""
+    call = step()
+    run(call)
+    known, held = len(_again._known), weakref.getweakrefcount(call.planes[0])
+    finalizers = len(weakref.finalize._registry)
+    for _ in range(5):
+        run(replace(call, hot=(*call.hot[:3], call.hot[3].clone(), call.hot[4])))
+    gc.collect()
+    assert len(_again._known) == known
+    assert weakref.getweakrefcount(call.planes[0]) == held
+    assert len(weakref.finalize._registry) == finalizers
 
 
 def test_two_sites_over_the_same_planes_are_both_kept():

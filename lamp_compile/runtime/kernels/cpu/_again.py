@@ -8,7 +8,7 @@ for.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -34,8 +34,8 @@ class _Tensor:
 
     __slots__ = ("dtype", "given", "place", "shape")
 
-    def __init__(self, x: Tensor) -> None:
-        self.given, self.place, self.shape, self.dtype = weakref.ref(x), x.data_ptr(), x.shape, x.dtype
+    def __init__(self, x: Tensor, at_end: Callable[[Any], object] | None = None) -> None:
+        self.given, self.place, self.shape, self.dtype = weakref.ref(x, at_end), x.data_ptr(), x.shape, x.dtype
 
     def holds(self, x: Any) -> bool:
         same = self.given() is x
@@ -47,8 +47,16 @@ class _Kept:
 
     __slots__ = ("call", "given", "options", "out", "query", "shown", "static")
 
-    def __init__(self, q: Tensor, args: tuple[Any, ...], options: Mapping[str, Any], call: Any, out: Tensor) -> None:
-        self.static = tuple(None if x is None else _Tensor(x) for x in args[:STATIC])
+    def __init__(
+        self, q: Tensor, args: tuple[Any, ...], options: Mapping[str, Any], call: Any, out: Tensor,
+        at_end: Callable[[Any], object],
+    ) -> None:  # fmt: skip
+        """``at_end`` is called when the planes or the guard's state are gone; nothing of it is left with the other, of
+        which a slot's pages outlive many states."""
+        self.static = tuple(
+            None if x is None else _Tensor(x, at_end if at in (0, STATE) else None)
+            for at, x in enumerate(args[:STATIC])
+        )
         self.query, self.shown = _like(q), [_like(x) for x in args[STATIC:]]
         self.given = [(name, at) for at, name in enumerate(SHOWN, STATIC) if args[at] is not None]
         self.options, self.call, self.out = dict(options), bytes(call), tuple(out.shape)
@@ -90,9 +98,12 @@ def keep(q: Tensor, args: tuple[Any, ...], options: Mapping[str, Any], call: Any
     if not _as_they_are(args, q.shape[1]):
         return
     key = (id(args[0]), id(args[STATE]))
-    for x in () if key in _known else (args[0], args[STATE]):
-        weakref.finalize(x, _known.pop, key, None).atexit = False
-    _known[key] = _Kept(q, args, options, call, out)
+    forget = _known.pop
+
+    def at_end(_: Any) -> None:
+        forget(key, None)
+
+    _known[key] = _Kept(q, args, options, call, out, at_end)
 
 
 def attend(q: Tensor, args: tuple[Any, ...], options: Mapping[str, Any]) -> Tensor | None:
