@@ -139,6 +139,16 @@ def test_memory_that_was_put_in_place_of_other_is_noticed(place):
     assert again(first) is None
 
 
+def test_a_tensor_that_was_turned_in_place_is_noticed():
+    """It lies where it lay, and is as large."""
+    call = step()
+    call = replace(call, hot=(torch.tensor([[0.1, 1e9], [0.0, 0.05]]), *call.hot[1:]))
+    run(call)
+    call.hot[0].t_()
+    assert again(call) is None
+    assert torch.equal(run(call), run(fresh(call)))
+
+
 def test_what_does_not_fit_is_refused_as_ever():
     first = step()
     run(first)

@@ -32,14 +32,20 @@ def _like(x: Tensor | None) -> Any:
 class _Tensor:
     """A tensor that must still be what it was."""
 
-    __slots__ = ("dtype", "given", "place", "shape")
+    __slots__ = ("dtype", "given", "place", "shape", "steps")
 
     def __init__(self, x: Tensor, at_end: Callable[[Any], object] | None = None) -> None:
-        self.given, self.place, self.shape, self.dtype = weakref.ref(x, at_end), x.data_ptr(), x.shape, x.dtype
+        self.given, self.place, self.dtype = weakref.ref(x, at_end), x.data_ptr(), x.dtype
+        self.shape, self.steps = x.shape, x.stride()
 
     def holds(self, x: Any) -> bool:
-        same = self.given() is x
-        return same and x.data_ptr() == self.place and bool(x.shape == self.shape) and x.dtype is self.dtype
+        return (
+            self.given() is x
+            and x.data_ptr() == self.place
+            and bool(x.shape == self.shape)
+            and x.stride() == self.steps
+            and x.dtype is self.dtype
+        )
 
 
 class _Kept:
