@@ -55,3 +55,11 @@ def test_impossible_settings_change_nothing(change: dict[str, object], says: str
 def test_a_plan_for_other_heads() -> None:
     with pytest.raises(OptionError, match="2 values for 4 kv heads"):
         Controls().get_or_create(SitePlan(name="a", tau=(0.1, 0.2)), 4)
+
+
+def test_graphs_read_settings_where_they_lie() -> None:
+    """Captured steps copy what has no fixed address at every replay, and see no change in the middle of one."""
+    controls = Controls()
+    made = controls.get_or_create(SitePlan("a"), 2)
+    for tensor in (made.tau, made.floor, made.budget):
+        assert getattr(tensor, "_dynamo_static_input_type", "") == "unguarded"
