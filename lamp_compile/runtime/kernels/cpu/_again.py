@@ -39,8 +39,9 @@ class _Tensor:
         self.shape, self.steps = x.shape, x.stride()
 
     def holds(self, x: Any) -> bool:
+        same = self.given() is x
         return (
-            self.given() is x
+            same
             and x.data_ptr() == self.place
             and bool(x.shape == self.shape)
             and x.stride() == self.steps
