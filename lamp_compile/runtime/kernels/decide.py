@@ -123,8 +123,8 @@ def decide(
     """CHUNK sub-tiles of a block of rows. HOT ``[B*G, blocks, subtiles]``: those to refine, ascending, behind those of
     the chunks before, which are counted again; HOT_PLACES where they stand in pages; TAKEN ``[B*G, blocks, chunks, 2]``
     how many they are, and how many programs of the look-ahead left something; NOTED ``[B*G, blocks, chunks, NOTES,
-    GP]`` log2 of the look-ahead's sum, of the sub-tiles that stay at the high plane the sums of ``chosen``, and how many
-    sub-tiles are seen and refined (where all are refined nothing was looked at: none, ``refine`` counts them).
+    GP]`` log2 of the look-ahead's sum, of the sub-tiles that stay at the high plane the sums of ``chosen``, and how
+    many sub-tiles are seen and refined (where all are refined nothing was looked at: none, ``refine`` counts them).
 
     With LISTED, of a head whose LEVELS were known before (COUNTS, ``predict.py``), these decide.
     """
