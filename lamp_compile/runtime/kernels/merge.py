@@ -1,4 +1,4 @@
-"""Fourth and fifth launch: join the partial results of a row, rotate its output back, write its certificate; then the
+"""Fifth and sixth launch: join the partial results of a row, rotate its output back, write its certificate; then the
 fallback guard, once per sequence and kv head."""
 
 from __future__ import annotations
