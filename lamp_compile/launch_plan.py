@@ -32,10 +32,11 @@ class LaunchPlan:
     mixed_steps: int = 16
     """Steps of the look-ahead's loop that one program has at least, over pages, where sequences differ in length."""
     mixed_tiles: int = 64
-    """Sub-tiles that one program of the refinement looks at, likewise."""
+    """Sub-tiles of the longest sequence to one program of the refinement, likewise."""
     merge_chunk: int = 64
     """Partial results joined at a time."""
     merge_warps: int = 4
+    """Warps that join them, at most."""
     most_rows: int = 16
     """Rows (tokens x group) of one program when there are several new tokens."""
     dependent: int = 1

@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 def made_up(launch: LaunchPlan) -> float:
     """Fastest at 4 stages, 12 programs and chunks of 64; everything else costs nothing."""
-    return 10.0 + abs(launch.stages - 4) + abs(launch.programs - 12) / 4 + (launch.merge_chunk != 64)
+    return 10.0 + abs(launch.stages - 4) + abs(launch.programs - 12) / 4 + (launch.merge_chunk != 16)
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_search_takes_what_is_faster_and_nothing_else(everywhere: None) -> None:
     tried: list[str] = []
     found = tune.tune(tune.Bench(SHAPE, SitePlan("site"), CPU), tried.append)
-    assert found.launch == LaunchPlan(stages=4, programs=12, merge_chunk=64)
+    assert found.launch == LaunchPlan(stages=4, programs=12, merge_chunk=16)
     assert (found.default_ms, found.best_ms, found.bf16_ms) == (13.0, 10.0, 8.0)
     assert found.ratio == 0.8
     assert len(tried) == len(set(tried)) >= sum(len(values) - 1 for values in tune.CHOICES.values())
@@ -79,7 +79,7 @@ def test_the_command_writes_a_plan_that_says_where_bf16_is_faster(
     assert main(["tune", "examples/models/nano", "--device", "cpu", "--case", case, "-o", str(path)]) == 0
     said = capsys.readouterr().out
     plan = Plan.load(path)
-    assert plan.launch == {"sm_00": LaunchPlan(stages=4, programs=12, merge_chunk=64)}
+    assert plan.launch == {"sm_00": LaunchPlan(stages=4, programs=12, merge_chunk=16)}
     assert f"{case} on sm_00: 10.0000 ms (defaults 13.0000)" in said
     assert all(row.apply is not kept for row in plan.sites)
     reason = "measured slower than bf16 SDPA at 1x640 on sm_00: 0.80 times as fast" if kept else ""

@@ -20,7 +20,7 @@ NOTES = tl.constexpr(5)
 def looked_ahead(META, SINKS, place, slots, splits, head, valid,
                  GP: tl.constexpr, FIELDS: tl.constexpr, SPLITS_P2: tl.constexpr, HAS_SINKS: tl.constexpr):  # fmt: skip
     """Of the rows, over partial results: log2 of the sum over all keys (and the sink), -inf without a live key; the
-    largest importance of rules other than energy. Also, how many of these results hold a key."""
+    largest importance of rules other than energy. Also, behind which of these results none holds a key."""
     index, rows = tl.arange(0, SPLITS_P2), tl.arange(0, GP)
     meta = META + (place * slots + index)[:, None] * FIELDS * GP + rows[None, :]
     inside = (index < splits)[:, None] & valid[None, :]
@@ -28,7 +28,9 @@ def looked_ahead(META, SINKS, place, slots, splits, head, valid,
     total = tl.load(meta + GP, mask=inside, other=0.0)
     importance = tl.load(meta + 4 * GP, mask=inside, other=DEAD)
     most = tl.max(top, 0)
-    filled = tl.max(tl.where((top > EMPTY) & inside, index[:, None] + 1, 0), 0)
+    # What is NaN must be joined: a maximum may hide it, a sum does not.
+    holds = (((top <= EMPTY) == 0) | ((total == 0.0) == 0)) & inside
+    filled = tl.max(tl.where(holds, index[:, None] + 1, 0), 0)
     total = tl.sum(total * tl.exp2(top - most[None, :]), 0)
     if HAS_SINKS:
         sink = tl.load(SINKS + head).to(tl.float32) * LOG2E
@@ -188,10 +190,10 @@ def decide(
 
 @triton.jit
 def shared_by(TAKEN, place, chunks, segments, PACK: tl.constexpr, CHUNKS_P2: tl.constexpr):
-    """Of one block of rows: how many sub-tiles are refined, and how many programs of the refinement have something to
-    do: sub-tiles to refine, or partial results of the look-ahead to join."""
+    """Of one block of rows: how many sub-tiles are refined; how many programs of the look-ahead left something; and how
+    many of the refinement have something to do: sub-tiles to refine, or partial results to join."""
     chunk = tl.arange(0, CHUNKS_P2)
     at = TAKEN + (place * chunks + chunk) * 2
     count = tl.sum(tl.load(at, mask=chunk < chunks, other=0), 0)
     filled = tl.max(tl.load(at + 1, mask=chunk < chunks, other=0), 0)
-    return count, tl.minimum(segments, tl.maximum(tl.maximum(filled, 1), tl.cdiv(count, PACK)))
+    return count, filled, tl.minimum(segments, tl.maximum(tl.maximum(filled, 1), tl.cdiv(count, PACK)))

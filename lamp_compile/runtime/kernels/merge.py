@@ -1,4 +1,4 @@
-"""Fourth and fifth launch: join the partial results of a row, rotate its output back, write its certificate; then the
+"""Fifth and sixth launch: join the partial results of a row, rotate its output back, write its certificate; then the
 fallback guard, once per sequence and kv head."""
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def merge(
         index, part = tl.arange(0, SEGMENTS_P2), tl.arange(0, CHUNK)
         # All of this is read before any of it is used: every sum below waits for all warps. Of programs of the
         # refinement that had nothing to do it holds anything.
-        _, segments = shared_by(TAKEN, place, chunks, slots - splits, PACK, CHUNKS_P2)
+        _, _, segments = shared_by(TAKEN, place, chunks, slots - splits, PACK, CHUNKS_P2)
         inside = index < slots - splits
         meta = META + (first_slot + index) * FIELDS * GP + row
         top = tl.load(meta, mask=inside, other=EMPTY)

@@ -67,7 +67,7 @@ def refine(
     slot = place * slots + splits + segment
     wait_for_launch(PDL)  # what is read above no launch of this call writes
     _, all_refined = settings_of(ROWINFO, place, GP)
-    count, taking = shared_by(TAKEN, place, chunks, tl.num_programs(0), PACK, CHUNKS_P2)
+    count, filled, taking = shared_by(TAKEN, place, chunks, tl.num_programs(0), PACK, CHUNKS_P2)
     if segment >= taking:
         return
     known = all_refined
@@ -94,7 +94,7 @@ def refine(
 
     # Its share of the look-ahead's own partial results is joined at the end, relative to the same maximum.
     base = tl.full((GP,), EMPTY, tl.float32)
-    for split in range(segment, splits, taking):
+    for split in range(segment, filled, taking):
         base = tl.maximum(base, tl.load(META + (place * slots + split) * FIELDS * GP + rows))
     top = tl.reshape(tl.broadcast_to(base[None, :], (PACK, GP)), (COLUMNS,))
     counted = (row < GROUP * TOKENS) & ((row % GROUP == 0) | (TOKENS == 1))
@@ -135,7 +135,7 @@ def refine(
     most = tl.max(tl.max(k_most, 0), 0)
     half_v = tl.arange(0, HP_V)
     stored = (rows < GROUP * TOKENS)[None, :] & (half_v < HALF_V)[:, None]
-    for split in range(segment, splits, taking):
+    for split in range(segment, filled, taking):
         meta = META + (place * slots + split) * FIELDS * GP + rows
         split_top = tl.load(meta)
         share = tl.exp2(split_top - base)
