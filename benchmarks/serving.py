@@ -263,7 +263,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args, began = parse(argv), time.monotonic()
-    many.UNREAD = args.behind or many.UNREAD
+    many.UNREAD = many.UNREAD if args.behind is None else args.behind
     device = load.checked_device(args.device)
     head = environment(args.device)
     out = None if args.out is None else Path(args.out) if args.out else default_out("serving", head["device"])

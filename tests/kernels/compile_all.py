@@ -130,7 +130,8 @@ def appended(value_dim: int = 128) -> None:
 
 def compiled(name: str, case: str, recorders: dict[str, offline.Recorder]) -> None:
     for kernel, recorder in recorders.items():
-        if kernel not in (*READERS, *AROUND, "append_rows", "summarize_row") and (case not in SMALL or name != "sm_90"):
+        always = (*READERS, *AROUND, "decide", "append_rows", "summarize_row")
+        if kernel not in always and (case not in SMALL or name != "sm_90"):
             continue
         _, args, kwargs = recorder.calls[0]
         made = offline.compile_call(recorder.kernel, args, kwargs, offline.TARGETS[name])
@@ -138,6 +139,7 @@ def compiled(name: str, case: str, recorders: dict[str, offline.Recorder]) -> No
         row = {
             "target": name, "case": case, "kernel": kernel,
             "int8_products": text.count(".s8.s8.s32") + text.count("v_mfma_i32"),
+            "kept": text.count("evict_last"),
             "asynchronous": text.count("cp.async.c") + text.count("cp.async.bulk"),
             "spilled": offline.spilled(made, offline.TARGETS[name]),
         }  # fmt: skip

@@ -47,7 +47,7 @@ def test_every_kernel_compiles(name):
     """Nine calls of the large kernels and four of the small ones for Hopper, two calls of the large ones elsewhere; of
     a predicted step also what stands around them."""
     rows = compiled(name)
-    assert len(rows) == (9 * 2 + 2 * 4 + 2 * 3 + 2 * 4 if name == "sm_90" else 2 * 2 + 4) + 3
+    assert len(rows) == (9 * 3 + 4 + 2 * 3 + 2 * 4 if name == "sm_90" else 2 * 3 + 4) + 3
     assert {row["kernel"] for row in rows} >= {*READERS, *AROUND, "append_rows", "summarize_row"}
 
 
@@ -62,6 +62,12 @@ def test_planes_are_loaded_asynchronously(name):
     for row in compiled(name):
         if row["kernel"] in READERS:
             assert row["asynchronous"] > 0, row
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("sm_")])
+def test_what_the_look_ahead_notes_stays_in_the_cache(name):
+    for row in compiled(name):
+        assert (row["kept"] > 0) == (row["kernel"] == "look_ahead"), row
 
 
 def test_pages_cost_no_asynchronous_load():

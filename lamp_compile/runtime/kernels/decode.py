@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lamp_compile.launch_plan import LaunchPlan
+from lamp_compile.runtime.kernels._device import ROW_FIELDS
 from lamp_compile.runtime.kernels._tensors import (
     broadcast_steps,
     padded_half,
@@ -21,7 +22,7 @@ from lamp_compile.runtime.kernels._tensors import (
     sequence_step,
     signs,
 )
-from lamp_compile.runtime.kernels.decide import decide
+from lamp_compile.runtime.kernels.decide import NOTES, decide
 from lamp_compile.runtime.kernels.look_ahead import look_ahead
 from lamp_compile.runtime.kernels.merge import guard_step, merge
 from lamp_compile.runtime.kernels.prepare_query import prepare_query
@@ -31,8 +32,6 @@ from lamp_compile.runtime.kernels.targets import Cut, Target, cut, target_of
 
 FIELDS = 7
 """Numbers per partial result and row; ``look_ahead`` and ``refine`` list theirs."""
-NOTES, ROW_FIELDS = 5, 6
-"""Numbers per row that ``decide`` notes, and ``prepare_query``; they list them."""
 DECIDED = 1024
 """Sub-tiles of which one program decides."""
 OF_DECISIONS = (
@@ -211,13 +210,13 @@ def room_for(call: Call, blocks: int) -> Scratch:
     hot = torch.empty(*grid, cut.subtiles, **whole)
     return Scratch(
         torch.empty(*grid, cut.rows, width, dtype=torch.int8, device=call.q.device),
-        torch.empty(*grid, ROW_FIELDS, cut.rows, **made),
+        torch.empty(*grid, ROW_FIELDS.value, cut.rows, **made),
         torch.empty(*grid, cut.slots, cut.rows, 2 * planes[3].shape[3], **made),
         torch.empty(*grid, cut.slots, FIELDS, cut.rows, **made),
         energy, energy if call.options["rule"] == "energy" else torch.empty_like(energy),
         torch.empty(*grid, cut.subtiles, **made), hot,
         hot if call.seen[5] is None else torch.empty_like(hot), torch.empty(*grid, chunks_of(cut), 2, **whole),
-        torch.empty(*grid, chunks_of(cut), NOTES, cut.rows, **made),
+        torch.empty(*grid, chunks_of(cut), NOTES.value, cut.rows, **made),
     )  # fmt: skip
 
 
