@@ -24,18 +24,20 @@ class LaunchPlan:
     refine_stages: int = 2
     programs: int = 8
     """Programs per multiprocessor that the look-ahead aims at."""
-    refine_programs: int = 8
+    refine_programs: int = 12
+    """And the refinement. A quarter of a multiprocessor takes 2 programs of one warp, 3 of up to 168 registers, 4 of up
+    to 128: 8, 12 and 16 are natural numbers."""
     least_subtiles: int = 8
     """Sub-tiles a program of the look-ahead should have at least."""
     most_splits: int = 128
-    """Splits of one kv head's keys at most."""
+    """Splits of one kv head's keys at most, and programs of the refinement: what they leave must be joined."""
     mixed_steps: int = 16
     """Steps of the look-ahead's loop that one program has at least, over pages, where sequences differ in length."""
     mixed_tiles: int = 64
     """Sub-tiles of the longest sequence to one program of the refinement, likewise."""
-    merge_chunk: int = 64
-    """Partial results joined at a time."""
-    merge_warps: int = 4
+    merge_chunk: int = 256
+    """Partial results, times the rows of a program, joined at a time."""
+    merge_warps: int = 8
     """Warps that join them, at most."""
     most_rows: int = 16
     """Rows (tokens x group) of one program when there are several new tokens."""

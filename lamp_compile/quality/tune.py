@@ -22,11 +22,11 @@ from lamp_compile.runtime import fused_ops as _fused_ops  # noqa: F401  (registe
 from lamp_compile.runtime import guard, kernels, layout
 
 CHOICES: dict[str, tuple[int, ...]] = {
-    "programs": (6, 8, 9, 12, 16),
+    "programs": (4, 8, 12, 16),
     "stages": (2, 3, 4),
-    "refine_programs": (4, 8, 16),
+    "refine_programs": (4, 8, 12, 16),
     "refine_stages": (2, 3),
-    "merge_chunk": (16, 32, 64),
+    "merge_chunk": (16, 64, 256),
     "most_splits": (64, 128),
     "dependent": (0, 1),
 }

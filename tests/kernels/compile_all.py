@@ -130,7 +130,7 @@ def appended(value_dim: int = 128) -> None:
 
 def compiled(name: str, case: str, recorders: dict[str, offline.Recorder]) -> None:
     for kernel, recorder in recorders.items():
-        always = (*READERS, *AROUND, "decide", "append_rows", "summarize_row")
+        always = (*READERS, *AROUND, "decide", "merge", "append_rows", "summarize_row")
         if kernel not in always and (case not in SMALL or name != "sm_90"):
             continue
         _, args, kwargs = recorder.calls[0]

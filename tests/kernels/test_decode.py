@@ -205,6 +205,48 @@ def test_segments_of_the_refinement(triton_device, monkeypatch):
     check(calls.make(keys=1200, batch=1, heads=2, kv_heads=1, start=torch.tensor([37])), triton_device)
 
 
+@pytest.mark.parametrize("name", ["group 4", "group 7", "sinks", "lengths", "five tokens, lengths"])
+def test_whoever_takes_the_guards_step(name, triton_device, monkeypatch):
+    """Programs that join all rows of a kv head take it themselves; where each joins one row a launch does. Both as the
+    reference; several tokens always have the launch."""
+    from lamp_compile.runtime.kernels import decode
+
+    launched = []
+    kernel = decode.guard_step
+
+    class Watched:
+        def __getitem__(self, grid):
+            launched.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(decode, "guard_step", Watched())
+    call = calls.make(**CASES[name])
+    for most in (0, 64):
+        monkeypatch.setattr(decode, "JOINED", most)
+        check(call, triton_device)
+        assert bool(launched) == (not most or call.q.shape[2] > 1)
+        launched.clear()
+
+
+PROGRAMS = {8: None, 9: 168, 12: 168, 16: 128, 64: None}
+
+
+@pytest.mark.parametrize("programs", PROGRAMS)
+def test_registers_for_as_many_programs(programs, monkeypatch):
+    """A quarter of a multiprocessor has 16,384 registers and a program is one warp: 2 fit without a limit, 3 of 168."""
+    from lamp_compile.runtime.kernels import decode, targets
+
+    hopper = replace(targets.target_of(torch.device("cpu")), name="sm_90", asm=True, processors=132)
+    monkeypatch.setattr(decode, "target_of", lambda device: hopper)
+    call = calls.make()
+    begun, _ = decode.begin(call.q, call.planes, call.hot, call.balance, call.seen, call.options)
+    wanted = {} if PROGRAMS[programs] is None else {"maxnreg": PROGRAMS[programs]}
+    assert decode.registers(begun, 1, programs) == wanted
+    assert decode.registers(begun, 2, programs) == {}
+    large = replace(begun, cut=replace(begun.cut, small=False))
+    assert decode.registers(large, 1, programs) == {}
+
+
 @pytest.mark.parametrize("floor", [0.0, 1.0])
 def test_decisions_in_chunks(floor, triton_device, monkeypatch):
     """However many programs decide, the list is the same."""

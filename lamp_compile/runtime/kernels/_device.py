@@ -86,16 +86,23 @@ def round_even(x):
 
 
 @triton.jit
-def rotated(x, SIGNS, root, HALF: tl.constexpr, HP: tl.constexpr, PARTS: tl.constexpr):
-    """Rows ``[n, 2 * HP]`` times the rotation -> (first, second half of the channels ``[n, HP]``).
-
-    SIGNS float16 ``[D, D]`` is the rotation times sqrt(D) = 1 / root: 1 and -1, so that products are exact. Rows are
-    brought to [1, 2) by a power of two and split into PARTS halves of float16: one holds bfloat16, two float32.
-    """
+def rotation(SIGNS, HALF: tl.constexpr, HP: tl.constexpr, BACK: tl.constexpr):
+    """Both halves of the rotation's columns ``[2 * HP, HP]``, with BACK of the inverse's. SIGNS float16 ``[D, D]`` is
+    the rotation times sqrt(D): 1 and -1, so that products are exact."""
     channels, half = tl.arange(0, 2 * HP), tl.arange(0, HP)
     inside = (channels < 2 * HALF)[:, None] & (half < HALF)[None, :]
-    at = SIGNS + channels[:, None] * (2 * HALF) + half[None, :]
-    first, second = tl.load(at, mask=inside, other=0.0), tl.load(at + HALF, mask=inside, other=0.0)
+    if BACK:
+        at, step = SIGNS + channels[:, None] + half[None, :] * (2 * HALF), 2 * HALF * HALF
+    else:
+        at, step = SIGNS + channels[:, None] * (2 * HALF) + half[None, :], HALF
+    return tl.load(at, mask=inside, other=0.0), tl.load(at + step, mask=inside, other=0.0)
+
+
+@triton.jit
+def turned(x, first, second, root, PARTS: tl.constexpr):
+    """Rows ``[n, 2 * HP]`` times both halves of ``rotation`` and root = 1 / sqrt(D) -> first, second half of the
+    channels ``[n, HP]``. Rows are brought to [1, 2) by a power of two and split into PARTS halves of float16: one holds
+    bfloat16, two float32."""
     power = tl.max(tl.abs(x), 1).to(tl.int32, bitcast=True) & 0x7F800000
     power = tl.where((power > 0) & (power < 0x7F000000), power, 0x3F800000)
     x = x * (0x7F000000 - power).to(tl.float32, bitcast=True)[:, None]
@@ -168,6 +175,15 @@ def key_mask(MASK, j, step, hi, PRESENT: tl.constexpr):
 def over_parts(x, PACK: tl.constexpr, GP: tl.constexpr):
     """``[PACK * GP]`` -> ``[PACK, GP]``."""
     return tl.reshape(x, (PACK, GP))
+
+
+@triton.jit
+def folded(x, FOLD: tl.constexpr):
+    """``[n, columns]`` -> ``[FOLD, columns]``, sums: where FOLD is 8, of numbers that one thread holds anyway (rows of
+    a matrix product lie 8 apart in it), so that sums carried through a loop take few registers."""
+    if x.shape[0] > FOLD:
+        x = tl.sum(tl.reshape(x, (x.shape[0] // FOLD, FOLD, x.shape[1])), 0)
+    return x
 
 
 @triton.jit

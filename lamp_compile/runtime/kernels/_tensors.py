@@ -28,7 +28,7 @@ def power_of_two(n: int) -> int:
 
 
 def parts(x: Tensor, balance: Tensor | None) -> int:
-    """Halves of float16 that hold a row of x, balanced or not (``_device.rotated``)."""
+    """Halves of float16 that hold a row of x, balanced or not (``_device.turned``)."""
     return 1 if x.dtype == torch.bfloat16 and balance is None else 2
 
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lamp_compile.runtime.kernels._device import rotated, round_even
+from lamp_compile.runtime.kernels._device import rotation, round_even, turned
 from lamp_compile.runtime.kernels._tensors import padded_half, parts, row_step, sequence_step, signs
 from lamp_compile.runtime.kernels.targets import target_of
 
@@ -26,7 +26,8 @@ def nested_rows(source, channels_step, valid, DIVISOR, SIGNS, root, HALF: tl.con
         if DIVIDED:
             divisor = tl.load(DIVISOR + channels, mask=channels < 2 * HALF, other=1.0)
             x = tl.div_rn(x, tl.broadcast_to(divisor[None, :], x.shape))
-        upper, lower = rotated(x, SIGNS, root, HALF, HP, PARTS)
+        first, second = rotation(SIGNS, HALF, HP, False)
+        upper, lower = turned(x, first, second, root, PARTS)
     else:
         mask = valid[:, None] & (half < HALF)[None, :]
         at = source[:, None] + half[None, :] * channels_step

@@ -147,8 +147,8 @@ def merge_and_audit(
     kv_heads, heads, queries, first_token, all_blocks, slots, splits, chunks, scale, root, start_stride,
     length_stride, keys, subtiles, tiles, skip,
     GROUP: tl.constexpr, GP: tl.constexpr, PACK: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr, VP: tl.constexpr, FIELDS: tl.constexpr, SEGMENTS_P2: tl.constexpr,
-    CHUNKS_P2: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr,
+    HALF_V: tl.constexpr, HP_V: tl.constexpr, FIELDS: tl.constexpr, SEGMENTS_P2: tl.constexpr,
+    CHUNKS_P2: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
     ROTATE: tl.constexpr, HAS_SINKS: tl.constexpr, PDL: tl.constexpr, BN: tl.constexpr, AUDIT_CHUNK: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HAS_START: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     SKIPS: tl.constexpr, AUDIT_WINDOW: tl.constexpr, DECAY: tl.constexpr, TRUST_FIELDS: tl.constexpr,
@@ -158,9 +158,10 @@ def merge_and_audit(
     wait_for_launch(PDL)
     if tl.program_id(0) < GROUP:
         merge(
-            PARTIAL, META, TAKEN, NOTED, ROWINFO, SINKS, SIGNS, OUT, LSE, CERTIFICATE, EVIDENCE, GUARD_COUNTS, kv_heads,
-            heads, queries, first_token, all_blocks, slots, splits, chunks, scale, root, GROUP, GP, PACK, TOKENS, DIM,
-            VALUE_DIM, VP, FIELDS, SEGMENTS_P2, CHUNKS_P2, CHUNK, COLUMNS, ROTATE, HAS_SINKS, False,
+            PARTIAL, META, TAKEN, NOTED, ROWINFO, SINKS, SIGNS, OUT, LSE, CERTIFICATE, EVIDENCE, GUARD_COUNTS, None,
+            None, None, None, kv_heads, heads, queries, first_token, all_blocks, slots, splits, chunks, scale, root, 0,
+            0, 0, 0, 0.0, GROUP, GP, PACK, TOKENS, DIM, HALF_V, HP_V, FIELDS, SEGMENTS_P2, CHUNKS_P2, CHUNK, ROWS,
+            ROTATE, HAS_SINKS, False, False,
         )  # fmt: skip
     else:
         audit_part(

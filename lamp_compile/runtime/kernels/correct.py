@@ -12,6 +12,7 @@ from lamp_compile.runtime.kernels._device import (
     MAGIC,
     MAGIC_BITS,
     finite_scale,
+    folded,
     lower_nibbles,
     lower_nibbles16,
     of_part,
@@ -24,6 +25,7 @@ from lamp_compile.runtime.kernels._device import (
 from lamp_compile.runtime.kernels.look_ahead import (
     dither,
     first_key,
+    in_columns,
     listed,
     load_keys,
     load_values,
@@ -64,14 +66,17 @@ def whole_weights(p, gain, v_scale, v_peak, MASKED: tl.constexpr):
 @triton.jit
 def corrected(
     KH, KL, KS, VH, VL, VS, MASK, BIAS, ENERGY, HOT, HOT_PLACES, q_upper, q_lower, factor, cold_offset, offset, origin,
-    first, count, stride, top, counted, row_position, mask_rows, bias_rows, lo, hi, mask_key, bias_key, softcap, delta,
+    first, count, stride, next_tiles, next_places, upper, lower, mass, value_mass, top, counted, row_position,
+    mask_rows, bias_rows, lo, hi, mask_key, bias_key, softcap, delta,
     GROUP: tl.constexpr, GP: tl.constexpr, PACK: tl.constexpr, TOKENS: tl.constexpr, HALF_K: tl.constexpr,
     HP_K: tl.constexpr, HALF_V: tl.constexpr, HP_V: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, HAS_MASK: tl.constexpr, KEY_MASK: tl.constexpr,
-    HAS_BIAS: tl.constexpr, PAGED: tl.constexpr, ASM: tl.constexpr, BACK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PAGED: tl.constexpr, ASM: tl.constexpr, FOLD: tl.constexpr,
+    BACK: tl.constexpr,
 ):  # fmt: skip
     """Sums over the sub-tiles at entries ``first``, first + 1 .. of the ``count`` in HOT, PACK at a time and ``stride``
-    apart, relative to ``top``, which they may move.
+    apart, relative to ``top``, which they may move, added to the sums given. ``next_tiles``, ``next_places``: the first
+    entries.
 
     With BACK what the look-ahead has added is taken back (``delta`` 0: it has added nothing). Without, there was
     nothing to take: no cold scores, and the energies of the sub-tiles are written, of one token.
@@ -81,18 +86,15 @@ def corrected(
     MASKED: tl.constexpr = CROSSED
     part = tl.arange(0, COLUMNS) // GP
     thresholds = dither(BN)
+    none = tl.zeros((HP_V, COLUMNS), tl.int32)
+    start = tl.broadcast_to(origin[None, :], (BN, COLUMNS))
     key, parts = tl.arange(0, BN), tl.arange(0, PACK)
-    upper = tl.zeros((HP_V, COLUMNS), tl.float32)
-    lower = tl.zeros((HP_V, COLUMNS), tl.float32)
-    shift = tl.zeros((BN, COLUMNS), tl.float32)
-    mass = tl.zeros((BN, COLUMNS), tl.float32)
-    value_mass = tl.zeros((BN, COLUMNS), tl.float32)
-    square = tl.zeros((BN, COLUMNS), tl.float32)
-    value_square = tl.zeros((BN, COLUMNS), tl.float32)
+    shift = tl.zeros((FOLD, COLUMNS), tl.float32)
+    square = tl.zeros((FOLD, COLUMNS), tl.float32)
+    value_square = tl.zeros((FOLD, COLUMNS), tl.float32)
     k_most = tl.zeros((BN, PACK), tl.float32)
     seen_tiles = tl.zeros((PACK,), tl.float32)
     # A step ahead: where sub-tiles stand, and their scales, of which places are known from the step before.
-    next_tiles, next_places = listed(HOT, HOT_PLACES, first + parts, count, PAGED)
     next_k, next_v, next_allowed = narrow_scales(KS, VS, MASK, mask_key, next_places, next_tiles, hi, BN, KEY_MASK)
     scale_tiles, scale_places = listed(HOT, HOT_PLACES, first + stride + parts, count, PAGED)
     for i in range(first, count, stride):
@@ -103,21 +105,18 @@ def corrected(
             KS, VS, MASK, mask_key, scale_places, scale_tiles, hi, BN, KEY_MASK
         )
         scale_tiles, scale_places = listed(HOT, HOT_PLACES, i + 2 * stride + parts, count, PAGED)
-        product = tl.broadcast_to(origin[None, :], (BN, COLUMNS))
-        low_product = tl.zeros((BN, COLUMNS), tl.int32)
-        residual = tl.zeros((BN, COLUMNS), tl.int32)
+        product, residual = start, tl.zeros((BN, COLUMNS), tl.int32)
         for u in tl.static_range(PACK):
             at_key = first_key(places, parts, u, BN) + key
             k_high = load_keys(KH, at_key, HALF_K, HP_K)
             k_low = load_keys(KL, at_key, HALF_K, HP_K)
-            mine = (part == u)[None, :]
-            q_up, q_down = tl.where(mine, q_upper, 0), tl.where(mine, q_lower, 0)
-            product = tl.dot(upper_nibbles(k_high, ASM), q_up, product, out_dtype=tl.int32)
-            low_product = tl.dot(lower_nibbles(k_high, ASM), q_down, low_product, out_dtype=tl.int32)
-            residual = tl.dot(upper_nibbles8(k_low, ASM), q_up, residual, out_dtype=tl.int32)
-            residual = tl.dot(lower_nibbles(k_low, ASM), q_down, residual, out_dtype=tl.int32)
-        product += low_product << 4
-        k_scale, v_scale = to_columns(k_narrow, PACK, GP), to_columns(v_narrow, PACK, GP)
+            one = tl.dot(upper_nibbles(k_high, ASM), q_upper, start, out_dtype=tl.int32)
+            low_one = tl.dot(lower_nibbles(k_high, ASM), q_lower, out_dtype=tl.int32)
+            more = tl.dot(upper_nibbles8(k_low, ASM), q_upper, out_dtype=tl.int32)
+            more = tl.dot(lower_nibbles(k_low, ASM), q_lower, more, out_dtype=tl.int32)
+            product = in_columns(part, u, one + (low_one << 4), product)
+            residual = in_columns(part, u, more, residual)
+        k_scale = to_columns(k_narrow, PACK, GP)
         if BACK:
             y_cold = scores_of(product, k_scale, cold_offset, factor, softcap, SOFTCAP)
         y = scores_of(product + residual, k_scale, offset, factor, softcap, SOFTCAP)
@@ -143,10 +142,10 @@ def corrected(
             y = tl.where(inside_all, y, DEAD)
             if BACK:
                 y_cold = tl.where(inside_all, y_cold, DEAD)
-            v_scale = tl.where(inside_all, v_scale, 0.0)
-            k_narrow = tl.where(allowed != 0, k_narrow, 0.0)
+            v_narrow, k_narrow = tl.where(allowed != 0, v_narrow, 0.0), tl.where(allowed != 0, k_narrow, 0.0)
+        v_scale, v_peak = to_columns(v_narrow, PACK, GP), of_part(tl.max(v_narrow, 0), PACK, GP)
         k_most = tl.maximum(k_most, k_narrow)
-        local, v_peak = tl.max(y, 0), tl.max(v_scale, 0)
+        local = tl.max(y, 0)
         p, above = tl.exp2(y - local[None, :]), local
         if BACK:
             local_cold = tl.max(y_cold, 0)
@@ -171,42 +170,35 @@ def corrected(
         else:
             coarse, fine, add, unit = whole_weights(p, gain, v_scale, v_peak, MASKED)
             added = coarse
-        a = tl.zeros((HP_V, COLUMNS), tl.int32)
-        c = tl.zeros((HP_V, COLUMNS), tl.int32)
-        a_fine = tl.zeros((HP_V, COLUMNS), tl.int32)
-        c_fine = tl.zeros((HP_V, COLUMNS), tl.int32)
+        first_half, second_half = none, none
         for u in tl.static_range(PACK):
             at_value = first_key(places, parts, u, BN) + key
             v_high = load_values(VH, at_value, TILE, HALF_V, HP_V)
             v_low = load_values(VL, at_value, TILE, HALF_V, HP_V)
-            mine = (part == u)[None, :]
-            my_coarse, my_fine, my_added = tl.where(mine, coarse, 0), tl.where(mine, fine, 0), tl.where(mine, added, 0)
             up, down = upper_nibbles(v_high, ASM), lower_nibbles16(v_high, ASM)
-            a = tl.dot(up, my_coarse, a, out_dtype=tl.int32)
-            a = tl.dot(upper_nibbles8(v_low, ASM), my_added, a, out_dtype=tl.int32)
-            a_fine = tl.dot(up, my_fine, a_fine, out_dtype=tl.int32)
-            c = tl.dot(down, my_coarse, c, out_dtype=tl.int32)
-            c = tl.dot(lower_nibbles(v_low, ASM), my_added, c, out_dtype=tl.int32)
-            c_fine = tl.dot(down, my_fine, c_fine, out_dtype=tl.int32)
-        upper += ((a << 7) + a_fine).to(tl.float32) * unit[None, :]
-        lower += ((c << 7) + c_fine).to(tl.float32) * unit[None, :]
-        # The residual bytes carry + 8; lo averages -1/2, which was taken off what is taken back. Whole numbers know no
-        # NaN: the last term brings in those of value scales.
-        if BACK:
-            shift += (0.5 * take.to(tl.float32) - 1024.0 * add.to(tl.float32)) * unit[None, :]
-        else:
-            shift -= 1024.0 * add.to(tl.float32) * unit[None, :]
-        shift += weigh(p, v_scale * 0.0, MASKED)
+            a = tl.dot(up, coarse, out_dtype=tl.int32)
+            a = tl.dot(upper_nibbles8(v_low, ASM), added, a, out_dtype=tl.int32) << 7
+            first_half = in_columns(part, u, tl.dot(up, fine, a, out_dtype=tl.int32), first_half)
+            c = tl.dot(down, coarse, out_dtype=tl.int32)
+            c = tl.dot(lower_nibbles(v_low, ASM), added, c, out_dtype=tl.int32) << 7
+            second_half = in_columns(part, u, tl.dot(down, fine, c, out_dtype=tl.int32), second_half)
+        upper += first_half.to(tl.float32) * unit[None, :]
+        lower += second_half.to(tl.float32) * unit[None, :]
+        # The residual bytes carry + 8; lo averages -1/2, which was taken off what is taken back.
         weight, vv = p * gain[None, :], v_scale * v_scale
+        more = weight
         if BACK:
-            less = p_cold * back[None, :]
-            mass += weight - less
-            value_mass += weigh(weight, vv, MASKED) - weigh(less, vv, MASKED)
+            shift += folded(take - 2048 * add, FOLD).to(tl.float32) * (0.5 * unit)[None, :]
+            more = weight - p_cold * back[None, :]
         else:
-            mass += weight
-            value_mass += weigh(weight, vv, MASKED)
-        square += weight * weight
-        value_square += weigh(weight * weight, vv, MASKED)
+            shift -= folded(add, FOLD).to(tl.float32) * (1024.0 * unit)[None, :]
+        heavy = weight * weight
+        mass += folded(more, FOLD)
+        value_mass += folded(weigh(more, vv, MASKED), FOLD)
+        square += folded(heavy, FOLD)
+        value_square += folded(weigh(heavy, vv, MASKED), FOLD)
         seen = over_parts((((local < EMPTY) == 0) & counted).to(tl.float32), PACK, GP)
         seen_tiles += tl.max(seen, 1) if TOKENS == 1 else tl.sum(seen, 1)
+    # Whole numbers know no NaN: those of value scales come in here.
+    shift += value_mass * 0.0
     return upper, lower, shift, mass, value_mass, square, value_square, k_most, seen_tiles, top

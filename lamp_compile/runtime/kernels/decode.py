@@ -39,6 +39,10 @@ OF_DECISIONS = (
     "RULE", "CAUSAL", "WINDOW", "HAS_START", "HAS_LENGTHS", "PAGED", "slots", "splits", "FIELDS",
 )  # fmt: skip
 """What ``decide`` needs of ``Call.keys`` and ``Call.sums``."""
+OF_GUARD = ("floor_b", "budget_b", "window", "hold", "hysteresis")
+"""What ``merge`` needs of ``guard_rows``."""
+JOINED = 32
+"""Rows times partial results that one program joins at most, where it could leave rows to others."""
 RULES = {"energy": 0, "lamp_strict": 1, "lamp_relaxed": 2}
 CAUSAL = {"": 0, "top_left": 1, "bottom_right": 2}
 SCRATCH = 1 << 28
@@ -75,6 +79,14 @@ class Call:
     def dependent(self) -> dict[str, bool]:
         """Of all launches: they may begin while the one ahead ends (``_device.wait_for_launch``)."""
         return {"PDL": True, "launch_pdl": True} if self.target.pdl and self.cut.launch.dependent else {"PDL": False}
+
+    def fold(self, warps: int) -> int:
+        """Rows to which sums over the keys of a sub-tile are folded (``_device.folded``)."""
+        return 8 if warps == 1 and self.target.columns == 8 else int(self.options["subtile"])
+
+    def widths(self) -> tuple[int, int]:
+        """Padded halves of the channels of keys and values."""
+        return padded_half(self.planes[0].shape[4]), padded_half(self.planes[3].shape[3])
 
     def signs(self, dim: int) -> Tensor:
         """The rotation, or a tensor that nobody reads."""
@@ -196,7 +208,8 @@ def decode(
         prepare(call, scratch, first, NO_GATE)
         read(call, scratch, first, None)
         join(call, scratch, first, results)
-    guard_step[(call.heads,)](*guard_arguments(call, results), **guard_rows(call), **call.dependent(), num_warps=1)
+    if not guards(call):
+        guard_step[(call.heads,)](*guard_arguments(call, results), **guard_rows(call), **call.dependent(), num_warps=1)
     return Result(results.out, results.lse, results.certificate)
 
 
@@ -207,7 +220,7 @@ def room_for(call: Call, blocks: int) -> Scratch:
     width = 2 * padded_half(planes[0].shape[4])
     energy = torch.empty(*grid, cut.subtiles, cut.rows, **made)
     whole: dict[str, Any] = {"dtype": torch.int32, "device": call.q.device}
-    hot = torch.empty(*grid, cut.subtiles, **whole)
+    hot = torch.empty(*grid, max(1, cut.subtiles), **whole)  # its head is read in any case
     return Scratch(
         torch.empty(*grid, cut.rows, width, dtype=torch.int8, device=call.q.device),
         torch.empty(*grid, ROW_FIELDS.value, cut.rows, **made),
@@ -250,7 +263,8 @@ def read(call: Call, scratch: Scratch, first_block: int, listed: Listed | None) 
     look_ahead[(cut.splits, *grid)](
         scratch.q8, scratch.rowinfo, planes[0], planes[2], planes[3], planes[5], mask, bias, start, lengths, table,
         scratch.partial, scratch.meta, *noted, *known, **keys, **rows, **sums, **common,
-        least_steps=cut.least_steps, num_warps=warps, num_stages=launch.stages,
+        least_steps=cut.least_steps, FOLD=call.fold(warps), **registers(call, warps, launch.programs), num_warps=warps,
+        num_stages=launch.stages,
     )  # fmt: skip
     hot = (scratch.hot, scratch.hot_places, scratch.taken)
     decide[(chunks_of(cut), *grid)](
@@ -263,8 +277,17 @@ def read(call: Call, scratch: Scratch, first_block: int, listed: Listed | None) 
     refine[(cut.segments, *grid)](
         scratch.q8, scratch.rowinfo, *planes, mask, bias, start, lengths, scratch.partial,
         scratch.meta, scratch.energy, *hot, known[2], **keys, **rows, **sums, **common,
-        **lists(cut), num_warps=refine_warps, num_stages=launch.refine_stages,
+        **lists(cut), FOLD=call.fold(refine_warps), **registers(call, refine_warps, launch.refine_programs),
+        num_warps=refine_warps, num_stages=launch.refine_stages,
     )  # fmt: skip
+
+
+def registers(call: Call, warps: int, programs: int) -> dict[str, int]:
+    """Registers of a thread at most, so that as many programs of one warp fit as the launch plan asks for: a quarter of
+    a multiprocessor has 16384 for its share of them."""
+    share = -(-programs // 4)
+    limited = call.target.asm and call.cut.small and warps == 1 and 2 < share <= 4
+    return {"maxnreg": 16384 // (32 * share) // 8 * 8} if limited else {}
 
 
 def chunks_of(cut: Cut) -> int:
@@ -278,25 +301,38 @@ def lists(cut: Cut) -> dict[str, int]:
 
 
 def join(call: Call, scratch: Scratch, first_block: int, results: Results) -> None:
-    """The launch that joins the partial results."""
-    given = joining(call, scratch, first_block, results)
-    given["num_warps"] = min(given["num_warps"], max(2, given["CHUNK"] * given["VP"] // 1024))
-    merge[(given["GROUP"] * call.cut.tokens, *scratch.q8.shape[:2])](**given, COUNTS=results.counts[:, first_block:])
+    """The launch that joins the partial results; with ``guards`` the last one."""
+    rows = call.cut.rows if guards(call) else 1
+    programs = 1 if guards(call) else call.rows(first_block)["GROUP"] * call.cut.tokens
+    _, floor, budget, state, stats = call.hot
+    steps = {name: number for name, number in guard_rows(call).items() if name in OF_GUARD}
+    merge[(programs, *scratch.q8.shape[:2])](
+        **joining(call, scratch, first_block, results, rows), COUNTS=results.counts[:, first_block:],
+        STATE=state, STATS=stats, FLOOR=floor, BUDGET=budget, **steps, GUARD=guards(call),
+    )  # fmt: skip
 
 
-def joining(call: Call, scratch: Scratch, first_block: int, results: Results) -> dict[str, Any]:
-    """What ``merge`` is given, but for its counts."""
-    cut, q, launch, sinks, value_dim = call.cut, call.q, call.cut.launch, call.seen[2], results.out.shape[-1]
-    value_width, segments = power_of_two(value_dim), power_of_two(cut.segments)
+def guards(call: Call) -> bool:
+    """Whether one program joins all rows of a kv head and takes the guard's step: of one token, where partial results
+    are few enough for it."""
+    return call.q.shape[2] == 1 and call.cut.rows * power_of_two(call.cut.segments) <= JOINED
+
+
+def joining(call: Call, scratch: Scratch, first_block: int, results: Results, rows: int) -> dict[str, Any]:
+    """What ``merge`` is given for some rows to a program, but for its counts and the guard."""
+    cut, q, launch, sinks, half_v = call.cut, call.q, call.cut.launch, call.seen[2], call.planes[3].shape[3]
+    segments, (_, width) = power_of_two(cut.segments), call.widths()
+    chunk = min(max(1, launch.merge_chunk // rows), segments)
+    warps = max(2 if rows == 1 else 4, chunk * rows * width // 1024)
     return {
         "PARTIAL": scratch.partial, "META": scratch.meta, "TAKEN": scratch.taken, "NOTED": scratch.noted,
-        "ROWINFO": scratch.rowinfo, "SINKS": sinks, "SIGNS": call.signs(value_dim), "OUT": results.out,
+        "ROWINFO": scratch.rowinfo, "SINKS": sinks, "SIGNS": call.signs(2 * half_v), "OUT": results.out,
         "LSE": results.lse, "CERTIFICATE": results.certificate,
-        "EVIDENCE": results.evidence, "heads": q.shape[1], "all_blocks": cut.blocks, "root": value_dim**-0.5,
-        **call.rows(first_block), **call.sums(), "DIM": q.shape[-1], "VALUE_DIM": value_dim, "VP": value_width,
-        "SEGMENTS_P2": segments, "PACK": cut.pack, **lists(cut), "CHUNK": min(launch.merge_chunk, segments),
-        "COLUMNS": min(value_width, 64),
-        "ROTATE": call.rotates, "HAS_SINKS": sinks is not None, **call.dependent(), "num_warps": launch.merge_warps,
+        "EVIDENCE": results.evidence, "heads": q.shape[1], "all_blocks": cut.blocks, "root": (2 * half_v) ** -0.5,
+        **call.rows(first_block), **call.sums(), "DIM": q.shape[-1], "HALF_V": half_v, "HP_V": width,
+        "SEGMENTS_P2": segments, "PACK": cut.pack, **lists(cut), "CHUNK": chunk, "ROWS": rows,
+        "ROTATE": call.rotates, "HAS_SINKS": sinks is not None, **call.dependent(),
+        "num_warps": min(launch.merge_warps, warps),
     }  # fmt: skip
 
 

@@ -186,7 +186,7 @@ def _join_and_audit(
         "COUNTS": listed.counts, "TRUST": gate.trust, "AUDIT": evidence, "skip": options["skip"], **_trust(call),
     }  # fmt: skip
     merge_and_audit[(call.rows(0)["GROUP"] + parts, call.heads, 1)](
-        **decode.joining(call, scratch, 0, results), GUARD_COUNTS=results.counts, ENERGY=scratch.energy,
+        **decode.joining(call, scratch, 0, results, 1), GUARD_COUNTS=results.counts, ENERGY=scratch.energy,
         PREDICTED=predicted, LEVELS=listed.levels, MARGIN=gate.margin, HISTORY=gate.history, **known, **live,
         subtiles=call.cut.subtiles, tiles=tiles, AUDIT_CHUNK=chunk, DECAY=DECAY,
     )  # fmt: skip

@@ -18,6 +18,7 @@ from lamp_compile.runtime.kernels._device import (
     MAGIC,
     MAGIC_BITS,
     finite_scale,
+    folded,
     key_mask,
     key_range,
     lower_nibbles,
@@ -46,7 +47,7 @@ def round_row(p, v_scale, v_peak, thresholds, MASKED: tl.constexpr):
     """Weights times value scale as int8, relative to the sub-tile's own maximum and largest value scale: a sub-tile
     with a heavy key does not coarsen its neighbours, and the refinement can take back exactly what was added. Gives
     back the int8 row and the same as float32."""
-    x = weigh(p, v_scale * (127.0 / tl.maximum(v_peak, 1e-30))[None, :], MASKED) + (thresholds - 0.5)[:, None] + MAGIC
+    x = weigh(p, v_scale, MASKED) * (127.0 / tl.maximum(v_peak, 1e-30))[None, :] + (thresholds - 0.5)[:, None] + MAGIC
     return x.to(tl.int32, bitcast=True).to(tl.int8), x - MAGIC
 
 
@@ -87,6 +88,15 @@ def narrow_scales(KS, VS, MASK, mask_key, places, tiles, hi, BN: tl.constexpr, K
     key = tl.arange(0, BN)[:, None]
     at = key + places[None, :] * BN
     return tl.load(KS + at), tl.load(VS + at), key_mask(MASK, key + tiles[None, :] * BN, mask_key, hi, KEY_MASK)
+
+
+@triton.jit
+def in_columns(part, u: tl.constexpr, product, others):
+    """A product in the columns of sub-tile u, ``others`` elsewhere: every sub-tile is multiplied by what all columns
+    hold, and what belongs to other sub-tiles is dropped here."""
+    if u > 0:
+        product = tl.where((part == u)[None, :], product, others)
+    return product
 
 
 @triton.jit
@@ -156,7 +166,7 @@ def look_ahead(
     RULE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, HAS_MASK: tl.constexpr,
     KEY_MASK: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_START: tl.constexpr, HAS_LENGTHS: tl.constexpr, PAGED: tl.constexpr, ASM: tl.constexpr,
-    FIELDS: tl.constexpr, PDL: tl.constexpr, LISTED: tl.constexpr,
+    FIELDS: tl.constexpr, PDL: tl.constexpr, LISTED: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     """One split of the keys for one block of rows; with LISTED one split of the sub-tiles in LIST (``predict.py``), of
     one token, whose places are read a step ahead like those of pages.
@@ -221,14 +231,16 @@ def look_ahead(
     others = OTHER + place * subtiles * GP + column
     peaks = PEAK + place * subtiles + part
     thresholds = dither(BN)
+    magic = tl.full((HP_V, COLUMNS), MAGIC_BITS, tl.int32)
+    start = tl.broadcast_to(origin[None, :], (BN, COLUMNS))
     key, parts = tl.arange(0, BN), tl.arange(0, PACK)
 
     top = tl.full((COLUMNS,), EMPTY, tl.float32)
     upper = tl.zeros((HP_V, COLUMNS), tl.float32)
     lower = tl.zeros((HP_V, COLUMNS), tl.float32)
-    mass = tl.zeros((BN, COLUMNS), tl.float32)
-    value_mass = tl.zeros((BN, COLUMNS), tl.float32)
-    rounded = tl.zeros((BN, COLUMNS), tl.float32)
+    mass = tl.zeros((FOLD, COLUMNS), tl.float32)
+    value_mass = tl.zeros((FOLD, COLUMNS), tl.float32)
+    rounded = tl.zeros((FOLD, COLUMNS), tl.float32)
     k_most = tl.zeros((BN, PACK), tl.float32)
     largest = tl.full((COLUMNS,), DEAD, tl.float32)
     if KEY_MASK:
@@ -258,20 +270,16 @@ def look_ahead(
             next_places = stored_tiles(TABLE, tiles, hi, BN, TILE, PAGED)
             next_k, next_v, next_allowed = narrow_scales(KS, VS, MASK, mask_key, scale_places, tiles, hi, BN, KEY_MASK)
             scale_places = stored_tiles(TABLE, tl.minimum((n0 + 2 * stride) // BN + parts, final), hi, BN, TILE, PAGED)
-        product = tl.broadcast_to(origin[None, :], (BN, COLUMNS))
-        low_product = tl.zeros((BN, COLUMNS), tl.int32)
+        product, low_product = start, tl.zeros((BN, COLUMNS), tl.int32)
         for u in tl.static_range(PACK):
             j = tl.minimum(n0 // BN + u, final) * BN + key
             if PAGED or LISTED:
                 j = first_key(places, parts, u, BN) + key
             packed = load_keys(KH, j, HALF_K, HP_K)
-            mine = (part == u)[None, :]
-            product = tl.dot(upper_nibbles(packed, ASM), tl.where(mine, q_upper, 0), product, out_dtype=tl.int32)
-            low_product = tl.dot(
-                lower_nibbles(packed, ASM), tl.where(mine, q_lower, 0), low_product, out_dtype=tl.int32
-            )
-        k_scale, v_scale = to_columns(k_narrow, PACK, GP), to_columns(v_narrow, PACK, GP)
-        x = scores_of(product + (low_product << 4), k_scale, offset, factor, softcap, SOFTCAP)
+            one = tl.dot(upper_nibbles(packed, ASM), q_upper, start, out_dtype=tl.int32)
+            low_one = tl.dot(lower_nibbles(packed, ASM), q_lower, out_dtype=tl.int32)
+            product, low_product = in_columns(part, u, one, product), in_columns(part, u, low_one, low_product)
+        x = scores_of(product + (low_product << 4), to_columns(k_narrow, PACK, GP), offset, factor, softcap, SOFTCAP)
         y = x
         if CROSSED:
             j_all = n0 + (part * BN)[None, :] + key[:, None]
@@ -292,8 +300,8 @@ def look_ahead(
             allowed = allowed * ((narrow >= lo) & (narrow < hi)).to(tl.int32)
             inside = to_columns(allowed, PACK, GP) != 0
             y = tl.where(inside, y, DEAD)
-            v_scale = tl.where(inside, v_scale, 0.0)
-            k_narrow = tl.where(allowed != 0, k_narrow, 0.0)
+            v_narrow, k_narrow = tl.where(allowed != 0, v_narrow, 0.0), tl.where(allowed != 0, k_narrow, 0.0)
+        v_scale = to_columns(v_narrow, PACK, GP)
         k_most = tl.maximum(k_most, k_narrow)
         local = tl.max(y, 0)
         p = tl.exp2(y - local[None, :])  # 1 where a row sees none of these keys: ``gain`` is 0 there
@@ -323,22 +331,24 @@ def look_ahead(
             top = new
         gain = tl.exp2(local - top)
         unit = (gain * (v_peak / 127.0))[None, :]
-        a = tl.full((HP_V, COLUMNS), MAGIC_BITS, tl.int32)
-        c = tl.full((HP_V, COLUMNS), MAGIC_BITS, tl.int32)
+        a, c = magic, magic
         for u in tl.static_range(PACK):
             j = tl.minimum(n0 // BN + u, final) * BN + key
             if PAGED or LISTED:
                 j = first_key(places, parts, u, BN) + key
             values = load_values(VH, j, TILE, HALF_V, HP_V)
-            mine = tl.where((part == u)[None, :], p8, 0)
-            a = tl.dot(upper_nibbles(values, ASM), mine, a, out_dtype=tl.int32)
-            c = tl.dot(lower_nibbles(values, ASM), mine, c, out_dtype=tl.int32)
+            a = in_columns(part, u, tl.dot(upper_nibbles(values, ASM), p8, magic, out_dtype=tl.int32), a)
+            c = in_columns(part, u, tl.dot(lower_nibbles(values, ASM), p8, magic, out_dtype=tl.int32), c)
         upper += (a.to(tl.float32, bitcast=True) - MAGIC) * unit
         lower += (c.to(tl.float32, bitcast=True) - MAGIC) * (unit * 16.0)
-        weight = p * gain[None, :]
-        mass += weight
-        value_mass += weigh(weight, v_scale * v_scale, MASKED)
-        rounded += whole * unit
+        if MASKED:  # what a row does not see must not bring in NaN
+            weight = p * gain[None, :]
+            mass += folded(weight, FOLD)
+            value_mass += folded(weigh(weight, v_scale * v_scale, MASKED), FOLD)
+        else:
+            mass += folded(p, FOLD) * gain[None, :]
+            value_mass += folded(p * v_scale * v_scale, FOLD) * gain[None, :]
+        rounded += folded(whole, FOLD) * unit
 
     # Columns of the same row into one; lo averages -1/2, the lower nibbles carry + 8.
     together = tl.max(over_parts(top, PACK, GP), 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lamp_compile.runtime.kernels._device import ROW_FIELDS, rotated, round_even, wait_for_launch
+from lamp_compile.runtime.kernels._device import ROW_FIELDS, rotation, round_even, turned, wait_for_launch
 
 
 @triton.jit(do_not_specialize=["queries", "first_token"])
@@ -19,8 +19,10 @@ def prepare_query(
     """Q ``[B, H, S, D]`` -> Q8 int8 ``[B*G, blocks, GP, 2*HP]``, ROWINFO ``[B*G, blocks, ROW_FIELDS, GP]``:
     rounding step, sum of q8, squared norm of the prepared query, sum of q8 over the lower nibbles' channels; tau, and 1
     where it refines everything, + 2 where a floor does (``settings_of``). SIGNS and root as of
-    ``rotated``. With a RANK, of one token, the projection of a look-ahead network too: GATE ``[H, D, R]``, GATE_BIAS
+    ``turned``. With a RANK, of one token, the projection of a look-ahead network too: GATE ``[H, D, R]``, GATE_BIAS
     ``[H, R]`` -> PROJECTED ``[B*G, GP, RP]``, STEP numbers at a time."""
+    if ROTATE:  # no launch ahead of this one makes it: read while that ends
+        first, second = rotation(SIGNS, HALF, HP, False)
     wait_for_launch(PDL)
     bg, block = tl.program_id(0), tl.program_id(1)
     b, g = bg // kv_heads, bg % kv_heads
@@ -42,7 +44,7 @@ def prepare_query(
                     None, :
                 ]
             )
-        upper, lower = rotated(x, SIGNS, root, HALF, HP, PARTS)
+        upper, lower = turned(x, first, second, root, PARTS)
     else:
         mask = valid[:, None] & (half < HALF)[None, :]
         upper = tl.load(source[:, None] + half[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -70,8 +72,8 @@ def prepare_query(
     tl.store(info + GP, tl.sum(upper + lower, 1))
     tl.store(info + 2 * GP, tl.sum(upper * upper + lower * lower, 1) * step * step)
     tl.store(info + 3 * GP, tl.sum(lower, 1))
-    for first in tl.static_range(0, RP if RANK else 0, STEP):
-        r = first + tl.arange(0, STEP)
+    for rank in tl.static_range(0, RP if RANK else 0, STEP):
+        r = rank + tl.arange(0, STEP)
         channel = ((g * GROUP + rows) * 2 * HALF)[:, None] + half[None, :]
         weight = GATE + channel[:, :, None] * RANK + r[None, None, :]
         mask = (valid[:, None] & (half < HALF)[None, :])[:, :, None] & (r < RANK)[None, None, :]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lamp_compile.launch_plan import LaunchPlan
-from lamp_compile.runtime.kernels._tensors import power_of_two
+from lamp_compile.runtime.kernels._tensors import padded_half, power_of_two
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Target:
 class Cut:
     """One call, cut: rows of a program (tokens x group, padded), sub-tiles that share a pass (``_device.py``), tokens
     and number of its row blocks, sub-tiles of a sequence, programs of the look-ahead (splits) and of the refinement
-    (segments) for one block of rows; where sequences differ in length, steps of a split at least."""
+    (segments) for one block of rows; where sequences differ in length, steps of a split at least; whether a program
+    holds few numbers (SMALL)."""
 
     rows: int
     pack: int
@@ -45,6 +46,7 @@ class Cut:
     splits: int
     segments: int
     least_steps: int
+    small: bool
     launch: LaunchPlan
 
     @property
@@ -59,6 +61,12 @@ class Cut:
         return min(16, self.launch.warps * max(1, held // 1024)), min(
             16, self.launch.refine_warps * max(1, held // 512)
         )
+
+
+SMALL = 512
+"""Columns times padded halves of the channels of a program that fits into few registers."""
+FIT = 8
+"""Programs per multiprocessor of those that do not."""
 
 
 @cache
@@ -86,11 +94,16 @@ def cut(
     crowd = batch * planes[0].shape[1] * blocks
     subtiles = -(-room // subtile)
     pack = max(1, target.columns // rows)
-    splits = min(target.processors * launch.programs // crowd, subtiles // launch.least_subtiles, launch.most_splits)
-    segments = min(target.processors * launch.refine_programs // crowd, subtiles // pack)
+    half = max(planes[0].shape[4], planes[3].shape[3])
+    small = rows * pack * padded_half(half) <= SMALL
+    programs, refine_programs = launch.programs, launch.refine_programs
+    if not small:
+        programs, refine_programs = min(FIT, programs), min(FIT, refine_programs)
+    splits = min(target.processors * programs // crowd, subtiles // launch.least_subtiles, launch.most_splits)
+    segments = min(target.processors * refine_programs // crowd, subtiles // pack, launch.most_splits)
     steps = 1
     if mixed and queries == 1:  # the longest sequence must not be the last one at work
         steps = launch.mixed_steps
         splits = max(splits, min(launch.most_splits, -(-subtiles // (pack * steps))))
         segments = max(segments, -(-subtiles // launch.mixed_tiles))
-    return Cut(rows, pack, tokens, blocks, subtiles, max(1, splits), max(1, segments), steps, launch)
+    return Cut(rows, pack, tokens, blocks, subtiles, max(1, splits), max(1, segments), steps, small, launch)
