@@ -34,7 +34,9 @@ KERNELS = ("prepare_query", "look_ahead", "decide", "refine", "merge", "guard_st
 AROUND = ("predict_parts", "list_subtiles", "merge_and_audit", "trust_and_guard")
 """Kernels that only a predicted step launches."""
 READERS = ("look_ahead", "refine")
-EVERYWHERE, ON_SM_90 = ("plain", "predicted"), tuple(CALLS)
+SHARED = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536, "gfx950": 163840}
+"""Bytes of shared memory that a program may have."""
+EVERYWHERE, ON_SM_90 = ("plain", "dim 256", "predicted"), tuple(CALLS)
 SMALL = ("plain", "dim 80", "dim 256", "predicted")
 """Calls of which the small kernels are compiled too; the others do not change them."""
 
@@ -56,7 +58,7 @@ def target(name: str) -> targets.Target:
     made = replace(targets.target_of(torch.device("cpu")), name=name, asm=nvidia, columns=8 if nvidia else 16)
     if hasattr(made, "precision"):
         made = replace(made, precision="tf32x3" if nvidia else "ieee")
-    return replace(made, processors=132 if nvidia else 304)
+    return replace(made, processors=132 if nvidia else 304, shared=SHARED[name])
 
 
 def signs(dim: int, device: torch.device) -> Tensor:
@@ -131,7 +133,7 @@ def appended(value_dim: int = 128) -> None:
 def compiled(name: str, case: str, recorders: dict[str, offline.Recorder]) -> None:
     for kernel, recorder in recorders.items():
         always = (*READERS, *AROUND, "decide", "merge", "append_rows", "summarize_row")
-        if kernel not in always and (case not in SMALL or name != "sm_90"):
+        if kernel not in always and case not in (SMALL if name == "sm_90" else ("dim 256",)):
             continue
         _, args, kwargs = recorder.calls[0]
         made = offline.compile_call(recorder.kernel, args, kwargs, offline.TARGETS[name])
@@ -141,6 +143,7 @@ def compiled(name: str, case: str, recorders: dict[str, offline.Recorder]) -> No
             "int8_products": text.count(".s8.s8.s32") + text.count("v_mfma_i32"),
             "kept": text.count("evict_last"),
             "asynchronous": text.count("cp.async.c") + text.count("cp.async.bulk"),
+            "shared": made.metadata.shared, "room": SHARED[name],
             "spilled": offline.spilled(made, offline.TARGETS[name]),
         }  # fmt: skip
         print(json.dumps(row), flush=True)

@@ -247,6 +247,13 @@ def test_registers_for_as_many_programs(programs, monkeypatch):
     assert decode.registers(large, 1, programs) == {}
 
 
+def test_steps_in_flight_fit_into_shared_memory():
+    from lamp_compile.runtime.kernels import targets
+
+    small = replace(targets.target_of(torch.device("cpu")), shared=65536)
+    assert [targets.in_flight(3, step, small) for step in (8192, 16384, 32768, 65536)] == [3, 3, 2, 1]
+
+
 @pytest.mark.parametrize("floor", [0.0, 1.0])
 def test_decisions_in_chunks(floor, triton_device, monkeypatch):
     """However many programs decide, the list is the same."""

@@ -86,10 +86,12 @@ def round_even(x):
 
 
 @triton.jit
-def rotation(SIGNS, HALF: tl.constexpr, HP: tl.constexpr, BACK: tl.constexpr):
-    """Both halves of the rotation's columns ``[2 * HP, HP]``, with BACK of the inverse's. SIGNS float16 ``[D, D]`` is
-    the rotation times sqrt(D): 1 and -1, so that products are exact."""
-    channels, half = tl.arange(0, 2 * HP), tl.arange(0, HP)
+def rotation(SIGNS, piece: tl.constexpr, HALF: tl.constexpr, HP: tl.constexpr, BACK: tl.constexpr):
+    """Both halves of the columns of the rotation, with BACK of the inverse ``[2 * HP, HP]``; where these are more than
+    shared memory holds, a piece of their rows. SIGNS float16 ``[D, D]`` is the rotation times sqrt(D): 1 and -1, so
+    that products are exact."""
+    ROWS: tl.constexpr = 2 * HP if HP <= 64 else 64
+    channels, half = piece * ROWS + tl.arange(0, ROWS), tl.arange(0, HP)
     inside = (channels < 2 * HALF)[:, None] & (half < HALF)[None, :]
     if BACK:
         at, step = SIGNS + channels[:, None] + half[None, :] * (2 * HALF), 2 * HALF * HALF
@@ -99,18 +101,36 @@ def rotation(SIGNS, HALF: tl.constexpr, HP: tl.constexpr, BACK: tl.constexpr):
 
 
 @triton.jit
-def turned(x, first, second, root, PARTS: tl.constexpr):
-    """Rows ``[n, 2 * HP]`` times both halves of ``rotation`` and root = 1 / sqrt(D) -> first, second half of the
-    channels ``[n, HP]``. Rows are brought to [1, 2) by a power of two and split into PARTS halves of float16: one holds
-    bfloat16, two float32."""
+def piece_of(x, piece: tl.constexpr, PIECES: tl.constexpr):
+    """Columns of x ``[n, PIECES * m]``: one piece of them."""
+    if PIECES > 1:
+        cut = tl.reshape(x, (x.shape[0], PIECES, x.shape[1] // PIECES))
+        x = tl.sum(tl.where((tl.arange(0, PIECES) == piece)[None, :, None], cut, 0.0), 1)
+    return x
+
+
+@triton.jit
+def turned(x, first, second, SIGNS, root, HALF: tl.constexpr, HP: tl.constexpr, PARTS: tl.constexpr,
+           BACK: tl.constexpr):  # fmt: skip
+    """Rows ``[n, 2 * HP]`` times ``rotation``, of which ``first`` and ``second`` are piece 0, and root = 1 / sqrt(D) ->
+    first, second half of the channels ``[n, HP]``. Rows are brought to [1, 2) by a power of two and split into PARTS
+    halves of float16: one holds bfloat16, two float32."""
+    PIECES: tl.constexpr = 1 if HP <= 64 else HP // 32
     power = tl.max(tl.abs(x), 1).to(tl.int32, bitcast=True) & 0x7F800000
     power = tl.where((power > 0) & (power < 0x7F000000), power, 0x3F800000)
     x = x * (0x7F000000 - power).to(tl.float32, bitcast=True)[:, None]
     high = x.to(tl.float16)
-    upper, lower = tl.dot(high, first), tl.dot(high, second)
-    if PARTS == 2:
-        low = (x - high.to(tl.float32)).to(tl.float16)
-        upper, lower = tl.dot(low, first, upper), tl.dot(low, second, lower)
+    low = (x - high.to(tl.float32)).to(tl.float16)
+    upper = tl.zeros((x.shape[0], HP), tl.float32)
+    lower = tl.zeros((x.shape[0], HP), tl.float32)
+    for piece in tl.static_range(PIECES):
+        if piece > 0:
+            first, second = rotation(SIGNS, piece, HALF, HP, BACK)
+        some = piece_of(high, piece, PIECES)
+        upper, lower = tl.dot(some, first, upper), tl.dot(some, second, lower)
+        if PARTS == 2:
+            some = piece_of(low, piece, PIECES)
+            upper, lower = tl.dot(some, first, upper), tl.dot(some, second, lower)
     back = (power.to(tl.float32, bitcast=True) * root)[:, None]
     return upper * back, lower * back
 

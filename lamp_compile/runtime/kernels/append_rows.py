@@ -26,8 +26,8 @@ def nested_rows(source, channels_step, valid, DIVISOR, SIGNS, root, HALF: tl.con
         if DIVIDED:
             divisor = tl.load(DIVISOR + channels, mask=channels < 2 * HALF, other=1.0)
             x = tl.div_rn(x, tl.broadcast_to(divisor[None, :], x.shape))
-        first, second = rotation(SIGNS, HALF, HP, False)
-        upper, lower = turned(x, first, second, root, PARTS)
+        first, second = rotation(SIGNS, 0, HALF, HP, False)
+        upper, lower = turned(x, first, second, SIGNS, root, HALF, HP, PARTS, False)
     else:
         mask = valid[:, None] & (half < HALF)[None, :]
         at = source[:, None] + half[None, :] * channels_step

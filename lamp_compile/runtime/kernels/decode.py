@@ -264,7 +264,7 @@ def read(call: Call, scratch: Scratch, first_block: int, listed: Listed | None) 
         scratch.q8, scratch.rowinfo, planes[0], planes[2], planes[3], planes[5], mask, bias, start, lengths, table,
         scratch.partial, scratch.meta, *noted, *known, **keys, **rows, **sums, **common,
         least_steps=cut.least_steps, FOLD=call.fold(warps), **registers(call, warps, launch.programs), num_warps=warps,
-        num_stages=launch.stages,
+        num_stages=cut.stages,
     )  # fmt: skip
     hot = (scratch.hot, scratch.hot_places, scratch.taken)
     decide[(chunks_of(cut), *grid)](
@@ -278,7 +278,7 @@ def read(call: Call, scratch: Scratch, first_block: int, listed: Listed | None) 
         scratch.q8, scratch.rowinfo, *planes, mask, bias, start, lengths, scratch.partial,
         scratch.meta, scratch.energy, *hot, known[2], **keys, **rows, **sums, **common,
         **lists(cut), FOLD=call.fold(refine_warps), **registers(call, refine_warps, launch.refine_programs),
-        num_warps=refine_warps, num_stages=launch.refine_stages,
+        num_warps=refine_warps, num_stages=cut.refine_stages,
     )  # fmt: skip
 
 

@@ -54,7 +54,7 @@ def merge(
     bg, block = tl.program_id(1), tl.program_id(2)
     b, g = bg // kv_heads, bg % kv_heads
     if ROTATE:  # no launch ahead of this one makes these: read while it ends
-        first_half, second_half = rotation(SIGNS, HALF_V, HP_V, True)
+        first_half, second_half = rotation(SIGNS, 0, HALF_V, HP_V, True)
     if GUARD:
         known = guarded(STATE, STATS, FLOOR, BUDGET, bg, b, g, floor_b, budget_b)
     wait_for_launch(PDL)
@@ -121,7 +121,7 @@ def merge(
     place_out = ((b * heads + head) * queries + token).to(tl.int64)
     target = OUT + place_out[:, None] * VALUE_DIM
     if ROTATE:
-        upper, lower = turned(x, first_half, second_half, root, 2)
+        upper, lower = turned(x, first_half, second_half, SIGNS, root, HALF_V, HP_V, 2, True)
         stored = valid[:, None] & (half < HALF_V)[None, :]
         tl.store(target + half[None, :], upper.to(OUT.dtype.element_ty), mask=stored)
         tl.store(target + HALF_V + half[None, :], lower.to(OUT.dtype.element_ty), mask=stored)

@@ -22,7 +22,7 @@ def prepare_query(
     ``turned``. With a RANK, of one token, the projection of a look-ahead network too: GATE ``[H, D, R]``, GATE_BIAS
     ``[H, R]`` -> PROJECTED ``[B*G, GP, RP]``, STEP numbers at a time."""
     if ROTATE:  # no launch ahead of this one makes it: read while that ends
-        first, second = rotation(SIGNS, HALF, HP, False)
+        first, second = rotation(SIGNS, 0, HALF, HP, False)
     wait_for_launch(PDL)
     bg, block = tl.program_id(0), tl.program_id(1)
     b, g = bg // kv_heads, bg % kv_heads
@@ -44,7 +44,7 @@ def prepare_query(
                     None, :
                 ]
             )
-        upper, lower = turned(x, first, second, root, PARTS)
+        upper, lower = turned(x, first, second, SIGNS, root, HALF, HP, PARTS, False)
     else:
         mask = valid[:, None] & (half < HALF)[None, :]
         upper = tl.load(source[:, None] + half[None, :], mask=mask, other=0.0).to(tl.float32)

@@ -22,6 +22,7 @@ class Target:
         pdl: Programmatic dependent launch: a launch may begin while the one ahead of it ends.
         columns: Of the smallest matrix instruction.
         processors: Multiprocessors or compute units.
+        shared: Bytes of shared memory that one program may have.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Target:
     pdl: bool
     columns: int
     processors: int
+    shared: int
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Cut:
     """One call, cut: rows of a program (tokens x group, padded), sub-tiles that share a pass (``_device.py``), tokens
     and number of its row blocks, sub-tiles of a sequence, programs of the look-ahead (splits) and of the refinement
     (segments) for one block of rows; where sequences differ in length, steps of a split at least; whether a program
-    holds few numbers (SMALL)."""
+    holds few numbers (SMALL); steps of both loops in flight, as many as shared memory holds."""
 
     rows: int
     pack: int
@@ -47,6 +49,8 @@ class Cut:
     segments: int
     least_steps: int
     small: bool
+    stages: int
+    refine_stages: int
     launch: LaunchPlan
 
     @property
@@ -69,15 +73,27 @@ FIT = 8
 """Programs per multiprocessor of those that do not."""
 
 
+SCRATCH = 4096
+"""Bytes of shared memory beside the steps in flight, at most."""
+
+
 @cache
 def target_of(device: torch.device) -> Target:
     """The target of a device; the interpreter for a CPU."""
     if device.type != "cuda":
-        return Target("interpreter", False, False, 8, 1)
+        return Target("interpreter", False, False, 8, 1, 1 << 30)
     found = torch.cuda.get_device_properties(device)
     if torch.version.hip:
-        return Target(found.gcnArchName.split(":")[0], False, False, 16, found.multi_processor_count)
-    return Target(f"sm_{found.major}{found.minor}", True, found.major >= 9, 8, found.multi_processor_count)
+        name = found.gcnArchName.split(":")[0]
+        return Target(name, False, False, 16, found.multi_processor_count, found.shared_memory_per_block)
+    name = f"sm_{found.major}{found.minor}"
+    shared = int(getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block))
+    return Target(name, True, found.major >= 9, 8, found.multi_processor_count, shared)
+
+
+def in_flight(stages: int, step: int, target: Target) -> int:
+    """Steps of a loop in flight, of ``step`` bytes each: as many as asked for, or as shared memory holds."""
+    return max(1, min(stages, 1 + (target.shared - SCRATCH) // step))
 
 
 def cut(
@@ -94,8 +110,8 @@ def cut(
     crowd = batch * planes[0].shape[1] * blocks
     subtiles = -(-room // subtile)
     pack = max(1, target.columns // rows)
-    half = max(planes[0].shape[4], planes[3].shape[3])
-    small = rows * pack * padded_half(half) <= SMALL
+    halves = padded_half(planes[0].shape[4]), padded_half(planes[3].shape[3])
+    small, step = rows * pack * max(halves) <= SMALL, pack * subtile * sum(halves)
     programs, refine_programs = launch.programs, launch.refine_programs
     if not small:
         programs, refine_programs = min(FIT, programs), min(FIT, refine_programs)
@@ -106,4 +122,6 @@ def cut(
         steps = launch.mixed_steps
         splits = max(splits, min(launch.most_splits, -(-subtiles // (pack * steps))))
         segments = max(segments, -(-subtiles // launch.mixed_tiles))
-    return Cut(rows, pack, tokens, blocks, subtiles, max(1, splits), max(1, segments), steps, small, launch)
+    stages, refine_stages = in_flight(launch.stages, step, target), in_flight(launch.refine_stages, 2 * step, target)
+    splits, segments = max(1, splits), max(1, segments)
+    return Cut(rows, pack, tokens, blocks, subtiles, splits, segments, steps, small, stages, refine_stages, launch)
