@@ -47,9 +47,12 @@ def _append(
     rotation: str,
     site: str,
 ) -> None:
+    planes = (k_high, k_residual, k_scale, v_high, v_residual, v_scale)
+    known = k_format == v_format == kernels.FORMAT
+    if known and kernels.append_again(k, v, planes, balance, positions, block_table, rotation):
+        return None
     checks.keys_and_values(site, k, v)
     checks.one_device(site, k, v=v, k_planes=k_high, v_planes=v_high, balance=balance, positions=positions)
-    planes = (k_high, k_residual, k_scale, v_high, v_residual, v_scale)
     if kernels.why_not_store(planes, k_format, v_format, k.dtype) is None:
         checks.planes(site, planes, block_table, k.shape[0], v.shape[3] // 2)
         checks.keys_of_planes(site, k, k_high)

@@ -168,12 +168,25 @@ def append(
 ) -> None:  # fmt: skip
     """``lamp::append`` by kernel; the caller has asked ``why_not_store``."""
     if k.device.type == "cpu":
-        return cpu.append(k, v, planes, balance, positions, table, rotation)
+        if not cpu.append_again(k, v, planes, balance, positions, table, rotation):
+            cpu.append(k, v, planes, balance, positions, table, rotation)
+        return
     from lamp_compile.runtime.kernels import append_rows as kernel
 
     with _on(k.device):
         kernel.append(k, v, planes, balance, positions, table, rotation)
-    return None
+    return
+
+
+def append_again(
+    k: Tensor, v: Tensor, planes: tuple[Tensor, ...], balance: Tensor | None, positions: Tensor,
+    table: Tensor | None, rotation: str,
+) -> bool:  # fmt: skip
+    """Whether ``lamp::append`` is done: the call before it on these very planes was the same but for the numbers in the
+    rows and the positions."""
+    if why_not_device("cpu") is not None:
+        return False
+    return cpu.append_again(k, v, planes, balance, positions, table, rotation)
 
 
 def attend(

@@ -22,6 +22,7 @@ from lamp_compile.runtime.kernels.result import Result
 
 __all__ = [
     "append",
+    "append_again",
     "attend",
     "attend_again",
     "instruction_set",
@@ -57,6 +58,7 @@ def append(
     Raises:
         CacheError: They do not fit; nothing was written.
     """
+    given = (k, v, planes, balance, positions, table, kind)
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     if v.dtype != k.dtype:
         v = v.to(k.dtype)
@@ -75,6 +77,7 @@ def append(
             where="lamp::append",
             fix="a larger cache, fast.lamp.cache(tokens); nothing was written",
         )
+    _again.keep_stored(*given, call)
 
 
 def attend(
@@ -135,7 +138,7 @@ def attend(
     return Result(out, lse, certificate)
 
 
-attend_again = _again.attend
+attend_again, append_again = _again.attend, _again.append
 
 
 def summarize(

@@ -1,8 +1,9 @@
-"""Decode steps call attention over the same planes again and again: what such a call hands to the core is kept, and
-only what differs from step to step is filled in. To check and fill in everything takes longer than a short context.
+"""Decode steps store rows in and attend over the same planes again and again: what such a call hands to the core is
+kept, and only what differs from step to step is filled in. To check and fill in everything takes longer than a short
+context.
 
-Kept per plane of keys and guard state, while both live; every call makes sure that all tensors are those it was made
-for.
+Kept per plane of keys, and attention per guard state, while they live; every call makes sure that all tensors are those
+it was made for.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from lamp_compile.runtime.kernels.cpu import _library
 
 STATIC = 12
 """Arguments of ``lamp::fused_attention`` behind q that stay: planes, tau, floor, budget, state, stats, balance."""
-STATE = 9
-"""Of the guard."""
+V_HIGH, STATE = 3, 9
+"""The high plane of the values, and the state of the guard, among them."""
 SHOWN = ("mask", "bias", "sinks", "start", "lengths", "table")
 """The arguments behind those: what is seen, which may be other tensors in every step."""
 _known: dict[tuple[int, int], _Kept] = {}
+_stored: dict[int, _Kept] = {}
 
 
 def _like(x: Tensor | None) -> Any:
@@ -52,32 +54,42 @@ class _Tensor:
 class _Kept:
     """One call: its tensors, its options, and the structure that the core was given."""
 
-    __slots__ = ("call", "given", "options", "out", "query", "shown", "static")
+    __slots__ = ("call", "given", "moving", "options", "shown", "static")
 
     def __init__(
-        self, q: Tensor, args: tuple[Any, ...], options: Mapping[str, Any], call: Any, out: Tensor,
-        at_end: Callable[[Any], object],
+        self, moving: dict[str, Tensor], static: tuple[Tensor | None, ...], shown: dict[str, Tensor | None],
+        options: Any, call: Any, at_end: Callable[[Any], object], owners: tuple[int, ...],
     ) -> None:  # fmt: skip
-        """``at_end`` is called when the planes or the guard's state are gone; nothing of it is left with the other, of
-        which a slot's pages outlive many states."""
+        """Of ``moving`` and ``shown`` other tensors may come in every step, with other numbers. ``at_end`` is called
+        when an owner among ``static`` is gone, the planes or the guard's state; nothing of it is left with the other,
+        of which a slot's pages outlive many states."""
         self.static = tuple(
-            None if x is None else _Tensor(x, at_end if at in (0, STATE) else None)
-            for at, x in enumerate(args[:STATIC])
+            None if x is None else _Tensor(x, at_end if at in owners else None) for at, x in enumerate(static)
         )
-        self.query, self.shown = _like(q), [_like(x) for x in args[STATIC:]]
-        self.given = [(name, at) for at, name in enumerate(SHOWN, STATIC) if args[at] is not None]
-        self.options, self.call, self.out = dict(options), bytes(call), tuple(out.shape)
+        self.moving, self.shown = [_like(x) for x in moving.values()], [_like(x) for x in shown.values()]
+        self.given = [name for name, x in (*moving.items(), *shown.items()) if x is not None]
+        self.options, self.call = options, bytes(call)
 
-    def holds(self, q: Tensor, args: tuple[Any, ...], options: Mapping[str, Any]) -> bool:
-        """Whether this call is that one again, but for the numbers in the query and in what is seen."""
-        for was, x in zip(self.static, args, strict=False):
+    def holds(
+        self, moving: tuple[Tensor, ...], static: tuple[Any, ...], shown: tuple[Any, ...], options: Any
+    ) -> bool:  # fmt: skip
+        """Whether this call is that one again, but for the numbers in what moves and in what is shown."""
+        for was, x in zip(self.static, static, strict=True):
             if was is not x and (was is None or not was.holds(x)):
                 return False
         return (
-            _like(q) == self.query
-            and all(_like(x) == was for x, was in zip(args[STATIC:], self.shown, strict=True))
-            and options == self.options
+            all(_like(x) == was for x, was in zip(moving, self.moving, strict=True))
+            and all(_like(x) == was for x, was in zip(shown, self.shown, strict=True))
+            and bool(options == self.options)
         )
+
+    def filled(self, structure: type[Any], tensors: tuple[Tensor | None, ...]) -> Any:
+        """What the core is given with these tensors, in the order of ``moving`` and ``shown``."""
+        call = structure.from_buffer_copy(self.call)
+        for name, x in zip(self.given, (x for x in tensors if x is not None), strict=True):
+            setattr(call, name, x.data_ptr())
+        call.threads = torch.get_num_threads()
+        return call
 
 
 def _as_they_are(args: tuple[Any, ...], heads: int) -> bool:
@@ -110,17 +122,47 @@ def keep(q: Tensor, args: tuple[Any, ...], options: Mapping[str, Any], call: Any
     def at_end(_: Any) -> None:
         forget(key, None)
 
-    _known[key] = _Kept(q, args, options, call, out, at_end)
+    shown = dict(zip(SHOWN, args[STATIC:], strict=True))
+    _known[key] = _Kept({"q": q}, args[:STATIC], shown, dict(options), call, at_end, (0, STATE))
 
 
 def attend(q: Tensor, args: tuple[Any, ...], options: Mapping[str, Any]) -> Tensor | None:
     """The output ``[B, H, S, Dv]``, or None where there was no such call before; arguments as of ``keep``."""
     kept = _known.get((id(args[0]), id(args[STATE])))
-    if kept is None or not kept.holds(q, args, options):
+    if kept is None or not kept.holds((q,), args[:STATIC], args[STATIC:], options):
         return None
-    call = _library.Attend.from_buffer_copy(kept.call)
-    out = q.new_empty(kept.out)
-    call.q, call.out, call.threads = q.data_ptr(), out.data_ptr(), torch.get_num_threads()
-    for name, at in kept.given:
-        setattr(call, name, args[at].data_ptr())
+    call = kept.filled(_library.Attend, (q, *args[STATIC:]))
+    out = q.new_empty(*q.shape[:3], 2 * args[V_HIGH].shape[3])
+    call.out = out.data_ptr()
     return None if _library.load().lamp_attend(_library.pointer(call)) else out
+
+
+def keep_stored(
+    k: Tensor, v: Tensor, planes: tuple[Tensor, ...], balance: Tensor | None, positions: Tensor, table: Tensor | None,
+    rotation: str, call: Any,
+) -> None:  # fmt: skip
+    """Keep a call of ``lamp::append``, of one new token, that has passed all checks and worked; arguments as given,
+    and what the core was given."""
+    straight = k.stride(-1) == 1 and v.stride(-1) == 1 and v.dtype == k.dtype and k.shape[2] == 1
+    dense = balance is None or (balance.dtype is torch.float32 and balance.is_contiguous())
+    if not straight or not dense or not (table is None or (table.dtype is torch.int32 and table.is_contiguous())):
+        return
+    key, forget = id(planes[0]), _stored.pop
+
+    def at_end(_: Any) -> None:
+        forget(key, None)
+
+    shown = {"positions": positions, "table": table}
+    _stored[key] = _Kept({"k": k, "v": v}, (*planes, balance), shown, rotation, call, at_end, (0,))
+
+
+def append(
+    k: Tensor, v: Tensor, planes: tuple[Tensor, ...], balance: Tensor | None, positions: Tensor, table: Tensor | None,
+    rotation: str,
+) -> bool:  # fmt: skip
+    """Whether k ``[B, G, 1, D]`` and v ``[B, G, 1, Dv]`` are stored now: there was such a call before, and they fit."""
+    kept = _stored.get(id(planes[0]))
+    if kept is None or not kept.holds((k, v), (*planes, balance), (positions, table), rotation):
+        return False
+    call = kept.filled(_library.Append, (k, v, positions, table))
+    return not _library.load().lamp_append(_library.pointer(call))
