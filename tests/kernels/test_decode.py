@@ -228,16 +228,6 @@ def test_whoever_takes_the_guards_step(name, triton_device, monkeypatch):
         launched.clear()
 
 
-@pytest.mark.parametrize("tau", [calls.COLD, None, 0.0], ids=["cold", "mixed", "refined"])
-def test_a_mask_of_nothing_changes_nothing(tau, device):
-    """Rows that could see different keys are certified as the others are: what refinement takes back is less than 0."""
-    call = calls.make(tau=tau, sharpness=2.0)
-    mask = torch.ones(2, 4, 1, 150, dtype=torch.bool)
-    got = calls.by_kernels(replace(call, seen=(mask, *call.seen[1:])), device)
-    for name, wanted in calls.by_kernels(call, device).tensors().items():
-        torch.testing.assert_close(getattr(got, name), wanted, rtol=ARITHMETIC[torch.float32].relative, atol=1e-6)
-
-
 PROGRAMS = {8: None, 9: 168, 12: 168, 16: 128, 64: None}
 
 
