@@ -11,7 +11,7 @@ from lamp_compile.runtime import fused_ops as _fused  # noqa: F401 (registers to
 from lamp_compile.runtime import guard, kernels, reference
 from lamp_compile.runtime.fused_ops import inference_only
 from tests.kernels import calls
-from tests.tolerances import KERNELS
+from tests.tolerances import ARITHMETIC, KERNELS
 
 
 def compare(call: calls.Call, device: calls.Where) -> tuple[calls.Outcome, calls.Outcome]:
@@ -78,3 +78,13 @@ def test_asked_for_gradients_it_raises(monkeypatch):
     with torch.no_grad():
         assert not inference_only(torch.ones(1), q).requires_grad
     assert kernels.FORMAT == "nested8"
+
+
+@pytest.mark.parametrize("tau", [calls.COLD, None, 0.0], ids=["cold", "mixed", "refined"])
+def test_a_mask_of_nothing_changes_nothing(tau, device):
+    """Rows that could see different keys are certified as the others are: what refinement takes back is less than 0."""
+    call = calls.make(tau=tau, sharpness=2.0)
+    mask = torch.ones(2, 4, 1, 150, dtype=torch.bool)
+    got = calls.by_kernels(replace(call, seen=(mask, *call.seen[1:])), device)
+    for name, wanted in calls.by_kernels(call, device).tensors().items():
+        torch.testing.assert_close(getattr(got, name), wanted, rtol=ARITHMETIC[torch.float32].relative, atol=1e-6)

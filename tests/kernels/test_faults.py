@@ -130,6 +130,23 @@ def test_a_spoilt_key_does_not_reach_the_tokens_before_it(plane, bias, floor, de
     assert got.out[0, 2:].isfinite().all()
 
 
+@pytest.mark.parametrize("tau", [calls.COLD, 0.05, 0.0], ids=["cold", "mixed", "refined"])
+@pytest.mark.parametrize("plane", [K_SCALE, V_SCALE], ids=["key", "value"])
+@pytest.mark.parametrize("keys", [(40,), range(32, 64)], ids=["one", "all"])
+def test_spoilt_keys_do_not_reach_heads_that_see_none_of_their_sub_tile(keys, plane, tau, device):
+    """Their largest score is nobody's: weights relative to it are none, and neither is a scale that is NaN."""
+    mask = torch.ones(1, 4, 1, 96, dtype=torch.bool)
+    mask[:, 0, :, 32:64] = False
+    call = calls.make(keys=96, batch=1, kv_heads=1, mask=mask, tau=tau)
+    for key in keys:
+        call = spoil(call, plane, torch.nan, (0, 0, key))
+    got = calls.by_kernels(call, device)
+    assert got.out[:, 1:].isnan().all()
+    for name in ("out", "lse", "certificate"):
+        assert getattr(got, name)[:, 0].isfinite().all(), name
+    assert int(got.state[0, 0, guard.FLAGS]) & guard.NONFINITE
+
+
 GARBAGE = {
     "lengths": {"lengths": torch.tensor([97, 33])},
     "left padding": {"start": torch.tensor([40, 5]), "lengths": torch.tensor([150, 70])},

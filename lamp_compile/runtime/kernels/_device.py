@@ -208,11 +208,33 @@ def folded(x, FOLD: tl.constexpr):
 
 @triton.jit
 def weigh(p, per_key, MASKED: tl.constexpr):
-    """p times a number per key and column; a weight of 0 takes nothing, not even NaN, where rows see different keys."""
+    """p times a number per key and column; a weight of 0 takes nothing, not even NaN, where rows see different keys.
+    Differences of weights may be negative."""
     x = p * per_key
     if MASKED:
-        x = tl.where(p > 0.0, x, 0.0)
+        x = tl.where(p != 0.0, x, 0.0)
     return x
+
+
+@triton.jit
+def relative(y, MASKED: tl.constexpr):
+    """Scores ``[BN, columns]`` -> each column's largest, and weights relative to it: where rows see different keys 0 of
+    a row that sees none of these, else 1, which only a sum's ``gain`` of 0 takes out."""
+    local = tl.max(y, 0)
+    base = local
+    if MASKED:
+        base = tl.maximum(local, EMPTY)
+    return local, tl.exp2(y - base[None, :])
+
+
+@triton.jit
+def peak_of(v_scale, MASKED: tl.constexpr):
+    """The largest value scale of a sub-tile ``[columns]``. Where rows see different keys it is a number even if all of
+    these are NaN: it must not reach rows that see none of them, and ``weigh`` carries NaN to the others."""
+    peak = tl.max(v_scale, 0)
+    if MASKED:
+        peak = tl.where(peak > 0.0, peak, 0.0)
+    return peak
 
 
 @triton.jit

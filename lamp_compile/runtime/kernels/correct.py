@@ -17,6 +17,8 @@ from lamp_compile.runtime.kernels._device import (
     lower_nibbles16,
     of_part,
     over_parts,
+    peak_of,
+    relative,
     to_columns,
     upper_nibbles,
     upper_nibbles8,
@@ -143,13 +145,12 @@ def corrected(
             if BACK:
                 y_cold = tl.where(inside_all, y_cold, DEAD)
             v_narrow, k_narrow = tl.where(allowed != 0, v_narrow, 0.0), tl.where(allowed != 0, k_narrow, 0.0)
-        v_scale, v_peak = to_columns(v_narrow, PACK, GP), of_part(tl.max(v_narrow, 0), PACK, GP)
+        v_scale, v_peak = to_columns(v_narrow, PACK, GP), of_part(peak_of(v_narrow, MASKED), PACK, GP)
         k_most = tl.maximum(k_most, k_narrow)
-        local = tl.max(y, 0)
-        p, above = tl.exp2(y - local[None, :]), local
+        local, p = relative(y, MASKED)
+        above = local
         if BACK:
-            local_cold = tl.max(y_cold, 0)
-            p_cold = tl.exp2(y_cold - local_cold[None, :])
+            local_cold, p_cold = relative(y_cold, MASKED)
             above = tl.maximum(local, tl.where(delta > 0.0, local_cold, DEAD))
         else:
             column = of_part(tiles, PACK, GP) * GP + tl.arange(0, PACK * GP) % GP

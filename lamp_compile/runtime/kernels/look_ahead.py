@@ -24,7 +24,9 @@ from lamp_compile.runtime.kernels._device import (
     lower_nibbles,
     of_part,
     over_parts,
+    peak_of,
     query_of,
+    relative,
     settings_of,
     tanh,
     to_columns,
@@ -303,8 +305,7 @@ def look_ahead(
             v_narrow, k_narrow = tl.where(allowed != 0, v_narrow, 0.0), tl.where(allowed != 0, k_narrow, 0.0)
         v_scale = to_columns(v_narrow, PACK, GP)
         k_most = tl.maximum(k_most, k_narrow)
-        local = tl.max(y, 0)
-        p = tl.exp2(y - local[None, :])  # 1 where a row sees none of these keys: ``gain`` is 0 there
+        local, p = relative(y, MASKED)
         if LISTED:
             there = valid & (n0 // BN + part < count)
             tile = of_part(here, PACK, GP) - part  # in its columns, as n0 // BN without a list
@@ -318,7 +319,7 @@ def look_ahead(
             other = tl.max(tl.where(y > EMPTY, y + size, DEAD), 0)
             tl.store(others + tile * GP, other, mask=there, eviction_policy="evict_last")
             largest = tl.maximum(largest, other)
-        v_peak = tl.max(v_scale, 0)
+        v_peak = peak_of(v_scale, MASKED)
         tl.store(peaks + tile, v_peak, mask=there & (row == 0), eviction_policy="evict_last")
         p8, whole = round_row(p, v_scale, v_peak, thresholds, MASKED)
 
