@@ -96,6 +96,9 @@ CASES = {
     "tokens, bias": {"tokens": 3, "bias": normal(2, 1, 3, 150), "causal": "bottom_right", "share": 0.1},
     "tokens, strict": {"tokens": 4, "causal": "bottom_right", "rule": "lamp_strict", "share": 0.1},
     "tokens, relaxed": {"tokens": 4, "causal": "bottom_right", "rule": "lamp_relaxed", "share": 0.1},
+    "a last block of fewer tokens": {
+        "tokens": 9, "heads": 3, "kv_heads": 1, "mask": random_mask(2, 1, 9, 150), "tau": 0.0, "rule": "lamp_relaxed",
+    },
     "tokens, floor 1": {"tokens": 3, "causal": "bottom_right", "floor": 1.0},
 }  # fmt: skip
 

@@ -220,8 +220,9 @@ def look_ahead(
     offset = query_sum * 0.5  # lo averages -1/2
     row_position = position + token
     head = (g * GROUP + row % GROUP).to(tl.int64)
-    mask_rows = b.to(tl.int64) * mask_b + head * mask_h + token.to(tl.int64) * mask_s
-    bias_rows = b.to(tl.int64) * bias_b + head * bias_h + token.to(tl.int64) * bias_s
+    real = tl.minimum(token, queries - 1).to(tl.int64)  # of the last block some tokens may be none
+    mask_rows = b.to(tl.int64) * mask_b + head * mask_h + real * mask_s
+    bias_rows = b.to(tl.int64) * bias_b + head * bias_h + real * bias_s
     plane = (g if PAGED else bg).to(tl.int64) * plane_keys
     if PAGED:
         TABLE += b * table_stride

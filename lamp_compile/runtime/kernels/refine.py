@@ -108,8 +108,9 @@ def refine(
     delta = tl.where(known, 0.0, 1.0)
     row_position = position + token
     head = (g * GROUP + row % GROUP).to(tl.int64)
-    mask_rows = b.to(tl.int64) * mask_b + head * mask_h + token.to(tl.int64) * mask_s
-    bias_rows = b.to(tl.int64) * bias_b + head * bias_h + token.to(tl.int64) * bias_s
+    real = tl.minimum(token, queries - 1).to(tl.int64)  # of the last block some tokens may be none
+    mask_rows = b.to(tl.int64) * mask_b + head * mask_h + real * mask_s
+    bias_rows = b.to(tl.int64) * bias_b + head * bias_h + real * bias_s
     plane = (g if PAGED else bg).to(tl.int64) * plane_keys
     KH += plane * HALF_K
     KL += plane * HALF_K
@@ -132,7 +133,7 @@ def refine(
     at_first = (tl.arange(0, FOLD) == 0)[:, None] & mine[None, :]  # a sum may be NaN where nothing is written
     mass = tl.where(at_first, (mass * share)[None, :], 0.0)
     value_mass = tl.where(at_first, (value_mass * share)[None, :], 0.0)
-    counted = (row < GROUP * TOKENS) & ((row % GROUP == 0) | (TOKENS == 1))
+    counted = (row < GROUP * TOKENS) & (token < queries) & ((row % GROUP == 0) | (TOKENS == 1))
     if KEY_MASK:
         MASK += b.to(tl.int64) * mask_b
     first, stride = segment * PACK, taking * PACK
