@@ -51,6 +51,13 @@ LAMP_INLINE Vf scores(const LampAttend &call, const Rows &rows, int r, Vf produc
   return call.softcap != 0 ? soft_cap(y, call.softcap) : y;
 }
 
+// Whether the rows from r0 on are all of one token, which sees the 32 keys from `key` on.
+template <int ROWS>
+LAMP_INLINE bool all_seen(const LampAttend &call, const Rows &rows, int r0, int64_t key) {
+  const int last = r0 + ROWS < rows.count ? r0 + ROWS - 1 : rows.count - 1, token = rows.token[r0];
+  return !call.mask && rows.token[last] == token && rows.low[token] <= key && key + SUBTILE <= rows.high[token];
+}
+
 // Scores of 32 keys and up to four rows. PLAIN: nothing is added to them, and no cap bends them.
 template <int ROWS, bool PLAIN>
 LAMP_APART void look_at_subtile(Work &work, int r0, int64_t j, const uint8_t *plane, const uint8_t *residual,
@@ -65,6 +72,23 @@ LAMP_APART void look_at_subtile(Work &work, int r0, int64_t j, const uint8_t *pl
   else
     dots<ROWS>(plane, (int)call.planes.half_k, rows.q[r0], rows.sum8 + r0, feed, products);
   uint8_t *alive = work.alive + (j - rows.from) / SUBTILE * rows.tokens;
+  if (PLAIN && all_seen<ROWS>(call, rows, r0, key)) {
+    alive[rows.token[r0]] = 1;
+    for (int i = 0; i < ROWS && r0 + i < rows.count; i++) {
+      const int r = r0 + i;
+      float *z = work.z + r * work.span + (j - rows.from);
+      const Vf mean = splat(both ? 0.0f : rows.half_sum[r] * (1.0f / 16.0f));
+      const Vf coefficient = splat(rows.coefficient[r] * (both ? 1.0f : 16.0f));
+      Vf largest = most[r];
+      for (int h = 0; h < 2; h++) {
+        const Vf y = (floats(load(products + i * SUBTILE + h * LANES)) - mean) * scale[h] * coefficient;
+        store(z + h * LANES, y);
+        largest = larger(y, largest);
+      }
+      most[r] = largest;
+    }
+    return;
+  }
   uint32_t seen = 0;
   for (int i = 0, known = -1; i < ROWS && r0 + i < rows.count; i++) {
     const int r = r0 + i, token = rows.token[r];

@@ -82,7 +82,6 @@ LAMP_INLINE void outputs_of(const Work &work, int r0, float *partial, float **ou
 template <int ROWS>
 LAMP_INLINE void refine_rows(const Work &work, const Run &run, int r0, Feeds &feeds, float *partial, Hot &hot,
                              Vf (*sums)[KEY_SUMS]) {
-  const int value_dim = 2 * (int)work.call->planes.half_v;
   float *outputs[ROWS];
   Block block;
   outputs_of<ROWS>(work, r0, partial, outputs);
@@ -91,18 +90,22 @@ LAMP_INLINE void refine_rows(const Work &work, const Run &run, int r0, Feeds &fe
   for (int n = 0; n < block.hot_count; n++) gather<ROWS>(work, run, block, block.hot[n], r0, feeds.refined, hot);
   if (!block.cold_count) return;
   Cold cold;
-  for (int i = 0; i < ROWS; i++) {
-    const int r = r0 + i;
-    if (r >= work.rows.count) {  // a row that fills up the block
+  const bool plain = !block.mixed && !run.any_spoilt;
+  for (int i = 0; i < ROWS;) {
+    const int r = r0 + i, left = work.rows.count - r;
+    if (left <= 0) {  // a row that fills up the block
       __builtin_memset(cold.weight[i], 0, sizeof cold.weight[i]);
-      cold.most[i] = 0;
-      continue;
+      cold.most[i++] = 0;
+    } else if (plain && left > 1 && i + 1 < ROWS) {
+      weigh_cold<2, true>(work, run, block, i, r, cold, feeds.refined, sums, outputs);
+      i += 2;
+    } else {
+      if (plain)
+        weigh_cold<1, true>(work, run, block, i, r, cold, feeds.refined, sums, outputs);
+      else
+        weigh_cold<1, false>(work, run, block, i, r, cold, feeds.refined, sums, outputs);
+      i++;
     }
-    float &poison = outputs[i][value_dim + POISON];
-    if (!block.mixed && !run.any_spoilt)
-      weigh_cold<true>(work, run, block, i, r, cold, feeds.refined, sums[r], poison);
-    else
-      weigh_cold<false>(work, run, block, i, r, cold, feeds.refined, sums[r], poison);
   }
   add_cold<ROWS>(work, run, block, cold, r0, feeds.values, outputs);
 }

@@ -6,16 +6,21 @@ constexpr int RUN_KEYS = RUN * SUBTILE;
 // Where between two steps a weight is cut, by key: evenly spread over any stretch of keys, so that what is lost here is
 // gained there, however small the weights are.
 LAMP_INLINE Vf dither(int64_t key) {
-  const Vf lane = Vf{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  const float first = (float)((uint32_t)(key * 2654435769u) >> 8) * 5.9604645e-8f;  // key / golden ratio, its fraction
-  Vf x = splat(first) + lane * splat(0.61803399f);
-  return x - floats(__builtin_convertvector(x, Vi));
+  typedef uint32_t Vu __attribute__((vector_size(64)));
+  constexpr uint32_t GOLDEN = 2654435769u;  // 2^32 / golden ratio: of its multiples the fractions
+  Vu steps;
+  for (uint32_t i = 0; i < LANES; i++) steps[i] = i * GOLDEN;
+  return floats((Vi)((steps + (uint32_t)key * GOLDEN) >> 8)) * splat(5.9604645e-8f);
 }
 
-// What all rows share of 32 keys: the scales of values, and squares of scales.
+// What all rows share of 32 keys: the scales of values, squares of those of keys, and products of both squares.
 struct Scales {
-  Vf v[2], k_square[2], v_square[2];
+  Vf v[2], k_square[2], both[2];
 };
+LAMP_INLINE void square(Scales &scales, int h, Vf k) {
+  scales.k_square[h] = k * k;
+  scales.both[h] = scales.k_square[h] * (scales.v[h] * scales.v[h]);
+}
 
 // What all rows share of one run of sub-tiles.
 struct Run {
@@ -103,8 +108,7 @@ LAMP_APART void leave_out_bad(Run &run) {
       run.any_spoilt |= any(~known);
       run.k_scale[t][h] = select(finite(run.k_scale[t][h]), run.k_scale[t][h], splat(0.0f));
       run.scales[t].v[h] = select(known, run.scales[t].v[h], splat(0.0f));
-      run.scales[t].k_square[h] = run.k_scale[t][h] * run.k_scale[t][h];
-      run.scales[t].v_square[h] = run.scales[t].v[h] * run.scales[t].v[h];
+      square(run.scales[t], h, run.k_scale[t][h]);
     }
 }
 
@@ -130,8 +134,7 @@ LAMP_APART void open_run(const Work &work, int64_t first, int64_t end, Run &run)
       const Vf v = halves(planes.v_scale + scale_at(planes, place) + h * LANES);
       run.k_scale[t][h] = k;
       run.scales[t].v[h] = v;
-      run.scales[t].k_square[h] = k * k;
-      run.scales[t].v_square[h] = v * v;
+      square(run.scales[t], h, k);
       run.cut[t][h] = dither(j + h * LANES);
       bad += k * splat(0.0f) + v * splat(0.0f);  // NaN for NaN and infinity
     }

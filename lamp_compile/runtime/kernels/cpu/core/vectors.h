@@ -105,18 +105,24 @@ LAMP_INLINE bool any(Vi v) {
 #endif
 
 // 2^x to two units in the last place, for x up to 127; from -127 down 0, or a number too small to be normal; NaN for
-// NaN. A polynomial fitted to 2^f on [-1/2, 1/2] (the one of Cephes' exp2f).
+// NaN. Polynomials: with AVX-512 one of degree 5 fitted to 2^f on [0, 1), elsewhere that of Cephes' exp2f on
+// [-1/2, 1/2].
 LAMP_INLINE Vf exp2(Vf x) {
 #if defined(__AVX512F__)
-  x = larger(splat(-200.0f), x);  // in this order NaN stays
-  const Vf rounded = (Vf)_mm512_roundscale_ps((__m512)x, 0);
+  // x - floor(x), of an infinity 0; the instruction at the end takes floor(x) by itself.
+  const Vf part = (Vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  Vf q = splat(1.8671307e-3f);
+  q = q * part + splat(9.0170288e-3f);
+  q = q * part + splat(5.5799913e-2f);
+  q = q * part + splat(2.4016444e-1f);
+  q = q * part + splat(6.9315130e-1f);
+  q = q * part + splat(1.0f);
+  return (Vf)_mm512_scalef_ps((__m512)q, (__m512)x);
 #else
   x = larger(splat(-127.0f), x);
   // 1.5 * 2^23 rounds what is added to it to a whole number; with 127 more, its last bits are that number's exponent.
   const Vf magic = splat(12582912.0f + 127.0f);
-  const Vf shifted = x + magic, rounded = shifted - magic;
-#endif
-  const Vf f = x - rounded;
+  const Vf shifted = x + magic, f = x - (shifted - magic);
   Vf p = splat(1.535336188319500e-4f);
   p = p * f + splat(1.339887440266574e-3f);
   p = p * f + splat(9.618437357674640e-3f);
@@ -124,9 +130,6 @@ LAMP_INLINE Vf exp2(Vf x) {
   p = p * f + splat(2.402264791363012e-1f);
   p = p * f + splat(6.931472028550421e-1f);
   p = p * f + splat(1.0f);
-#if defined(__AVX512F__)
-  return (Vf)_mm512_scalef_ps((__m512)p, (__m512)rounded);
-#else
   return p * bits((Vi)shifted << 23);
 #endif
 }

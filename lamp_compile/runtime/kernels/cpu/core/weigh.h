@@ -82,52 +82,50 @@ LAMP_INLINE bool spoilt(uint32_t bad, int h, Vf p) {
   return false;
 }
 
-// What the certificate sums, and the weights themselves; in two parts, so that additions need not wait for each other.
+// What the certificate sums, and the weights themselves.
 struct Sums {
-  Vf weight[2], value_weight[2], hard[2], soft[2], value[2], both[2], both_soft[2], most[2];
+  Vf weight, value_weight, hard, soft, value, both, both_soft, most;
 };
 
 LAMP_INLINE void clear(Sums &sums) {
-  for (int h = 0; h < 2; h++)
-    sums.weight[h] = sums.value_weight[h] = sums.hard[h] = sums.soft[h] = sums.value[h] = sums.both[h] =
-        sums.both_soft[h] = sums.most[h] = splat(0.0f);
+  sums.weight = sums.value_weight = sums.hard = sums.soft = sums.value = sums.both = sums.both_soft = sums.most =
+      splat(0.0f);
 }
 
 // Sixteen keys of weight p; gives back the weight of their values.
 LAMP_INLINE Vf add_weights(const Scales &scales, int h, Vf p, Sums &sums) {
-  const Vf w = p * scales.v[h], soft = p * scales.k_square[h], hard = p * soft;
-  sums.weight[h] += p;
-  sums.value_weight[h] += w;
-  sums.hard[h] += hard;
-  sums.soft[h] += soft;
-  sums.value[h] += w * w;
-  sums.both[h] += hard * scales.v_square[h];
-  sums.both_soft[h] += soft * scales.v_square[h];
-  sums.most[h] = larger(w, sums.most[h]);
+  const Vf w = p * scales.v[h], squared = p * p;
+  sums.weight += p;
+  sums.value_weight += w;
+  sums.soft += p * scales.k_square[h];
+  sums.both_soft += p * scales.both[h];
+  sums.hard += squared * scales.k_square[h];
+  sums.both += squared * scales.both[h];
+  sums.value += w * w;
+  sums.most = larger(w, sums.most);
   return w;
 }
 
 // Of weights times `factor`, with `noise` times the rounding of the high plane alone.
 LAMP_INLINE void add_sums(const Sums &sums, Vf factor, Vf noise, Vf *to) {
   const Vf squared = factor * factor * noise;
-  to[WEIGHT] += (sums.weight[0] + sums.weight[1]) * factor;
-  to[SCORES_HARD] += (sums.hard[0] + sums.hard[1]) * squared;
-  to[SCORES_SOFT] += (sums.soft[0] + sums.soft[1]) * factor;
-  to[VALUE_HARD] += (sums.value[0] + sums.value[1]) * squared;
-  to[BOTH_HARD] += (sums.both[0] + sums.both[1]) * squared;
-  to[BOTH_SOFT] += (sums.both_soft[0] + sums.both_soft[1]) * factor;
+  to[WEIGHT] += sums.weight * factor;
+  to[SCORES_HARD] += sums.hard * squared;
+  to[SCORES_SOFT] += sums.soft * factor;
+  to[VALUE_HARD] += sums.value * squared;
+  to[BOTH_HARD] += sums.both * squared;
+  to[BOTH_SOFT] += sums.both_soft * factor;
 }
 
-// Weights of row r, the i-th of its block, in the sub-tiles that are not refined for it. PLAIN: nothing is spoilt, and
-// the block's rows agree on what is refined.
-template <bool PLAIN>
+// Weights of COUNT rows from r on, the i-th of their block, in the sub-tiles that are not refined for them. PLAIN:
+// nothing is spoilt, and the block's rows agree on what is refined.
+template <int COUNT, bool PLAIN>
 LAMP_APART void weigh_cold(const Work &work, const Run &run, const Block &block, int i, int r, Cold &cold, Feed &feed,
-                           Vf *to, float &poison) {
+                           Vf (*to)[KEY_SUMS], float *const *outputs) {
   const float *z = work.z + r * work.span + (run.first - work.rows.from);
-  const Vf factor = splat(run.factor[r]);
-  constexpr int SOON = 2;
-  Sums sums;
-  clear(sums);
+  constexpr int SOON = 2 * COUNT;
+  Sums sums[COUNT];
+  for (int k = 0; k < COUNT; k++) clear(sums[k]);
   for (int n = 0; n < block.cold_count; n++) {
     const int t = block.cold[n];
     float *weight = cold.weight[i] + n * SUBTILE;
@@ -135,24 +133,31 @@ LAMP_APART void weigh_cold(const Work &work, const Run &run, const Block &block,
       const uint8_t *soon = take(feed, 64 * SOON);
       for (int k = 0; k < SOON; k++) __builtin_prefetch(soon + 64 * k);
     }
-    for (int h = 0; h < 2; h++) {
-      const Vf p = load(z + t * SUBTILE + h * LANES);
-      const bool mine = PLAIN || !block.refined[t][i];
-      store(weight + h * LANES, mine ? add_weights(run.scales[t], h, p, sums) : splat(0.0f));
-      if (!PLAIN && mine && run.v_spoilt[t] && spoilt(run.v_spoilt[t], h, p * factor)) poison = 1;
-    }
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; h++)
+#pragma GCC unroll 2
+      for (int k = 0; k < COUNT; k++) {
+        const Vf p = load(z + k * work.span + t * SUBTILE + h * LANES);
+        const bool mine = PLAIN || !block.refined[t][i + k];
+        store(weight + k * RUN_KEYS + h * LANES, mine ? add_weights(run.scales[t], h, p, sums[k]) : splat(0.0f));
+        if (!PLAIN && mine && run.v_spoilt[t] && spoilt(run.v_spoilt[t], h, p * splat(run.factor[r + k])))
+          outputs[i + k][2 * work.call->planes.half_v + POISON] = 1;
+      }
   }
-  add_sums(sums, factor, splat(1.0f), to);
-  // The high plane reads (16 hi - 1/2) s: half a step off every channel.
-  to[CORRECTION] -= splat(0.5f) * (sums.value_weight[0] + sums.value_weight[1]) * factor;
-  cold.most[i] = largest(larger(sums.most[0], sums.most[1]));
+  for (int k = 0; k < COUNT; k++) {
+    const Vf factor = splat(run.factor[r + k]);
+    add_sums(sums[k], factor, splat(1.0f), to[r + k]);
+    // The high plane reads (16 hi - 1/2) s: half a step off every channel.
+    to[r + k][CORRECTION] -= splat(0.5f) * sums[k].value_weight * factor;
+    cold.most[i + k] = largest(sums[k].most);
+  }
 }
 
 // Weights of row r, the i-th of its block, in refined sub-tiles, times the scale of the value; gives back the largest.
 LAMP_APART float weigh_hot(const Work &work, const Hot &hot, int i, int r, float *weight, Vf *to, float &poison) {
   const float *z = work.z + r * work.span - work.rows.from;
-  Sums sums;
-  clear(sums);
+  Sums sums[2];  // in two parts, so that additions need not wait for each other
+  for (Sums &part : sums) clear(part);
   for (int n = 0; n < hot.count; n++)
     for (int h = 0; h < 2; h++) {
       const int at = n * SUBTILE + h * LANES;
@@ -162,11 +167,11 @@ LAMP_APART float weigh_hot(const Work &work, const Hot &hot, int i, int r, float
       }
       Vf p = load(z + hot.key[n] + h * LANES) * splat(hot.factor[n][i]);
       if (!settled(work)) p *= exp2(smaller(splat(127.0f), load(hot.difference[n] + i * SUBTILE + h * LANES)));
-      store(weight + at, add_weights(hot.scales[n], h, p, sums));
+      store(weight + at, add_weights(hot.scales[n], h, p, sums[h]));
       if (hot.v_spoilt[n] && spoilt(hot.v_spoilt[n], h, p)) poison = 1;
     }
-  add_sums(sums, splat(1.0f), splat(1.0f / 256.0f), to);
-  return largest(larger(sums.most[0], sums.most[1]));
+  for (const Sums &part : sums) add_sums(part, splat(1.0f), splat(1.0f / 256.0f), to);
+  return largest(larger(sums[0].most, sums[1].most));
 }
 
 // Keeps a refined sub-tile of a run for later.
