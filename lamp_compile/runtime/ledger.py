@@ -8,6 +8,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter, deque
 from collections.abc import Iterable
+from itertools import count
 from threading import Lock
 from typing import Any
 
@@ -25,7 +26,7 @@ class Ledger:
 
     Attributes:
         events: What happened on the host, by name: retried steps, fetched exact copies, ...
-        gone: Layers of dead caches, for the controller's next reading: cache's key, site, state, statistics.
+        gone: Layers of dead caches, for the controller's next reading: cache's number, site, state, statistics.
         unread: Of these, how many were dropped.
     """
 
@@ -34,6 +35,8 @@ class Ledger:
         self.gone: deque[tuple[int, str, Tensor, Tensor]] = deque(maxlen=MOST_GONE)
         self.unread = 0
         self._live: dict[int, weakref.ref[Any]] = {}
+        """By a number of each cache's own: its ``id`` would be another's when it is gone."""
+        self._numbers = count()
         self._pending: dict[int, tuple[str, Tensor]] = {}
         """Statistics of dead caches, by ``id`` of the tensor."""
         self._retired: dict[tuple[Any, ...], Tensor] = {}
@@ -49,16 +52,22 @@ class Ledger:
 
     def watch(self, cache: Any) -> None:
         """Take a new cache into account from now on."""
-        self._live[id(cache)] = weakref.ref(cache)
+        number = next(self._numbers)
+        self._live[number] = weakref.ref(cache)
         # A finaliser may run anywhere, also while a graph is captured: it takes names down and touches no device.
-        weakref.finalize(cache, self._gone, id(cache), cache.layers).atexit = False
+        weakref.finalize(cache, self._gone, number, cache.layers).atexit = False
         if len(self._pending) > MOST_PENDING:
             self._fold()
 
     def caches(self) -> list[Any]:
         """The caches that are alive."""
-        found = [ref() for ref in self._live.copy().values()]  # copied in one go: finalisers run in any thread
-        return [cache for cache in found if cache is not None]
+        return [cache for _, cache in self.numbered()]
+
+    def numbered(self) -> list[tuple[int, Any]]:
+        """The caches that are alive, each with its number."""
+        held = self._live.copy()  # in one go: finalisers run in any thread
+        found = [(number, ref()) for number, ref in held.items()]
+        return [(number, cache) for number, cache in found if cache is not None]
 
     def retire(self, counts: Iterable[tuple[str, Tensor]]) -> None:
         """Keep what statistics ``[B, G, 7]`` of some sites say that are about to be zeroed. No synchronisation, and of
@@ -82,13 +91,13 @@ class Ledger:
             _add(found, sites, summed)
         return found
 
-    def _gone(self, key: int, layers: list[Any]) -> None:
-        self._live.pop(key, None)
+    def _gone(self, number: int, layers: list[Any]) -> None:
+        self._live.pop(number, None)
         for layer in layers:
             if _counts(layer):
                 self._pending[id(layer.stats)] = (layer.name, layer.stats)
                 self.unread += len(self.gone) == MOST_GONE
-                self.gone.append((key, layer.name, layer.state, layer.stats))
+                self.gone.append((number, layer.name, layer.state, layer.stats))
 
     def _fold(self) -> None:
         """Read what is kept as tensors. Those of dead caches are zeroed: their memory may serve another cache, which

@@ -7,7 +7,6 @@ they are there; on a CPU they are copied. Either may catch a step half-way: coun
 from __future__ import annotations
 
 import time
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,8 +23,8 @@ WINDOWS = 2
 POLL = 0.0005
 
 
-_Entry = tuple[int, "weakref.ref[Any] | None", str, Tensor, Tensor]
-"""A layer to read: its cache's key, the cache if it is alive, its site, state and statistics."""
+_Entry = tuple[int, bool, str, Tensor, Tensor]
+"""A layer to read: its cache's number, whether the cache is alive, its site, state and statistics."""
 
 
 class SideCopies:
@@ -75,7 +74,7 @@ class Reader:
 
     def __init__(self, ledger: Ledger, windows: Mapping[str, int], clock: StepClock) -> None:
         self._ledger, self._windows, self._clock = ledger, dict(windows), clock
-        self._before: dict[tuple[int, str], tuple[weakref.ref[Any], Tensor]] = {}
+        self._before: dict[tuple[int, str], Tensor] = {}
         self._copy = SideCopies()
         self.set_back = 0
         self._unread = ledger.unread
@@ -94,15 +93,15 @@ class Reader:
         sites: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in self._windows}
         after = {}
         back = 0
-        for index, (key, ref, site, *_) in enumerate(found):
+        for index, (number, alive, site, *_) in enumerate(found):
             state, stats = both[2 * index], both[2 * index + 1].clone()
             if state.shape[:2] != stats.shape[:2]:
                 continue  # the batch changed between the two copies
-            delta = stats - self._held(key, ref, site, stats)  # wraps as the counters do
+            delta = stats - self._held(number, site, stats)  # wraps as the counters do
             back += int((delta < 0).any(-1).sum())
             sites[site].append((state, stats, torch.where((delta < 0).any(-1, keepdim=True), stats, delta)))
-            if ref is not None:
-                after[(key, site)] = (ref, stats)
+            if alive:
+                after[(number, site)] = stats
         most = max((int(delta[..., guard.STEPS].max()) for parts in sites.values() for *_, delta in parts), default=0)
         if most < WINDOWS * max(self._windows.values()):
             return None
@@ -118,23 +117,22 @@ class Reader:
         """Layers of caches alive, and of those that died since the last reading, unless another cache has their
         tensors by now."""
         found: list[_Entry] = [
-            (id(cache), weakref.ref(cache), layer.name, layer.state, layer.stats)
-            for cache in self._ledger.caches()
+            (number, True, layer.name, layer.state, layer.stats)
+            for number, cache in self._ledger.numbered()
             for layer in counted(cache)
             if layer.name in self._windows
         ]
         taken = {id(stats) for *_, stats in found}
         return found + [
-            (key, None, site, state, stats)
-            for key, site, state, stats in gone
+            (number, False, site, state, stats)
+            for number, site, state, stats in gone
             if site in self._windows and id(stats) not in taken
         ]
 
-    def _held(self, key: int, ref: weakref.ref[Any] | None, site: str, stats: Tensor) -> Tensor:
+    def _held(self, number: int, site: str, stats: Tensor) -> Tensor:
         """The same cache's statistics at the last reading; zeros for a cache that is new."""
-        old, before = self._before.get((key, site), (None, stats))
-        same = old is not None and old() is (None if ref is None else ref())
-        return before if same and before.shape == stats.shape else torch.zeros_like(stats)
+        before = self._before.get((number, site))
+        return before if before is not None and before.shape == stats.shape else torch.zeros_like(stats)
 
 
 def _sample(parts: Sequence[tuple[Tensor, Tensor, Tensor]], window: int) -> SiteSample:
