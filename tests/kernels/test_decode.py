@@ -231,32 +231,6 @@ def test_whoever_takes_the_guards_step(name, triton_device, monkeypatch):
         launched.clear()
 
 
-PROGRAMS = {8: None, 9: 168, 12: 168, 16: 128, 64: None}
-
-
-@pytest.mark.parametrize("programs", PROGRAMS)
-def test_registers_for_as_many_programs(programs, monkeypatch):
-    """A quarter of a multiprocessor has 16,384 registers and a program is one warp: 2 fit without a limit, 3 of 168."""
-    from lamp_compile.runtime.kernels import decode, targets
-
-    hopper = replace(targets.target_of(torch.device("cpu")), name="sm_90", asm=True, processors=132)
-    monkeypatch.setattr(decode, "target_of", lambda device: hopper)
-    call = calls.make()
-    begun, _ = decode.begin(call.q, call.planes, call.hot, call.balance, call.seen, call.options)
-    wanted = {} if PROGRAMS[programs] is None else {"maxnreg": PROGRAMS[programs]}
-    assert decode.registers(begun, 1, programs) == wanted
-    assert decode.registers(begun, 2, programs) == {}
-    large = replace(begun, cut=replace(begun.cut, small=False))
-    assert decode.registers(large, 1, programs) == {}
-
-
-def test_steps_in_flight_fit_into_shared_memory():
-    from lamp_compile.runtime.kernels import targets
-
-    small = replace(targets.target_of(torch.device("cpu")), shared=65536)
-    assert [targets.in_flight(3, step, small) for step in (8192, 16384, 32768, 65536)] == [3, 3, 2, 1]
-
-
 @pytest.mark.parametrize("floor", [0.0, 1.0])
 def test_decisions_in_chunks(floor, triton_device, monkeypatch):
     """However many programs decide, the list is the same."""

@@ -175,7 +175,6 @@ def append(
 
     with _on(k.device):
         kernel.append(k, v, planes, balance, positions, table, rotation)
-    return
 
 
 def append_again(

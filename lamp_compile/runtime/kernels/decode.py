@@ -302,13 +302,14 @@ def lists(cut: Cut) -> dict[str, int]:
 
 def join(call: Call, scratch: Scratch, first_block: int, results: Results) -> None:
     """The launch that joins the partial results; with ``guards`` the last one."""
-    rows = call.cut.rows if guards(call) else 1
-    programs = 1 if guards(call) else call.rows(first_block)["GROUP"] * call.cut.tokens
+    together = guards(call)
+    programs = 1 if together else call.rows(first_block)["GROUP"] * call.cut.tokens
     _, floor, budget, state, stats = call.hot
     steps = {name: number for name, number in guard_rows(call).items() if name in OF_GUARD}
     merge[(programs, *scratch.q8.shape[:2])](
-        **joining(call, scratch, first_block, results, rows), COUNTS=results.counts[:, first_block:],
-        STATE=state, STATS=stats, FLOOR=floor, BUDGET=budget, **steps, GUARD=guards(call),
+        **joining(call, scratch, first_block, results, call.cut.rows if together else 1),
+        COUNTS=results.counts[:, first_block:], STATE=state, STATS=stats, FLOOR=floor, BUDGET=budget,
+        **steps, GUARD=together,
     )  # fmt: skip
 
 

@@ -71,9 +71,7 @@ SMALL = 512
 """Columns times padded halves of the channels of a program that fits into few registers."""
 FIT = 8
 """Programs per multiprocessor of those that do not."""
-
-
-SCRATCH = 4096
+BESIDE = 4096
 """Bytes of shared memory beside the steps in flight, at most."""
 
 
@@ -93,7 +91,7 @@ def target_of(device: torch.device) -> Target:
 
 def in_flight(stages: int, step: int, target: Target) -> int:
     """Steps of a loop in flight, of ``step`` bytes each: as many as asked for, or as shared memory holds."""
-    return max(1, min(stages, 1 + (target.shared - SCRATCH) // step))
+    return max(1, min(stages, 1 + (target.shared - BESIDE) // step))
 
 
 def cut(
