@@ -204,7 +204,7 @@ def test_wrong_shapes_are_refused_before_anything_is_read() -> None:
     for index, kept in enumerate(
         ((summary[:, :1], history, trust), (summary, history[:, :, 1:], trust), (summary, history, trust[:1]))
     ):
-        with pytest.raises(InputError, match=("summary", "history", "trust")[index]):
+        with pytest.raises(InputError, match=("summar", "history", "trust")[index]):
             run(replace(step, kept=tuple(x.contiguous() for x in kept)))  # type: ignore[arg-type]
     for index in range(6):
         weights = list(step.weights)
