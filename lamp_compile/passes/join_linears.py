@@ -133,7 +133,9 @@ class _Join:
     def __init__(self, program: Program, inputs: Sequence[Any], count: bool) -> None:
         placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
         # Placeholders that other passes appended have no example among the inputs.
-        self.given = {n: x for n, x in zip(placeholders, inputs, strict=False) if type(x) is nn.Parameter}
+        self.given: dict[Node, Tensor] = {
+            n: x for n, x in zip(placeholders, inputs, strict=False) if type(x) is nn.Parameter
+        }
         self.position = {node: index for index, node in enumerate(placeholders)}
         self.program, self.count, self.done = program, count, Joined(list(inputs))
         self.host: Host = host_for(program)
