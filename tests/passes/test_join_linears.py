@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import lamp_compile
+from lamp_compile import driver
 from lamp_compile.errors import OptionError
+from lamp_compile.options import Options
 from lamp_compile.passes.capture import capture
 from lamp_compile.passes.join_linears import LINEAR, Joined, join_linears
 from tests.backends.modules import stack, tokens
@@ -30,8 +33,10 @@ class Joining:
     def __init__(self) -> None:
         self.graphs: list[torch.fx.Graph] = []
         self.done: list[Joined] = []
+        self.counted: list[tuple[str, ...]] = []
 
     def __call__(self, module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        self.counted.append(join_linears(capture(module, inputs), inputs, count=True).notes)
         program = capture(module, inputs)
         done = join_linears(program, inputs)
         self.graphs.append(program.graph)
@@ -60,11 +65,13 @@ class Block(nn.Module):
 
 
 def run(model: nn.Module | Callable[..., Any], *args: Any, backend: Any = None, **kwargs: Any) -> tuple[Any, Any]:
-    """(what it gives when its linear layers are joined, the backend)."""
+    """(what it gives when its linear layers are joined, the backend); counting ahead must have said the same."""
     torch._dynamo.reset()
     made = backend or Joining()
     with torch.no_grad():
         out = torch.compile(model, backend=made, fullgraph=True, **kwargs)(*args)
+    if backend is None:
+        assert made.counted == [done.notes for done in made.done]
     return out, made
 
 
@@ -275,7 +282,7 @@ def test_no_memory_leaves_a_group_as_it_is(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr("lamp_compile.runtime.joined_weights.bring_together", full)
     model, x = Block().eval(), tokens(10)
-    out, backend = run(model, x)
+    out, backend = run(model, x, backend=Joining())
     with torch.no_grad():
         close(out, model(x))
     assert backend.products == 7
@@ -381,3 +388,28 @@ def test_impossible_values_are_refused_at_once(wrong: Any) -> None:
         lamp_compile.compile(stack(), join_linears=wrong)
     with pytest.raises(OptionError, match="auto, never, always"):
         lamp_compile.explain(stack(), (tokens(4),), join_linears=wrong)
+
+
+ASKED = {
+    "auto compiles": ({}, [("cuda", False)]),
+    "auto, node by node": ({"lower": "eager"}, []),
+    "auto in explain": ({"lower": "eager", "dry": True}, [("cuda", True)]),
+    "never": ({"join_linears": "never"}, []),
+    "always": ({"join_linears": "always"}, [(None, False)]),
+    "always, node by node": ({"lower": "eager", "join_linears": "always"}, [(None, False)]),
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_what_is_joined_by_option(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str | None, bool]] = []
+
+    def join(program: Any, inputs: list[Any], device: str | None, count: bool) -> Joined:
+        asked.append((device, count))
+        return Joined(inputs)
+
+    monkeypatch.setattr(driver, "join_linears", join)
+    options, wanted = ASKED[name]
+    for kind in ("dynamo", "graph_module"):
+        driver.join(SimpleNamespace(kind=kind), [], Options(**options))
+    assert asked == wanted
