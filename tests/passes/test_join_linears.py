@@ -3,80 +3,24 @@
 from __future__ import annotations
 
 import copy
-import gc
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch._dynamo.backends.common import aot_autograd
+from torch._guards import TracingContext
 
 import lamp_compile
-from lamp_compile import driver
-from lamp_compile.errors import OptionError
-from lamp_compile.options import Options
 from lamp_compile.passes.capture import capture
-from lamp_compile.passes.join_linears import LINEAR, Joined, join_linears
-from tests.backends.modules import stack, tokens
+from lamp_compile.passes.join_linears import join_linears
+from tests.backends.modules import tokens
+from tests.passes.joining import Block, Joining, run, storages
 from tests.passes.test_patterns import close
-from tests.tolerances import ARITHMETIC
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-class Joining:
-    """A backend that joins, runs the graph node by node, and remembers."""
-
-    def __init__(self) -> None:
-        self.graphs: list[torch.fx.Graph] = []
-        self.done: list[Joined] = []
-        self.counted: list[tuple[str, ...]] = []
-
-    def __call__(self, module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        self.counted.append(join_linears(capture(module, inputs), inputs, count=True).notes)
-        program = capture(module, inputs)
-        done = join_linears(program, inputs)
-        self.graphs.append(program.graph)
-        self.done.append(done)
-        return lambda *args: program.module(*args, *done.weights.tensors(args))
-
-    @property
-    def products(self) -> int:
-        return sum(node.target in LINEAR for node in self.graphs[-1].nodes)
-
-
-class Block(nn.Module):
-    """Grouped-query attention without a cache, and a gated MLP."""
-
-    def __init__(self, bias: bool = False) -> None:
-        super().__init__()
-        self.q, self.k, self.v = (nn.Linear(64, n, bias=bias) for n in (64, 32, 32))
-        self.o, self.down = nn.Linear(64, 64, bias=False), nn.Linear(96, 64, bias=False)
-        self.gate, self.up = nn.Linear(64, 96, bias=False), nn.Linear(64, 96, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (p(x).unflatten(-1, (-1, 16)).transpose(1, 2) for p in (self.q, self.k, self.v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        x = x + self.o(y.transpose(1, 2).flatten(2))
-        return x + self.down(F.silu(self.gate(x)) * self.up(x))
-
-
-def run(model: nn.Module | Callable[..., Any], *args: Any, backend: Any = None, **kwargs: Any) -> tuple[Any, Any]:
-    """(what it gives when its linear layers are joined, the backend); counting ahead must have said the same."""
-    torch._dynamo.reset()
-    made = backend or Joining()
-    with torch.no_grad():
-        out = torch.compile(model, backend=made, fullgraph=True, **kwargs)(*args)
-    if backend is None:
-        assert made.counted == [done.notes for done in made.done]
-    return out, made
-
-
-def storages(*parameters: nn.Parameter) -> set[int]:
-    return {parameter.untyped_storage().data_ptr() for parameter in parameters}
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -131,6 +75,29 @@ def test_a_second_graph_copies_nothing() -> None:
     _, second = run(model, tokens(11))
     assert second.products == first.products == 4
     assert [p.data_ptr() for p in model.parameters()] == places
+
+
+def test_cuda_graphs_read_the_joined_tensors_where_they_lie() -> None:
+    fixed: list[list[int]] = []
+
+    def inner(graph: torch.fx.GraphModule, examples: list[Any]) -> Any:
+        metadata = TracingContext.get().fw_metadata
+        assert metadata is not None
+        fixed.append([index for index in metadata.static_input_indices if index >= len(examples) - 3])
+        return graph
+
+    def lowered(module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        program = capture(module, inputs)
+        done = join_linears(program, inputs)
+        compiled = aot_autograd(fw_compiler=inner)(program.module, [*done.inputs, *done.added])
+        return lambda *args: compiled(*args, *done.weights.tensors(args))
+
+    model, x = Block(bias=True).eval(), tokens(10)
+    out, _ = run(model, x, backend=lowered)
+    with torch.no_grad():
+        close(out, model(x))
+    inputs = len(list(model.parameters())) + 1 + 3
+    assert fixed == [[inputs - 3, inputs - 2, inputs - 1]], "without a copy at every replay"
 
 
 class Linears(nn.Module):
@@ -287,129 +254,3 @@ def test_no_memory_leaves_a_group_as_it_is(monkeypatch: pytest.MonkeyPatch) -> N
         close(out, model(x))
     assert backend.products == 7
     assert dict(backend.done[0].apart) == {"no memory to move their weights": 5}
-
-
-def given_new_data(model: Any) -> None:
-    model.k.weight.data = torch.randn(32, 64)
-
-
-def replaced(model: Any) -> None:
-    model.k.weight = nn.Parameter(torch.randn(32, 64))
-
-
-def written(model: Any) -> None:
-    with torch.no_grad():
-        model.k.weight.copy_(torch.randn(32, 64))
-
-
-def loaded(model: Any) -> None:
-    model.load_state_dict({name: torch.randn_like(p) for name, p in model.state_dict().items()})
-
-
-def loaded_by_assignment(model: Any) -> None:
-    model.load_state_dict({name: torch.randn_like(p) for name, p in model.state_dict().items()}, assign=True)
-
-
-@pytest.mark.parametrize("change", [given_new_data, replaced, written, loaded, loaded_by_assignment])
-def test_never_stale_and_nothing_recompiles(change: Callable[[Any], None]) -> None:
-    model, x = Block().eval(), tokens(10)
-    backend = Joining()
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
-    torch._dynamo.reset()
-    with torch.no_grad():
-        before = compiled(x)
-        change(model)
-        close(compiled(x), model(x))
-        assert (compiled(x) - before).norm() > 0.1 * before.norm()
-    assert len(backend.graphs) == 1
-    assert len(storages(model.q.weight, model.k.weight, model.v.weight)) == 1
-
-
-def test_a_copy_runs_its_own_weights_through_the_same_graph() -> None:
-    model, x, backend = Block().eval(), tokens(10), Joining()
-    torch._dynamo.reset()
-    compiled: Any = torch.compile(Block.forward, backend=backend, fullgraph=True)
-    with torch.no_grad():
-        wanted = compiled(model, x)
-        twin = copy.deepcopy(model)
-        for parameter in twin.parameters():
-            parameter.mul_(1.5)
-        close(compiled(twin, x), twin(x))
-        assert torch.equal(compiled(model, x), wanted)
-    assert len(backend.graphs) == 1
-
-
-def test_another_dtype_joins_anew() -> None:
-    model, x = Block().eval(), tokens(10)
-    compiled: Any = torch.compile(model, backend=(backend := Joining()), fullgraph=True)
-    torch._dynamo.reset()
-    with torch.no_grad():
-        compiled(x)
-        model.to(torch.bfloat16)
-        close(compiled(x.bfloat16()), model(x.bfloat16()), ARITHMETIC[torch.bfloat16].relative)
-    assert [done.products for done in backend.done] == [2, 2]
-    assert model.q.weight.untyped_storage().nbytes() == 128 * 64 * 2
-
-
-def test_a_deleted_model_leaves_no_weights_behind() -> None:
-    model = Block().eval()
-    _, backend = run(model, tokens(10))
-    memory = StorageWeakRef(model.q.weight.untyped_storage())
-    assert not memory.expired()
-    for parameter in model.parameters():
-        parameter.data = torch.empty(0)
-    gc.collect()
-    assert memory.expired()
-    assert backend.done
-
-
-def test_when_it_is_asked_for() -> None:
-    model, x = Block().eval(), tokens(10)
-    places = [p.data_ptr() for p in model.parameters()]
-    for options in ({}, {"join_linears": "never"}, {"join_linears": "auto"}):
-        backend = lamp_compile.backend(lower="eager", fuel=0, **options)
-        run(model, x, backend=backend)
-        assert not [note for note in backend.reports[0].notes if "linear layers" in note]
-    report = lamp_compile.explain(model, (x,), join_linears="always")
-    assert "2 products instead of 5" in report.text()
-    assert [p.data_ptr() for p in model.parameters()] == places, "nothing has moved yet"
-    fast = lamp_compile.compile(model, mode="eager", join_linears="always")
-    with torch.no_grad():
-        fast(x)
-    assert "2 products instead of 5" in fast.lamp.report().text()
-    assert [p.data_ptr() for p in model.parameters()] != places
-
-
-@pytest.mark.parametrize("wrong", ["yes", True, None])
-def test_impossible_values_are_refused_at_once(wrong: Any) -> None:
-    with pytest.raises(OptionError, match="auto, never, always"):
-        lamp_compile.backend(join_linears=wrong)
-    with pytest.raises(OptionError, match="auto, never, always"):
-        lamp_compile.compile(stack(), join_linears=wrong)
-    with pytest.raises(OptionError, match="auto, never, always"):
-        lamp_compile.explain(stack(), (tokens(4),), join_linears=wrong)
-
-
-ASKED = {
-    "auto compiles": ({}, [("cuda", False)]),
-    "auto, node by node": ({"lower": "eager"}, []),
-    "auto in explain": ({"lower": "eager", "dry": True}, [("cuda", True)]),
-    "never": ({"join_linears": "never"}, []),
-    "always": ({"join_linears": "always"}, [(None, False)]),
-    "always, node by node": ({"lower": "eager", "join_linears": "always"}, [(None, False)]),
-}
-
-
-@pytest.mark.parametrize("name", ASKED)
-def test_what_is_joined_by_option(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str | None, bool]] = []
-
-    def join(program: Any, inputs: list[Any], device: str | None, count: bool) -> Joined:
-        asked.append((device, count))
-        return Joined(inputs)
-
-    monkeypatch.setattr(driver, "join_linears", join)
-    options, wanted = ASKED[name]
-    for kind in ("dynamo", "graph_module"):
-        driver.join(SimpleNamespace(kind=kind), [], Options(**options))
-    assert asked == wanted
