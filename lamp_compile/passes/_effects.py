@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import operator
 import types
@@ -13,7 +14,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree
 
-from lamp_compile.passes.patterns._values import same, same_shape, value
+from lamp_compile.passes.patterns._values import fake_mode, same, same_shape, value
 
 _IN_PLACE = tuple(
     getattr(operator, name)
@@ -26,7 +27,7 @@ _MODES = ("_enter_", "_exit_", "_set_", "set_")
 """How functions begin that change the mode others run in, such as autocast."""
 _BY_LAYOUT = ("as_strided", "as_strided_", "set_", "resize_", "resize_as_", "data_ptr", "storage_offset", "stride")
 """What depends on where numbers lie, and would run on other strides with another result."""
-_STRAYS = (RuntimeError, TypeError, ValueError, IndexError)
+_STRAYS = (RuntimeError, TypeError, ValueError, IndexError, AssertionError)
 
 
 def writes(node: Node) -> bool:
@@ -79,7 +80,7 @@ def why_not_restrided(start: Node, changed: dict[Node, Any]) -> str | None:
         try:
             found = _evaluate(node, changed)
         except _STRAYS:
-            return f"{_name(node)} needs them contiguous"
+            return f"{_name(node)} cannot take slices"
         before = value(node)
         if not _alike(found, before):
             return f"{_name(node)} would give something else"
@@ -102,7 +103,8 @@ def _in_place(name: str) -> bool:
 
 def _evaluate(node: Node, changed: dict[Node, Any]) -> Any:
     args, kwargs = map_arg((node.args, node.kwargs), lambda source: changed.get(source, value(source)))
-    with torch.no_grad():
+    # What an operator makes by itself, such as a mask, must be fake, too.
+    with fake_mode(node.graph) or contextlib.nullcontext(), torch.no_grad():
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         assert callable(node.target)
