@@ -56,7 +56,7 @@ def compile_graph(
     program = capture(module, inputs)
     host, report = run_passes(program, options, hot)
     joined = join(program, inputs, options)
-    examples, weights = [*joined.inputs, *host.inputs(), *joined.added], joined.weights
+    examples, weights = [*inputs, *host.inputs(), *joined.inputs], joined.weights
     run = backends.get(options.lower).lower(program.module, examples, options.mode, options.inductor)
 
     def compiled(*args: Any) -> Any:
@@ -70,7 +70,7 @@ def join(program: Program, inputs: Sequence[Any], options: Options) -> Joined:
     """Join linear layers that read the same input, as the options say; "auto" does where GPUs gain by it."""
     asked, compiles = options.join_linears, options.lower != "eager" or options.dry
     if program.kind != "dynamo" or asked == "never" or (asked == "auto" and not compiles):
-        return Joined(list(inputs))
+        return Joined()
     return join_linears(program, inputs, "cuda" if asked == "auto" else None, options.dry)
 
 

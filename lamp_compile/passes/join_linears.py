@@ -20,7 +20,7 @@ from lamp_compile.passes._effects import why_not_restrided, writes
 from lamp_compile.passes.capture import Program
 from lamp_compile.passes.patterns._dialect import aten
 from lamp_compile.passes.patterns._values import Emitter, tensor, value_key
-from lamp_compile.passes.state_host import Host, example, host_for
+from lamp_compile.passes.state_host import Host, host_for
 from lamp_compile.runtime import joined_weights
 from lamp_compile.runtime.joined_weights import JoinedWeights
 
@@ -35,17 +35,15 @@ class Joined:
     """What was done to a graph.
 
     Attributes:
-        inputs: Example inputs of the graph as it was; what Dynamo knows of parameters that moved is where they lay.
-        added: Example inputs for the joined tensors, which come behind all others.
-        weights: Gives the joined tensors themselves, at every call.
+        weights: Gives the joined tensors to append to the graph's arguments, at every call.
+        inputs: The same as a compiler wants its example inputs.
         products: Products made of several layers.
         layers: Layers that they stand for.
         apart: Layers that read the same input and were left as they are, by reason.
     """
 
-    inputs: list[Any]
-    added: list[Tensor] = field(default_factory=list)
     weights: JoinedWeights = field(default_factory=JoinedWeights)
+    inputs: list[Tensor] = field(default_factory=list)
     products: int = 0
     layers: int = 0
     apart: Counter[str] = field(default_factory=Counter)
@@ -86,9 +84,7 @@ def join_linears(program: Program, inputs: Sequence[Any], device: str | None = N
     if join.done.layers and not count:
         program.graph.lint()
         program.module.recompile()
-        moved = {join.position[node] for column in join.columns for node in column}
-        join.done.inputs = [example(x) if index in moved else x for index, x in enumerate(inputs)]
-        join.done.added = join.host.inputs()
+        join.done.inputs = join.host.inputs()
     return join.done
 
 
@@ -137,9 +133,9 @@ class _Join:
             n: x for n, x in zip(placeholders, inputs, strict=False) if type(x) is nn.Parameter
         }
         self.position = {node: index for index, node in enumerate(placeholders)}
-        self.program, self.count, self.done = program, count, Joined(list(inputs))
+        self.program, self.count, self.done = program, count, Joined()
         self.host: Host = host_for(program)
-        self.columns: dict[tuple[Node, ...], Node | None] = {}
+        self._columns: dict[tuple[Node, ...], Node | None] = {}
         self._taken: set[Node] = set()
 
     def group(self, layers: list[_Layer]) -> None:
@@ -154,7 +150,7 @@ class _Join:
             self.done.apart[reason] += len(kept)
             return
         for column in _columns(kept):
-            self.columns.setdefault(column)
+            self._columns.setdefault(column)
             self._taken.update(column)
         self.done.products += 1
         self.done.layers += len(kept)
@@ -163,7 +159,7 @@ class _Join:
 
     def _movable(self, layers: list[_Layer]) -> list[_Layer]:
         """The layers whose parameters lie together or can be moved."""
-        if all(column in self.columns or self._fits(column) for column in _columns(layers)):
+        if all(column in self._columns or self._fits(column) for column in _columns(layers)):
             return layers
         kept = []
         for layer in layers:
@@ -224,10 +220,10 @@ class _Join:
 
     def _joined(self, column: tuple[Node, ...]) -> Node:
         """The input of the graph that is these parameters as one tensor."""
-        node = self.columns[column]
+        node = self._columns[column]
         if node is None:
             whole = self.done.weights.add([self.position[n] for n in column], self._parts(column))
-            node = self.columns[column] = self.host.node(f"joined {len(self.host.tensors)}", "parameters", whole)
+            node = self._columns[column] = self.host.node(f"joined {len(self.host.tensors)}", "parameters", whole)
         return node
 
     def _parts(self, column: Iterable[Node]) -> list[Tensor]:

@@ -89,7 +89,10 @@ class DynamoHost(Host):
         return list(self.tensors.values())
 
     def inputs(self) -> list[Tensor]:
-        return [example(t) for t in self.appended]
+        context = TracingContext.try_get()
+        mode = context.fake_mode if context is not None else None
+        # Fake ones of fixed size: under dynamic=True a real tensor would get a symbol for its number of heads.
+        return [t if mode is None else mode.from_tensor(t, static_shapes=True) for t in self.appended]
 
 
 class BufferHost(Host):
@@ -139,14 +142,6 @@ class ExportedHost(Host):
             constants=original.constants,
             verifiers=original.verifiers,
         )
-
-
-def example(tensor: Tensor) -> Tensor:
-    """A tensor as an example input of a Dynamo graph: a fake one of fixed size, since under dynamic=True a real one
-    would get a symbol for its number of heads."""
-    context = TracingContext.try_get()
-    mode = context.fake_mode if context is not None else None
-    return tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)
 
 
 def host_for(program: Program) -> Host:

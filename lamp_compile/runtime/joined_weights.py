@@ -1,45 +1,71 @@
-"""Parameters that lie one behind the other in one tensor, so that one product serves several linear layers.
+"""Parameters that lie one behind the other, so that one product serves several linear layers.
 
-The tensor is the parameters' own memory: joining moves them, and nothing is held twice. A parameter can be given other
-data at any time (``parameter.data = x``, another ``nn.Parameter`` in its place, a copy of the whole module), so a
-compiled graph asks at every call whether they still lie where its joined tensor is.
+Joining moves parameters into one allocation, and nothing is held twice. Each keeps a storage of its own, of its own
+rows: who saves, copies, moves or deletes parameters sees nothing of it, and the allocation lives as long as one of them
+does. A parameter can be given other data at any time (``parameter.data = x``, another ``nn.Parameter`` in its place, a
+copy of the whole module), so a compiled graph asks at every call whether they still lie where its joined tensor is.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import dlpack
+from torch.utils.weak import WeakTensorKeyDictionary
 
 ALIGNMENT = 16
 """Bytes: compilers and kernels read rows in pieces of so many, and may have settled on it for these parameters."""
 
 
+@dataclass(frozen=True)
+class _Home:
+    """An allocation that parameters were moved into; this does not keep it alive."""
+
+    storage: Any
+    start: int
+    size: int
+
+    @staticmethod
+    def of(parameter: Tensor) -> _Home | None:
+        """Where a parameter lies, if it was moved there and is there still."""
+        home: _Home | None = _homes.get(parameter)
+        if home is None or home.storage.expired():
+            return None
+        return home if home.start <= parameter.data_ptr() < home.start + home.size else None
+
+    @property
+    def pieces(self) -> int:
+        """How many tensors' storages lie in it."""
+        return _holders(self.storage)
+
+
+_homes: Any = WeakTensorKeyDictionary()
+_weak: Any = StorageWeakRef
+_to_dlpack: Any = dlpack.to_dlpack  # type: ignore[attr-defined]
+
+
 def together(parts: Sequence[Tensor]) -> bool:
-    """Whether parameters ``[N_i, ...]`` lie one behind the other in one storage."""
-    storage, places = _storage(parts[0]), _places(parts, parts[0].data_ptr())
-    return all(
-        part.data_ptr() == place and _storage(part) == storage and part.is_contiguous()
-        for part, place in zip(parts, places, strict=True)
-    )
+    """Whether parameters ``[N_i, ...]`` lie one behind the other in one allocation."""
+    places = _places(parts, parts[0].data_ptr())
+    if not all(p.is_contiguous() and p.data_ptr() == place for p, place in zip(parts, places, strict=True)):
+        return False
+    return len({_allocation(part) for part in parts}) == 1
 
 
 def why_not(parts: Sequence[Tensor]) -> str | None:
     """Why these parameters cannot be brought together without anybody noticing, or None."""
-    home = _home(parts)
-    places = [-1] * len(parts) if home is None else _places(parts, home.data_ptr())
-    for part, place in zip(parts, places, strict=True):
-        if part.data_ptr() != place and (reason := why_not_move(part)) is not None:
-            return reason
-    return None
+    return next((reason for part in parts if (reason := why_not_move(part, parts)) is not None), None)
 
 
-def why_not_move(parameter: Tensor) -> str | None:
-    """Why the data of a parameter that is in no joined storage cannot be moved without anybody noticing, or None."""
+def why_not_move(parameter: Tensor, parts: Sequence[Tensor] = ()) -> str | None:
+    """Why the data of a parameter cannot be moved, together with others, without anybody noticing, or None."""
     if type(parameter) is not nn.Parameter:
         return "their weights are no plain parameters"
     if parameter.is_meta or not parameter.is_floating_point() or not parameter.is_contiguous():
@@ -51,30 +77,35 @@ def why_not_move(parameter: Tensor) -> str | None:
     storage = parameter.untyped_storage()
     if storage.nbytes() != parameter.nbytes:
         return "their weights are parts of larger tensors"
-    if _holders(storage) > 1 or (parameter.device.type == "cpu" and storage.is_shared()):
+    if _holders(_weak(storage)) > 1 or (parameter.device.type == "cpu" and storage.is_shared()):
         return "their weights share memory with other tensors"
+    home = _Home.of(parameter)
+    if home is not None and home.pieces != sum(_Home.of(part) == home for part in parts):
+        return "their weights lie in another group, or in memory that somebody holds a part of"
     return None
 
 
 def bring_together(parts: Sequence[Tensor]) -> None:
-    """Move parameters ``[N_i, ...]`` into one storage, in this order. The objects stay the same, and what each held is
-    freed; the storage they were joined in before is used again where nobody else looks at it. Ask ``why_not`` first.
+    """Move parameters ``[N_i, ...]`` into one allocation, in this order. The objects stay the same, and what each held
+    is freed; an allocation that is theirs alone is used again. Ask ``why_not`` first.
 
     Raises:
         torch.OutOfMemoryError: No room for it; nothing was moved.
     """
-    first, home, start = parts[0], _home(parts), 0
-    shape = (sum(map(len, parts)), *first.shape[1:])
+    first, sizes = parts[0], [part.nbytes for part in parts]
     with torch.inference_mode(False), torch.no_grad():
-        whole = torch.empty(shape if home is None else 0, dtype=first.dtype, device=first.device)
-        if home is not None:
-            whole = whole.set_(home).view(shape)
-        for part in parts:
-            rows = whole[start : start + len(part)]
-            start += len(part)
-            if part.data_ptr() != rows.data_ptr():
-                rows.copy_(part)
-                part.data = rows
+        storage = _used_again(parts)
+        if storage is None:
+            storage = torch.empty(sum(sizes), dtype=torch.uint8, device=first.device).untyped_storage()
+        home = _Home(_weak(storage), storage.data_ptr(), sum(sizes))
+        for part, place in zip(parts, _places(parts, home.start), strict=True):
+            if part.data_ptr() != place:
+                flat = torch.empty(0, dtype=part.dtype, device=part.device)
+                flat.set_(storage, (place - home.start) // part.element_size(), (part.numel(),), (1,))
+                flat.copy_(part.view(-1))
+                # Through DLPack it becomes a storage of these rows alone, which keeps the allocation alive.
+                part.data = dlpack.from_dlpack(_to_dlpack(flat)).as_strided(part.shape, part.stride())
+            _homes[part] = home
     if first.device.type == "cuda":
         torch.cuda.empty_cache()  # the pieces they lay in are too small for the next group, and would stay reserved
 
@@ -164,18 +195,19 @@ class _Group:
         return self._copy
 
 
-def _home(parts: Sequence[Tensor]) -> torch.UntypedStorage | None:
-    """The storage they were joined in before, if those still in it are in their rows and nobody else looks at it: then
-    what its other rows hold is nobody's backup."""
-    total = sum(part.nbytes for part in parts)
-    for part in parts:
-        storage = part.untyped_storage()
-        if storage.nbytes() == total:
-            places = _places(parts, storage.data_ptr())
-            inside = sum(p.data_ptr() == place for p, place in zip(parts, places, strict=True))
-            if inside == _holders(storage):
-                return storage
+def _used_again(parts: Sequence[Tensor]) -> torch.UntypedStorage | None:
+    """The allocation of some of them, if those are in their rows and it has no other pieces (``why_not``)."""
+    for home in filter(None, map(_Home.of, parts)):
+        places = zip(parts, _places(parts, home.start), strict=True)
+        inside = sum(part.data_ptr() == place for part, place in places)
+        if home.size == sum(part.nbytes for part in parts) and home.pieces == inside:
+            return torch.UntypedStorage._new_with_weak_ptr(home.storage.cdata)
     return None
+
+
+def _allocation(x: Tensor) -> int:
+    home = _Home.of(x)
+    return x.untyped_storage().data_ptr() if home is None else home.start
 
 
 def _places(parts: Sequence[Tensor], start: int) -> list[int]:
@@ -187,20 +219,15 @@ def _places(parts: Sequence[Tensor], start: int) -> list[int]:
     return found
 
 
-def _storage(x: Tensor) -> int:
-    return x.untyped_storage().data_ptr()
-
-
-def _holders(storage: torch.UntypedStorage) -> int:
-    """Tensors that share a storage."""
-    return torch._C._storage_Use_Count(storage._cdata) - _uses_of_one() + 1
+def _holders(storage: Any) -> int:
+    """Tensors that share a storage, given as a weak reference."""
+    return torch._C._storage_Use_Count(storage.cdata) - _uses_of_one() + 1
 
 
 @cache
 def _uses_of_one() -> int:
     """What torch counts where there is one tensor, which is not the same in all its builds."""
     one = torch.empty(1)
-    storage = one.untyped_storage()
-    count = torch._C._storage_Use_Count(storage._cdata)
+    count = torch._C._storage_Use_Count(_weak(one.untyped_storage()).cdata)
     del one
     return count

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_model
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -16,6 +17,7 @@ import lamp_compile
 from lamp_compile.errors import OptionError
 from lamp_compile.frontends.huggingface import route
 from tests.huggingface import reference
+from tests.passes.joining import joined as lie_together
 from tests.tolerances import ARITHMETIC
 
 pytestmark = pytest.mark.usefixtures("fresh_graphs", "one_thread")
@@ -38,15 +40,11 @@ def joined(model: Any, **options: Any) -> Any:
 
 
 def in_one_place(model: Any) -> bool:
-    """Whether every group of its decoder layers lies together and fills its memory."""
-    for layer in model.model.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        for names, parent in ((("q_proj", "k_proj", "v_proj"), attention), (("gate_proj", "up_proj"), mlp)):
-            weights = [getattr(parent, name).weight for name in names]
-            held = {w.untyped_storage().data_ptr(): w.untyped_storage().nbytes() for w in weights}
-            if list(held.values()) != [sum(w.nbytes for w in weights)]:
-                return False
-    return True
+    """Whether every group of its decoder layers lies together."""
+    return all(
+        lie_together(a.q_proj, a.k_proj, a.v_proj) and lie_together(m.gate_proj, m.up_proj)
+        for a, m in ((layer.self_attn, layer.mlp) for layer in model.model.layers)
+    )
 
 
 @pytest.mark.parametrize("name", ["Llama", "Qwen2"])
@@ -115,6 +113,10 @@ def test_what_is_saved_holds_every_weight_once(model: Any, ids: Tensor, greedy: 
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     size, once = (tmp_path / "weights.pt").stat().st_size, sum(t.nbytes for t in wanted.values())
     assert size < 1.5 * once
+    weight = model.model.layers[0].self_attn.k_proj.weight
+    torch.save(weight, tmp_path / "weight.pt")
+    assert (tmp_path / "weight.pt").stat().st_size < weight.nbytes + 4096, "its own rows alone"
+    save_model(model, str(tmp_path / "again.safetensors"))
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lamp_compile.passes.capture import capture
 from lamp_compile.passes.join_linears import LINEAR, Joined, join_linears
+from lamp_compile.runtime.joined_weights import together
 
 
 class Joining:
@@ -61,5 +62,8 @@ def run(model: nn.Module | Callable[..., Any], *args: Any, backend: Any = None, 
     return out, made
 
 
-def storages(*parameters: nn.Parameter) -> set[int]:
-    return {parameter.untyped_storage().data_ptr() for parameter in parameters}
+def joined(*layers: nn.Module) -> bool:
+    """Whether the weights of these layers lie together, each in a storage of its own."""
+    weights = [layer.weight for layer in layers]
+    sizes = [(w.untyped_storage().nbytes(), w.storage_offset()) for w in weights]
+    return together(weights) and sizes == [(w.nbytes, 0) for w in weights]

@@ -16,8 +16,9 @@ from torch._guards import TracingContext
 import lamp_compile
 from lamp_compile.passes.capture import capture
 from lamp_compile.passes.join_linears import join_linears
+from lamp_compile.runtime.joined_weights import together
 from tests.backends.modules import tokens
-from tests.passes.joining import Block, Joining, run, storages
+from tests.passes.joining import Block, Joining, joined, run
 from tests.passes.test_patterns import close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -34,10 +35,10 @@ def test_projections_and_gates_become_one_product_each(bias: bool, dynamic: bool
     assert backend.products == 4
     assert (backend.done[0].products, backend.done[0].layers) == (2, 5)
     assert not backend.done[0].apart
-    assert len(storages(model.q.weight, model.k.weight, model.v.weight)) == 1
-    assert model.q.weight.untyped_storage().nbytes() == 128 * 64 * 4, "and nothing else in it"
+    assert joined(model.q, model.k, model.v)
+    assert joined(model.gate, model.up)
     if bias:
-        assert len(storages(model.q.bias, model.k.bias, model.v.bias)) == 1
+        assert together([model.q.bias, model.k.bias, model.v.bias])
     with torch.no_grad():
         close(model(x), wanted)
 
@@ -89,7 +90,7 @@ def test_cuda_graphs_read_the_joined_tensors_where_they_lie() -> None:
     def lowered(module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         program = capture(module, inputs)
         done = join_linears(program, inputs)
-        compiled = aot_autograd(fw_compiler=inner)(program.module, [*done.inputs, *done.added])
+        compiled = aot_autograd(fw_compiler=inner)(program.module, [*inputs, *done.inputs])
         return lambda *args: compiled(*args, *done.weights.tensors(args))
 
     model, x = Block(bias=True).eval(), tokens(10)

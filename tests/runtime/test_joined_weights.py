@@ -47,7 +47,7 @@ def test_the_objects_stay_and_nothing_is_held_twice() -> None:
     assert [id(p) for p in parts] == ids
     assert torch.equal(look_at(parts), wanted)
     assert all(ref.expired() for ref in before)
-    assert {p.untyped_storage().nbytes() for p in parts} == {wanted.nbytes}
+    assert [(p.untyped_storage().nbytes(), p.storage_offset()) for p in parts] == [(p.nbytes, 0) for p in parts]
     assert all(p.is_leaf and p.requires_grad and p._base is None for p in parts)
 
 
@@ -60,6 +60,9 @@ def test_what_lies_together_is_looked_at_where_it_is(parts: list[nn.Parameter]) 
     assert whole[8:].eq(3).all()
     assert not together([parts[1], parts[0]])
     assert not together([parts[0], parts[2]])
+    flat = torch.randn(8, 8)
+    assert together([nn.Parameter(flat[:4]), nn.Parameter(flat[4:])]), "as whoever made it laid them"
+    assert not together([look_at([nn.Parameter(flat[:4])]), look_at([nn.Parameter(flat[4:])])]), "neighbours by chance"
 
 
 def test_the_joined_tensor_keeps_no_memory_alive(parts: list[nn.Parameter], joined: JoinedWeights) -> None:
@@ -92,6 +95,12 @@ REFUSED = {
 def test_what_cannot_be_moved_unnoticed_says_why(reason: str, first: bool) -> None:
     parts = [REFUSED[reason](), *parameters(4)]
     assert reason.split(",")[0] in str(why_not(parts if first else parts[::-1]))
+
+
+def test_a_parameter_lies_in_one_place_only(parts: list[nn.Parameter]) -> None:
+    assert "lie in another group" in str(why_not([parts[0], parts[2]]))
+    assert "lie in another group" in str(why_not([parts[0], *parameters(4)]))
+    assert why_not(parts) is None
 
 
 def test_memory_shared_among_processes_stays() -> None:
@@ -164,7 +173,7 @@ def test_a_copy_has_memory_of_its_own(parts: list[nn.Parameter], joined: JoinedW
     assert torch.equal(joined.tensors(copies)[0], values(copies))
     assert torch.equal(joined.tensors(parts)[0], before), "one graph serves both in turn"
     assert together(copies)
-    assert copies[0].untyped_storage().nbytes() == before.nbytes
+    assert copies[0].untyped_storage().nbytes() == copies[0].nbytes
 
 
 def test_graphs_of_one_model_follow_each_other(parts: list[nn.Parameter], joined: JoinedWeights) -> None:
@@ -187,3 +196,11 @@ def test_no_room_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(torch.OutOfMemoryError):
         bring_together(parts)
     assert [part.data_ptr() for part in parts] == places
+
+
+def test_an_address_that_was_freed_means_nothing() -> None:
+    first, second = parameters(4, 4)
+    gone = StorageWeakRef(torch.empty(64).untyped_storage())
+    assert gone.expired()
+    joined_weights._homes[first] = joined_weights._Home(gone, first.data_ptr(), first.nbytes)
+    assert why_not([first, second]) is None
