@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -60,6 +61,21 @@ def test_never_stale_and_nothing_recompiles(change: Callable[[Any], None]) -> No
         assert (compiled(x) - before).norm() > 0.1 * before.norm()
     assert len(backend.graphs) == 1
     assert joined(model.q, model.k, model.v)
+
+
+def test_in_inference_mode() -> None:
+    model, x, backend = Block().eval(), tokens(10), Joining()
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(model, backend=backend, fullgraph=True)
+    with torch.inference_mode():
+        close(compiled(x), model(x))
+        given_new_data(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            close(compiled(x), model(x))
+    assert backend.done[0].products == 2
+    assert not model.q.weight.is_inference()
+    assert model(x).requires_grad
 
 
 def test_a_copy_runs_its_own_weights_through_the_same_graph() -> None:
