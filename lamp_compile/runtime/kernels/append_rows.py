@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lamp_compile.runtime.kernels._device import rotation, round_even, turned
+from lamp_compile.runtime.kernels._device import rotation, round_even, turned, wait_for_launch
 from lamp_compile.runtime.kernels._tensors import padded_half, parts, row_step, sequence_step, signs
 from lamp_compile.runtime.kernels.targets import target_of
 
@@ -15,9 +15,10 @@ ROWS = 16
 
 
 @triton.jit
-def nested_rows(source, channels_step, valid, DIVISOR, SIGNS, root, HALF: tl.constexpr, HP: tl.constexpr,
-                ROWS: tl.constexpr, ROTATE: tl.constexpr, DIVIDED: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
-    """Rows at ``source`` ``[ROWS]`` -> (high bytes, residual bytes ``[ROWS, HP]``, scale ``[ROWS]``)."""
+def nested_rows(source, channels_step, valid, DIVISOR, first, second, SIGNS, root, HALF: tl.constexpr,
+                HP: tl.constexpr, ROTATE: tl.constexpr, DIVIDED: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+    """Rows at ``source`` ``[ROWS]`` -> (high bytes, residual bytes ``[ROWS, HP]``, scale ``[ROWS]``); ``first``,
+    ``second`` as of ``turned``."""
     half = tl.arange(0, HP)
     if ROTATE:
         channels = tl.arange(0, 2 * HP)
@@ -26,7 +27,6 @@ def nested_rows(source, channels_step, valid, DIVISOR, SIGNS, root, HALF: tl.con
         if DIVIDED:
             divisor = tl.load(DIVISOR + channels, mask=channels < 2 * HALF, other=1.0)
             x = tl.div_rn(x, tl.broadcast_to(divisor[None, :], x.shape))
-        first, second = rotation(SIGNS, 0, HALF, HP, False)
         upper, lower = turned(x, first, second, SIGNS, root, HALF, HP, PARTS, False)
     else:
         mask = valid[:, None] & (half < HALF)[None, :]
@@ -57,19 +57,14 @@ def nested_rows(source, channels_step, valid, DIVISOR, SIGNS, root, HALF: tl.con
     return high.to(tl.uint8), residual.to(tl.uint8), scale
 
 
-@triton.jit(do_not_specialize=["batch", "count", "pages"], do_not_specialize_on_alignment=["POSITIONS", "TABLE"])
-def append_rows(
-    K, V, KH, KL, KS, VH, VL, VS, BALANCE, POSITIONS, TABLE, SIGNS_K, SIGNS_V,
-    k_b, k_g, k_n, k_d, v_b, v_g, v_n, v_d, position_step, balance_b, table_stride, pages, kv_heads, batch, count,
-    plane_keys, root_k, root_v,
-    HALF_K: tl.constexpr, HP_K: tl.constexpr, HALF_V: tl.constexpr, HP_V: tl.constexpr, TILE: tl.constexpr,
-    ROWS: tl.constexpr, ROTATE: tl.constexpr, BALANCED: tl.constexpr, SHARED: tl.constexpr, PAGED: tl.constexpr,
-    PARTS: tl.constexpr, PDL: tl.constexpr,
+@triton.jit
+def places_of(
+    POSITIONS, TABLE, position_step, table_stride, pages, kv_heads, batch, count, plane_keys,
+    TILE: tl.constexpr, ROWS: tl.constexpr, SHARED: tl.constexpr, PAGED: tl.constexpr,
 ):  # fmt: skip
-    """K ``[B, G, n, D]`` (third grid axis 0) or V (axis 1): rows of several sequences and tokens for one kv head."""
-    if PDL:  # an attention that follows may begin; it waits for what is written here
-        tl.extra.cuda.gdc_launch_dependents()
-    g, values = tl.program_id(1), tl.program_id(2)
+    """Of the rows of a program ``[ROWS]``: sequence, token, whether there is one, whether it is stored, and where: the
+    first key of its plane, and the key in it."""
+    g = tl.program_id(1)
     index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     if SHARED:  # one divisor for all sequences: rows of different sequences in one program
         b, token = index // count, index % count
@@ -92,13 +87,34 @@ def append_rows(
         stored = stored & (j < plane_keys)
         plane = (b * kv_heads + g).to(tl.int64) * plane_keys
         at = j.to(tl.int64)
+    return b, token, valid, stored, plane, at
+
+
+@triton.jit(do_not_specialize=["batch", "count", "pages"], do_not_specialize_on_alignment=["POSITIONS", "TABLE"])
+def append_rows(
+    K, V, KH, KL, KS, VH, VL, VS, BALANCE, POSITIONS, TABLE, SIGNS_K, SIGNS_V,
+    k_b, k_g, k_n, k_d, v_b, v_g, v_n, v_d, position_step, balance_b, table_stride, pages, kv_heads, batch, count,
+    plane_keys, root_k, root_v,
+    HALF_K: tl.constexpr, HP_K: tl.constexpr, HALF_V: tl.constexpr, HP_V: tl.constexpr, TILE: tl.constexpr,
+    ROWS: tl.constexpr, ROTATE: tl.constexpr, BALANCED: tl.constexpr, SHARED: tl.constexpr, PAGED: tl.constexpr,
+    PARTS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """K ``[B, G, n, D]`` (third grid axis 0) or V (axis 1): rows of several sequences and tokens for one kv head."""
+    g, values = tl.program_id(1), tl.program_id(2)
+    # No launch ahead of this one makes the rotation: it is read while that ends.
     if values == 0:
+        first, second = rotation(SIGNS_K, 0, HALF_K, HP_K, False) if ROTATE else (0.0, 0.0)
+        wait_for_launch(PDL)
+        b, token, valid, stored, plane, at = places_of(
+            POSITIONS, TABLE, position_step, table_stride, pages, kv_heads, batch, count, plane_keys, TILE, ROWS,
+            SHARED, PAGED,
+        )  # fmt: skip
         source = K + b.to(tl.int64) * k_b + g.to(tl.int64) * k_g + token.to(tl.int64) * k_n
         divisor = BALANCE
         if BALANCED:
             divisor += tl.max(b, 0) * balance_b + g * 2 * HALF_K
         high, residual, scale = nested_rows(
-            source, k_d, valid, divisor, SIGNS_K, root_k, HALF_K, HP_K, ROWS, ROTATE, BALANCED, PARTS
+            source, k_d, valid, divisor, first, second, SIGNS_K, root_k, HALF_K, HP_K, ROTATE, BALANCED, PARTS
         )
         half = tl.arange(0, HP_K)
         target = ((plane + at) * HALF_K)[:, None] + half[None, :]
@@ -107,9 +123,15 @@ def append_rows(
         tl.store(KL + target, residual, mask=mask)
         tl.store(KS + plane + at, scale, mask=stored)
     else:  # names of their own: Triton joins those of both branches, and the sizes differ
+        v_first, v_second = rotation(SIGNS_V, 0, HALF_V, HP_V, False) if ROTATE else (0.0, 0.0)
+        wait_for_launch(PDL)
+        b, token, valid, stored, plane, at = places_of(
+            POSITIONS, TABLE, position_step, table_stride, pages, kv_heads, batch, count, plane_keys, TILE, ROWS,
+            SHARED, PAGED,
+        )  # fmt: skip
         value_source = V + b.to(tl.int64) * v_b + g.to(tl.int64) * v_g + token.to(tl.int64) * v_n
         v_high, v_residual, v_scale = nested_rows(
-            value_source, v_d, valid, BALANCE, SIGNS_V, root_v, HALF_V, HP_V, ROWS, ROTATE, False, PARTS
+            value_source, v_d, valid, BALANCE, v_first, v_second, SIGNS_V, root_v, HALF_V, HP_V, ROTATE, False, PARTS
         )
         half_v = tl.arange(0, HP_V)
         value_target = (plane * HALF_V + at // TILE * (TILE * HALF_V) + at % TILE)[:, None] + half_v[None, :] * TILE
@@ -117,6 +139,11 @@ def append_rows(
         tl.store(VH + value_target, v_high, mask=value_mask)
         tl.store(VL + value_target, v_residual, mask=value_mask)
         tl.store(VS + plane + at, v_scale, mask=stored)
+
+
+def dependent(k: Tensor) -> dict[str, bool]:
+    """Whether the launch may begin while the one ahead ends, and lets the next one (``_device.wait_for_launch``)."""
+    return {"PDL": True, "launch_pdl": True} if target_of(k.device).pdl else {"PDL": False}
 
 
 def append(
@@ -139,5 +166,5 @@ def append(
         head_dim**-0.5, (2 * half_v) ** -0.5,
         HALF_K=half_k, HP_K=padded_half(half_k), HALF_V=half_v, HP_V=padded_half(half_v), TILE=tile, ROWS=ROWS,
         ROTATE=rotate, BALANCED=balance is not None, SHARED=shared, PAGED=table is not None,
-        PARTS=parts(k, balance), PDL=target_of(k.device).pdl, num_warps=4,
+        PARTS=parts(k, balance), **dependent(k), num_warps=4,
     )  # fmt: skip
