@@ -153,14 +153,29 @@ def eager(model: Any, size: Size, text: Tensor | None) -> Decoder:
 
 def static(model: Any, size: Size, text: Tensor | None, mode: str, masked: bool) -> Decoder:
     """StaticCache and torch.compile; without a mask for the near-roofline."""
+    return Decoder(model, compiled(model, mode), _static_cache(model, size, text), size, masked)
+
+
+def joined(model: Any, size: Size, text: Tensor | None, mode: str) -> Decoder:
+    """The near-roofline with one product for the linear layers of each input; the graph is lamp_compile's, with no
+    attention rewritten. In mode "eager" it runs node by node."""
+    cache = _static_cache(model, size, text)
+    lower = "eager" if mode == "eager" else "inductor"
+    backend = lamp_compile.backend(fuel=0, join_linears="always", lower=lower)
+    config = CompileConfig(backend=backend, mode="default" if mode == "eager" else mode)
+    model.__dict__.pop("_compiled_call", None)
+    return Decoder(model, model.get_compiled_call(config), cache, size, masked=False)
+
+
+def _static_cache(model: Any, size: Size, text: Tensor | None) -> StaticCache:
     cache = StaticCache(config=model.config, max_cache_len=size.length)
     _fill(model, cache, size, text)
-    return Decoder(model, compiled(model, mode), cache, size, masked)
+    return cache
 
 
-def lamp(model: Any, size: Size, text: Tensor | None, mode: str) -> Decoder:
+def lamp(model: Any, size: Size, text: Tensor | None, mode: str, join: str = "auto") -> Decoder:
     """``lamp_compile.compile(model)`` and its cache."""
-    fast = lamp_compile.compile(model, mode=mode, guard_budget=float("inf"))
+    fast = lamp_compile.compile(model, mode=mode, guard_budget=float("inf"), join_linears=join)
     cache = fast.lamp.cache(size.length)
     if text is not None:
         _read(fast, cache, text[:, : size.held])

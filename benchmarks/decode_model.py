@@ -6,8 +6,9 @@
 Of each case BATCHxLENGTH the caches have room for LENGTH tokens and are full but for the last steps, which are timed. A
 shape has random weights and random planes, on which the given shares of refined sub-tiles are imposed layer by layer; a
 model with a text reads the text and keeps the default tau. Rows: hf_eager (DynamicCache, SDPA), hf_static (StaticCache,
-torch.compile), roofline (the same with unmasked SDPA and no repeated heads), lamp (and what a token takes in generate()
-itself). With --targets it exits 1 when a target is missed.
+torch.compile), roofline (the same with unmasked SDPA and no repeated heads), roofline_joined (that with one product for
+the linear layers of each input, which lamp has by default on CUDA), lamp (and what a token takes in generate() itself).
+With --targets it exits 1 when a target is missed.
 """
 
 from __future__ import annotations
@@ -30,14 +31,17 @@ from _timing import Energy, release, synchronize
 from decode_kernel import ASSUMED, attempt, default_out
 from torch._dynamo.utils import counters
 
+from lamp_compile.options import JOIN
 from lamp_compile.quality import load
 from lamp_compile.quality.environment import environment, write_json
 from lamp_compile.runtime import guard
 
-ROWS = ("roofline", "lamp", "hf_eager", "hf_static")
+ROWS = ("roofline", "lamp", "roofline_joined", "hf_eager", "hf_static")
+# Weights that a row has joined stay where they lie. The rows after it, and all of the next case, read them there as
+# separate products: the same work over slices of one tensor.
 MOST_STEPS = 128
 WARM_STEPS = 6
-ROOM = {"lamp": 0.52, "roofline": 1.0, "hf_eager": 1.03, "hf_static": 1.12}
+ROOM = {"lamp": 0.52, "roofline": 1.0, "roofline_joined": 1.0, "hf_eager": 1.03, "hf_static": 1.12}
 """Memory of a row's keys and values over those of bf16, to leave out what cannot fit."""
 
 
@@ -65,7 +69,7 @@ class Bench:
         began = time.monotonic()
         with torch.no_grad():
             decoder = self.decoder(name, size)
-            shared = _models.UNMASKED if name == "roofline" else "sdpa"
+            shared = _models.UNMASKED if name.startswith("roofline") else "sdpa"
             with _models.attention(self.model, shared):
                 if name == "lamp" and not self.args.text:
                     impose(decoder, self.shares)
@@ -90,7 +94,9 @@ class Bench:
         """The way to decode called ``name``, with a filled cache."""
         text, mode = self.text(size), self.args.mode
         if name == "lamp":
-            return _models.lamp(self.model, size, text, mode)
+            return _models.lamp(self.model, size, text, mode, self.args.join)
+        if name == "roofline_joined":
+            return _models.joined(self.model, size, text, mode)
         if name == "hf_eager":
             return _models.eager(self.model, size, text)
         return _models.static(self.model, size, text, mode, masked=name == "hf_static")
@@ -224,9 +230,9 @@ def compare(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         if "ms" not in row:
             continue
-        for key, name in (("bf16", "roofline"), ("hf_eager", "hf_eager"), ("hf_static", "hf_static")):
+        for name in ("roofline", "roofline_joined", "hf_eager", "hf_static"):
             other = named.get((row["case"], name))
-            row[f"ratio_to_{key}"] = other and other / row["ms"]
+            row[f"ratio_to_{'bf16' if name == 'roofline' else name}"] = other and other / row["ms"]
         row["ratio_to_fp8"] = None
 
 
@@ -255,14 +261,14 @@ def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def line(row: dict[str, Any]) -> str:
     """One row as printed."""
     if "ms" not in row:
-        return f"{row['case']:10s} {row['name']:10s} failed: {row['failed'][:100]}"
+        return f"{row['case']:10s} {row['name']:15s} failed: {row['failed'][:100]}"
     numbers = [row.get("joule_per_token"), row.get("peak_memory_gb"), row.get("kv_share_of_bf16"), row["refined_share"]]
     forms = ("7.3f", "7.1f", "7.1%", "8.1%")
     words = ["-".rjust(int(f.split(".")[0])) if n is None else f"{n:{f}}" for n, f in zip(numbers, forms, strict=True)]
     tail = f"skips {row['cudagraph_skips']}, graphs {row['graphs']}, {row['row_seconds']:.0f} s"
     tail += f", generate {row['generate_ms']:.2f} ms" if row.get("generate_ms") else ""
     tail += {True: ", fused", False: ", not fused", None: ""}[row.get("fused")]
-    return f"{row['case']:10s} {row['name']:10s} {row['ms']:9.2f} {row['tokens_per_s']:10.1f} {' '.join(words)}  {tail}"
+    return f"{row['case']:10s} {row['name']:15s} {row['ms']:9.2f} {row['tokens_per_s']:10.1f} {' '.join(words)}  {tail}"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -275,6 +281,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shares", type=_real.parse_shares, help="refined shares of layers, in turn: 0.05,0.1")
     parser.add_argument("--shares-from", type=Path, help="take them from the JSON of decode_kernel.py")
     parser.add_argument("--mode", help="eager, default or reduce-overhead (the default on CUDA)")
+    parser.add_argument("--join", choices=JOIN, default="auto", help="join_linears of the lamp row")
     parser.add_argument("--seconds", type=float, default=1.0, help="length of a window")
     parser.add_argument("--windows", type=int, default=3)
     parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no row is begun")
@@ -303,9 +310,9 @@ def main(argv: list[str] | None = None) -> int:
     what = args.shape or Path(args.model).name
     imposed = None if args.text else shares
     print(f"{what} on {head['device']}, mode {args.mode}; shares imposed: {imposed}", flush=True)
-    print(f"{'case':10s} {'name':10s} {'ms':>9s} {'tokens/s':>10s}   J/tok peak GB      KV  refined", flush=True)
+    print(f"{'case':10s} {'name':15s} {'ms':>9s} {'tokens/s':>10s}   J/tok peak GB      KV  refined", flush=True)
     bench = Bench(args, device, shares)
-    data: dict[str, Any] = {**head, "model": what, "mode": args.mode, "shares": imposed}
+    data: dict[str, Any] = {**head, "model": what, "mode": args.mode, "join": args.join, "shares": imposed}
     for case in map(Case.parse, args.cases.split(",")):
         for name in args.rows.split(","):
             if time.monotonic() - began > args.budget:

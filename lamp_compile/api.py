@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import sys
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from lamp_compile.errors import ModelError, OptionError
 from lamp_compile.frontends import linears as linear_layers
 from lamp_compile.frontends import modules
 from lamp_compile.frontends.switch import disable
+from lamp_compile.options import check_join
 from lamp_compile.plan import Plan
 from lamp_compile.report import Report
 from lamp_compile.torch_backend import LampBackend, backend
@@ -56,7 +59,9 @@ def compile(
         linears: Linear layers of a transformers decoder: "never" leaves them; "auto" reads weights in INT8 where it is
         measured faster on this CPU, except the output head; "int8" or "int8_dynamic" takes all; or rows
         (``LinearPlan``), as ``quality.linears.calibrate`` chooses them on a text.
-        **options: Fields of every site of the plan (``tau``, ``rule``, ``k_format``, ``guard_budget``, ...). For
+        **options: Fields of every site of the plan (``tau``, ``rule``, ``k_format``, ``guard_budget``, ...), and
+        ``join_linears``: whether linear layers that read the same input become one product in compiled graphs, over
+        weights that are moved to lie together: "auto" (on CUDA and ROCm devices), "never" or "always". For
         transformers decoders also ``control``, which starts the precision controller (``{"quality": 0.99}`` or other
         fields of ``ControlPlan``), ``shadow``, the share of steps that also run without approximation, to measure
         the true error, and ``lookahead``, the file of a look-ahead network (``lamp-compile train-lookahead``).
@@ -67,6 +72,7 @@ def compile(
         PlanError: The plan was made for another model.
     """
     asked, lookahead = linear_layers.parse(linears), options.pop("lookahead", None)
+    joining = check_join(options.pop("join_linears", "auto"))
     if not isinstance(lookahead, str | Path | None):
         raise OptionError(
             f"lookahead is a {type(lookahead).__name__}", where="lookahead", fix="the path of a look-ahead network"
@@ -79,6 +85,12 @@ def compile(
     _check_model(model)
     route = _huggingface(model)
     if route is not None:
+        if mode == "eager" and joining == "always":
+            raise OptionError(
+                "join_linears 'always' with mode 'eager', which compiles nothing",
+                where="join_linears",
+                fix="another mode, or join_linears 'auto'",
+            )
         if not isinstance(asked, str):
             linear_layers.check(model, asked)
         fast = route.compile_model(
@@ -87,7 +99,9 @@ def compile(
         route.set_network(fast, lookahead)
         route.set_linears(fast, asked)
         if fast.lamp.mode != "eager":
-            route.compile_decoding(fast, backend(plan=route.decode_plan(fast), controls=fast.lamp.controls))
+            route.compile_decoding(fast, _decode_backend(route, fast, joining))
+        elif joining == "always":
+            warnings.warn("join_linears 'always': this plan compiles nothing, so no layers are joined", stacklevel=2)
         if fast.lamp.plan.control is not None:
             fast.lamp.control(fast.lamp.plan.control)
         return fast
@@ -97,6 +111,7 @@ def compile(
             raise OptionError(
                 f"{name} is for transformers decoders", where=type(model).__name__, fix=f"leave {name} out"
             )
+    options["join_linears"] = joining
     return modules.compile_module(model, _graph_backend(model, plan, preset, mode, fuel, balance, options), inplace)
 
 
@@ -117,6 +132,7 @@ def explain(model: nn.Module, example_inputs: Any = None, **options: Any) -> Rep
     for name in ("mode", "inplace"):
         if name in options:
             raise OptionError(f"{name!r} has no meaning here", where="explain", fix=f"one of {', '.join(known)}")
+    joining = check_join(options.pop("join_linears", "auto"))
     _check_model(model)
     route = _huggingface(model)
     if route is not None:
@@ -130,7 +146,8 @@ def explain(model: nn.Module, example_inputs: Any = None, **options: Any) -> Rep
         if fast.lamp.controller is not None:
             fast.lamp.controller.stop(restore=True)
         if all(layer is None or layer.plan.exact_tier == "none" for layer in fast.lamp.spec.layers):
-            fast.lamp.backend = backend(plan=route.decode_plan(fast), controls=fast.lamp.controls, lower="eager")
+            fast.lamp.backend = _decode_backend(route, fast, joining, lower="eager")
+            _only_count(fast.lamp.backend)
             route.trace_decoding(fast, fast.lamp.backend)
         return fast.lamp.report()  # type: ignore[no-any-return]
     if not isinstance(example_inputs, tuple | dict) or not example_inputs:
@@ -139,7 +156,8 @@ def explain(model: nn.Module, example_inputs: Any = None, **options: Any) -> Rep
             where="explain",
             fix="a tuple or dict of the model's inputs",
         )
-    fast = compile(model, mode="eager", **options)
+    fast = compile(model, mode="eager", join_linears=joining, **options)
+    _only_count(fast.lamp.backend)
     with torch.no_grad():
         fast(**example_inputs) if isinstance(example_inputs, dict) else fast(*example_inputs)
     return fast.lamp.report()  # type: ignore[no-any-return]
@@ -154,6 +172,15 @@ def _huggingface(model: nn.Module) -> Any:
     return None if route.why_not(model) else route
 
 
+def _decode_backend(route: Any, fast: Any, joining: str, **options: Any) -> LampBackend:
+    return backend(plan=route.decode_plan(fast), controls=fast.lamp.controls, join_linears=joining, **options)
+
+
+def _only_count(made: LampBackend) -> None:
+    """Let a backend say which linear layers it would join, as a compiled graph would, and move no weights."""
+    made.options = replace(made.options, dry=True)
+
+
 def _graph_backend(
     model: nn.Module, plan: Plan | str | Path | None, preset: str, mode: str, fuel: int | None, balance: str,
     options: dict[str, Any],
@@ -166,7 +193,9 @@ def _graph_backend(
         raise ModelError(
             "the model has no attention", where=type(model).__name__, fix="torch.compile(model) without LAMP"
         )
+    joining = options.pop("join_linears")
     asked: dict[str, Any] = {"plan": plan} if plan is not None else {"preset": preset, **options}
+    asked["join_linears"] = joining
     if fuel is not None:
         asked["fuel"] = fuel
     if mode == "eager":

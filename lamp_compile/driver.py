@@ -1,8 +1,9 @@
-"""The main path: capture, find sites, make a plan, rewrite and verify, lower."""
+"""The main path: capture, find sites, make a plan, rewrite and verify, join linear layers, lower."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from lamp_compile.passes.hot_tensors import HotTensors, Wires
 from lamp_compile.passes.insert_guard import insert_guard
 from lamp_compile.passes.insert_lookahead import insert_lookahead
 from lamp_compile.passes.insert_selector import insert_selector
+from lamp_compile.passes.join_linears import Joined, join_linears
 from lamp_compile.passes.make_plan import choose_sites, make_plan
 from lamp_compile.passes.meet import meet
 from lamp_compile.passes.state_host import Host, host_for
@@ -53,13 +55,23 @@ def compile_graph(
     """Rewrite a graph and lower it to a callable that takes the graph's own inputs and runs without gradients."""
     program = capture(module, inputs)
     host, report = run_passes(program, options, hot)
-    run = backends.get(options.lower).lower(program.module, [*inputs, *host.inputs()], options.mode, options.inductor)
+    joined = join(program, inputs, options)
+    examples, weights = [*inputs, *host.inputs(), *joined.inputs], joined.weights
+    run = backends.get(options.lower).lower(program.module, examples, options.mode, options.inductor)
 
     def compiled(*args: Any) -> Any:
         with torch.no_grad():
-            return run(*args, *host.appended)
+            return run(*args, *host.appended, *weights.tensors(args))
 
-    return compiled, report
+    return compiled, replace(report, notes=(*report.notes, *joined.notes))
+
+
+def join(program: Program, inputs: Sequence[Any], options: Options) -> Joined:
+    """Join linear layers that read the same input, as the options say; "auto" does where GPUs gain by it."""
+    asked, compiles = options.join_linears, options.lower != "eager" or options.dry
+    if program.kind != "dynamo" or asked == "never" or (asked == "auto" and not compiles):
+        return Joined()
+    return join_linears(program, inputs, "cuda" if asked == "auto" else None, options.dry)
 
 
 def rewrite(

@@ -12,6 +12,8 @@ from lamp_compile.errors import OptionError
 from lamp_compile.plan import GUARD_OPTIONS, PRESETS, SITE_OPTIONS, Plan, template
 
 INDUCTOR = "inductor."
+JOIN = ("auto", "never", "always")
+OWN = ("preset", "fuel", "lower", "mode", "join_linears")
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,9 @@ class Options:
         overrides: Fields of every row of the plan.
         inductor: Settings handed to Inductor.
         mode: ``torch.compile`` mode.
+        join_linears: Whether linear layers of one input become one product ("auto": on CUDA and ROCm devices, where
+            the graph is compiled).
+        dry: Only count them, and move no weights.
     """
 
     preset: str = "balanced"
@@ -35,21 +40,23 @@ class Options:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     inductor: Mapping[str, Any] = field(default_factory=dict)
     mode: str | None = None
+    join_linears: str = "auto"
+    dry: bool = False
 
     @staticmethod
     def parse(given: Mapping[str, Any]) -> Options:
-        """Check ``preset``, ``plan`` (a Plan or a path), ``fuel``, ``lower``, ``mode``, any field of a plan's row,
-        ``guard_<field>`` and ``inductor.<key>``.
+        """Check ``preset``, ``plan`` (a Plan or a path), ``fuel``, ``lower``, ``mode``, ``join_linears``, any field of
+        a plan's row, ``guard_<field>`` and ``inductor.<key>``.
 
         Raises:
             OptionError: Unknown name or impossible value.
             PlanError: The plan cannot be read, or a row's field is impossible.
         """
         values = dict(given)
-        own = {name: values.pop(name) for name in ("preset", "fuel", "lower", "mode") if name in values}
+        own = {name: values.pop(name) for name in OWN if name in values}
         plan = _plan(values.pop("plan", None))
         inductor = {name.removeprefix(INDUCTOR): values.pop(name) for name in list(values) if name.startswith(INDUCTOR)}
-        known = ("preset", "plan", "fuel", "lower", "mode", *SITE_OPTIONS, *(f"guard_{name}" for name in GUARD_OPTIONS))
+        known = ("plan", *OWN, *SITE_OPTIONS, *(f"guard_{name}" for name in GUARD_OPTIONS))
         for name in values:
             if name not in known:
                 raise OptionError(
@@ -77,6 +84,7 @@ class Options:
             raise OptionError(f"unknown preset {self.preset!r}", where="preset", fix=f"one of {', '.join(PRESETS)}")
         if self.fuel is not None and (isinstance(self.fuel, bool) or not isinstance(self.fuel, int) or self.fuel < 0):
             raise OptionError(f"fuel is {self.fuel!r}", where="fuel", fix="how many sites to rewrite: 0, 1, 2, ...")
+        check_join(self.join_linears)
         _refuse_supervision(Plan((template(self.preset, **self.overrides),)))
         backends.get(self.lower)
         if self.lower == "inductor":
@@ -90,6 +98,17 @@ class Options:
                 where="options",
                 fix="lower='inductor'",
             )
+
+
+def check_join(asked: object) -> str:
+    """A value of ``join_linears``.
+
+    Raises:
+        OptionError: It is none.
+    """
+    if asked not in JOIN:
+        raise OptionError(f"join_linears is {asked!r}", where="join_linears", fix=f"one of {', '.join(JOIN)}")
+    return str(asked)
 
 
 def _plan(given: object) -> Plan | None:

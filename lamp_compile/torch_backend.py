@@ -78,8 +78,8 @@ def backend(*, controls: Controls | None = None, **options: Any) -> LampBackend:
 
     Args:
         controls: Hot settings to share, such as those of a KV cache.
-        **options: See ``Options.parse``: preset, plan, fuel, lower, mode, fields of a plan's row, ``guard_<field>``,
-            ``inductor.<key>`` (by ``**{...}``).
+        **options: See ``Options.parse``: preset, plan, fuel, lower, mode, join_linears, fields of a plan's row,
+            ``guard_<field>``, ``inductor.<key>`` (by ``**{...}``).
 
     Raises:
         OptionError, PlanError: Unknown or impossible options.

@@ -19,6 +19,7 @@ LARGE, WEAK = 64 * 1024, 1.7
 WAYS = {
     "lamp": "**lamp_compile**",
     "roofline": "bf16, near the roofline: static cache, compiled, unmasked SDPA",
+    "roofline_joined": "the same, one product for the linear layers of each input",
     "hf_static": "bf16, transformers' static cache, compiled",
     "hf_eager": "bf16, transformers' dynamic cache, eager",
 }

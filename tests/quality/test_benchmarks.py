@@ -295,6 +295,8 @@ def test_the_decode_model_benchmark_imposes_shares_and_compares(decode_model, tm
     assert rows["hf_static"]["kv_share_of_bf16"] == 1
     assert len(rows["lamp"]["layer_shares"]) == 2
     assert rows["lamp"]["generate_ms"] > 0
+    assert rows["roofline_joined"]["graphs"] == 1
+    assert rows["lamp"]["ratio_to_roofline_joined"] == rows["roofline_joined"]["ms"] / rows["lamp"]["ms"]
     assert rows["lamp"]["ratio_to_hf_static"] == rows["hf_static"]["ms"] / rows["lamp"]["ms"]
     assert rows["lamp"]["tokens_per_s"] == pytest.approx(2e3 / rows["lamp"]["ms"])
     assert all(row["cudagraph_skips"] == 0 for row in rows.values())

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from lamp_compile.frontends.huggingface.sites import ProbedSite
+from lamp_compile.passes import join_linears
 from lamp_compile.report import Report
 from lamp_compile.runtime import kernel_notes, prompt
 from lamp_compile.runtime.kv_cache import CacheSpec
@@ -46,7 +47,8 @@ def notes_for(spec: CacheSpec, sites: tuple[ProbedSite, ...], graphs: Iterable[R
     if any(layer is not None and layer.plan.exact_tier == "host" for layer in spec.layers):
         notes.append(INSURED)
     notes += kernel_notes.notes({site.name: _why_no_kernel(spec, site) for site in sites})
-    notes += [note for report in graphs for note in report.notes if note.startswith(kernel_notes.START)]
+    kept = (kernel_notes.START, join_linears.START)
+    notes += [note for report in graphs for note in report.notes if note.startswith(kept)]
     return tuple(dict.fromkeys(notes))
 
 
