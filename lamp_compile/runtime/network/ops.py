@@ -237,6 +237,7 @@ def _fused_predicted(q: Tensor, *args: Any, room: int, pages: int, **options: An
         whole = {**options, "room": room, "pages": pages}
         predict.check_kernel(q, planes, seen[6], kept, weights, whole)
         return kernels.attend_predicted(q, planes, hot, seen, kept, weights, whole)
+    predict.check_gate(str(options["site"]), q, history.shape[1], trust, weights)
     how = {name: options[name] for name in SCORES if name != "k_format"}
     predicted = torch.ops.lamp.predict(q, summary, history, *weights[:4], None, *seen, **how, room=room, pages=pages)
     out, *new = torch.ops.lamp.attention.predicted(

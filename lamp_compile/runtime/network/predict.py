@@ -163,21 +163,38 @@ def check(
         )
 
 
+def check_gate(
+    site: str, q: Tensor, kv_heads: int, trust: Tensor, weights: tuple[Tensor, ...]
+) -> None:  # fmt: skip
+    """Raise InputError unless the audit's state and the gate's weights have the shapes they must have, before anything
+    is written."""
+    wanted = {"trust": (q.shape[0], kv_heads, audit.FIELDS), **_weights(q, kv_heads, weights[0].shape[-1])}
+    _same_shapes(site, q, dict(zip(wanted, (trust, *weights), strict=True)), wanted)
+
+
+def _weights(q: Tensor, kv_heads: int, rank: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the gate's weights."""
+    heads, dim = q.shape[1], q.shape[3]
+    return {
+        "query": (heads, dim, rank), "query_bias": (heads, rank), "age": (heads, gate.AGES), "extra": (heads, 4),
+        "limit": (kv_heads,), "margin": (kv_heads,),
+    }  # fmt: skip
+
+
 def check_kernel(
     q: Tensor, planes: tuple[Tensor, ...], table: Tensor | None, kept: tuple[Tensor, ...],
     weights: tuple[Tensor, ...], options: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """Raise InputError unless all that a kernel takes as addresses has the shape it must have. The arguments as of
     ``kernels.attend_predicted``; the planes are known to be right."""
-    batch, heads, _, dim = q.shape
+    batch = q.shape[0]
     stored, kv_heads, pages, tile, _ = planes[0].shape
     rank, room = weights[0].shape[-1], (pages if table is None else table.shape[1]) * tile
     group = tile * options["pages"] // kept[0].shape[2]
     wanted = {
         "summary": (stored, kv_heads, pages * tile // group, rank),
         "history": (batch, kv_heads, room // options["subtile"], 2), "trust": (batch, kv_heads, audit.FIELDS),
-        "query": (heads, dim, rank), "query_bias": (heads, rank), "age": (heads, gate.AGES), "extra": (heads, 4),
-        "limit": (kv_heads,), "margin": (kv_heads,),
+        **_weights(q, kv_heads, rank),
     }  # fmt: skip
     given = dict(zip(wanted, (*kept, *weights), strict=True))
     _same_shapes(options["site"], q, given, wanted)
