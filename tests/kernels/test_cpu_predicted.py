@@ -211,7 +211,7 @@ def test_wrong_shapes_are_refused_before_anything_is_read() -> None:
         weights[index] = weights[index][..., :-1]
         with pytest.raises(InputError):
             run(replace(step, weights=tuple(weights)))
-    with pytest.raises(InputError, match="room for|do not belong"):
+    with pytest.raises(InputError, match=r"room for|do not belong"):
         run(replace(step, options={**step.options, "room": step.options["room"] * 2}))
 
 
