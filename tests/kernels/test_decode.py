@@ -231,22 +231,6 @@ def test_whoever_takes_the_guards_step(name, triton_device, monkeypatch):
         launched.clear()
 
 
-@pytest.mark.parametrize("keys", [64 * 34, 64 * 32 + 5])
-def test_splits_that_take_two_steps_at_a_turn(keys, triton_device, monkeypatch):
-    """Every sub-tile is looked at once, also where the last turn has one step, and where a sequence is too short for
-    turns of two."""
-    from lamp_compile.runtime.kernels import decode
-    from lamp_compile.runtime.kernels.look_ahead import LONG
-
-    splits = 2
-    assert -(-keys // 64) >= LONG.value * splits
-    calls.use_launch(monkeypatch, most_splits=splits, least_subtiles=1)
-    call = calls.make(keys=keys, batch=2, heads=4, kv_heads=1, share=0.1, lengths=torch.tensor([keys, 700]))
-    begun, _ = decode.begin(call.q, call.planes, call.hot, call.balance, call.seen, call.options)
-    assert begun.cut.splits == splits
-    check(call, triton_device)
-
-
 @pytest.mark.parametrize("floor", [0.0, 1.0])
 def test_decisions_in_chunks(floor, triton_device, monkeypatch):
     """However many programs decide, the list is the same."""

@@ -24,6 +24,16 @@ from tests.passes.test_patterns import close
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+def joined_as_before(model: nn.Module, x: Tensor) -> Joining:
+    """The backend that has joined the model's layers, which say what they did."""
+    with torch.no_grad():
+        wanted = model(x)
+    out, backend = run(model, x)
+    close(out, wanted)
+    assert isinstance(backend, Joining)
+    return backend
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_projections_and_gates_become_one_product_each(bias: bool, dynamic: bool) -> None:
@@ -194,19 +204,13 @@ def test_views_that_can_be_taken_are_taken_and_writing_into_a_result_stays_in_it
         return a.sum() + b.unflatten(-1, (2, 4)).sin().sum() + c[..., ::2].sum()
 
     model, x = Linears(use).eval(), torch.randn(2, 3, 16)
-    with torch.no_grad():
-        wanted = model(x)
-    out, backend = run(model, x)
-    close(out, wanted)
+    backend = joined_as_before(model, x)
     assert backend.products == 1
 
 
 def test_layers_used_again_share_one_joined_weight() -> None:
     model, x = Linears(lambda x, *layers: added(added(x, *layers)[..., :16].sin(), *layers)).eval(), torch.randn(2, 16)
-    with torch.no_grad():
-        wanted = model(x)
-    out, backend = run(model, x)
-    close(out, wanted)
+    backend = joined_as_before(model, x)
     assert backend.products == 2
     assert sum("joined" in node.name for node in backend.graphs[0].nodes if node.op == "placeholder") == 1
 
@@ -217,10 +221,7 @@ def test_a_parameter_lies_in_one_place_only() -> None:
         return added(y, c, a)
 
     model, x = Linears(use, sizes=(16, 8, 16)).eval(), torch.randn(2, 16)
-    with torch.no_grad():
-        wanted = model(x)
-    out, backend = run(model, x)
-    close(out, wanted)
+    backend = joined_as_before(model, x)
     assert backend.products == 3
     assert dict(backend.done[0].apart) == {"their weights lie in another group": 1}
 
@@ -230,10 +231,7 @@ def test_a_tied_weight_is_read_where_it_lies() -> None:
         return F.embedding(torch.tensor([1, 2]), layers[0].weight) + added(x, *layers)[..., :16]
 
     model, x = Linears(use).eval(), torch.randn(2, 16)
-    with torch.no_grad():
-        wanted = model(x)
-    out, backend = run(model, x)
-    close(out, wanted)
+    backend = joined_as_before(model, x)
     assert backend.products == 1
 
 
@@ -254,10 +252,7 @@ def test_only_one_dtype_device_and_kind_goes_together() -> None:
     model, x = Linears(added, sizes=(16, 8, 8, 8)).eval(), torch.randn(2, 16)
     model.layers[0].bias = nn.Parameter(torch.randn(16))
     model.layers[1].weight = nn.Parameter(torch.randn(32, 16)[:8])
-    with torch.no_grad():
-        wanted = model(x)
-    out, backend = run(model, x)
-    close(out, wanted)
+    backend = joined_as_before(model, x)
     assert backend.products == 3
     assert dict(backend.done[0].apart) == {"their weights are parts of larger tensors": 1}
 

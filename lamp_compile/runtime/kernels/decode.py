@@ -34,8 +34,6 @@ FIELDS = 7
 """Numbers per partial result and row; ``look_ahead`` and ``refine`` list theirs."""
 DECIDED = 1024
 """Sub-tiles of which one program decides."""
-MATRIX_ROWS = 16
-"""Rows that a product of matrices takes."""
 OF_DECISIONS = (
     "start_stride", "length_stride", "table_stride", "keys", "subtiles", "BN", "TILE",
     "RULE", "CAUSAL", "WINDOW", "HAS_START", "HAS_LENGTHS", "PAGED", "slots", "splits", "FIELDS",
@@ -243,15 +241,13 @@ def prepare(call: Call, scratch: Scratch, first_block: int, gate: dict[str, Any]
     """The first launch."""
     q, half_k = call.q, call.planes[0].shape[4]
     tau, floor, _, state, _ = call.hot
-    heads, blocks = scratch.q8.shape[:2]
-    together = 1 if gate["RANK"] else max(1, MATRIX_ROWS // call.cut.rows)
-    prepare_query[(-(-heads // together), blocks)](
+    prepare_query[tuple(scratch.q8.shape[:2])](
         q, call.balance, call.signs(q.shape[-1]), tau, floor, state, scratch.q8, scratch.rowinfo, **gate,
         stride_b=q.stride(0), stride_h=q.stride(1), stride_s=q.stride(2),
         balance_b=0 if call.balance is None or call.balance.dim() == 2 else row_step(call.balance),
         root=q.shape[-1] ** -0.5, **call.rows(first_block), HALF=half_k, HP=padded_half(half_k), ROTATE=call.rotates,
         BALANCED=call.balance is not None, PARTS=parts(q, call.balance), tau_b=per_head_step(tau),
-        floor_b=per_head_step(floor), all_heads=heads, HEADS=together, **call.dependent(), num_warps=4,
+        floor_b=per_head_step(floor), **call.dependent(), num_warps=4,
     )  # fmt: skip
 
 

@@ -35,9 +35,6 @@ from lamp_compile.runtime.kernels._device import (
     weigh,
 )
 
-LONG = tl.constexpr(16)
-"""Steps of a split from which on it takes two at a turn."""
-
 
 @triton.jit
 def dither(BN: tl.constexpr):
@@ -156,13 +153,6 @@ def seen_scores(x, j, lo, hi, row_position, MASK, mask_key, BIAS, bias_key, mask
     return tl.where(seen, x, DEAD)
 
 
-@triton.jit
-def step_of(i, split, taking, pair):
-    """Which step of all the i-th of a split is. Splits take turns, of two steps with ``pair`` 1, so that what programs
-    read at one time lies together: of long sequences two steps at a turn are read 0.4 % faster."""
-    return (((i >> pair) * taking + split) << pair) + (i & pair)
-
-
 @triton.jit(
     do_not_specialize=["queries", "first_token", "keys", "subtiles", "slots", "splits", "least_steps"],
     do_not_specialize_on_alignment=["START", "LENGTHS", "TABLE"],
@@ -214,12 +204,9 @@ def look_ahead(
         count = tl.load(COUNTS + bg * 4)
         begin, end = 0, count * BN
     # Splits take turns, so that what programs read at one time lies together.
-    steps = tl.cdiv(end - begin, STEP)
-    taking = tl.minimum(splits, tl.maximum(1, tl.cdiv(steps, least_steps)))
-    pair = 0 if LISTED else (steps >= taking * LONG).to(tl.int32)
-    first, second = step_of(0, split, taking, pair) * STEP + begin, step_of(1, split, taking, pair) * STEP + begin
-    mine = tl.maximum(0, tl.cdiv((steps + pair >> pair) - split, taking)) << pair
-    mine = tl.where(all_refined, 0, mine)  # where everything is refined nothing is read here
+    taking = tl.minimum(splits, tl.maximum(1, tl.cdiv(tl.cdiv(end - begin, STEP), least_steps)))
+    first, stride = begin + split * STEP, taking * STEP
+    last = tl.where(all_refined, first, end)  # where everything is refined nothing is read here
     slot = place * slots + split
     meta = META + slot * FIELDS * GP + rows
     if split >= taking:  # of a short sequence
@@ -265,29 +252,27 @@ def look_ahead(
     if LISTED:
         next_tiles, next_places = listed(LIST, PLACES, first // BN + parts, count, PAGED)
         next_k, next_v, next_allowed = narrow_scales(KS, VS, MASK, mask_key, next_places, next_tiles, hi, BN, KEY_MASK)
-        scale_tiles, scale_places = listed(LIST, PLACES, second // BN + parts, count, PAGED)
+        scale_tiles, scale_places = listed(LIST, PLACES, (first + stride) // BN + parts, count, PAGED)
     else:
         tiles = tl.minimum(first // BN + parts, final)
         next_places = stored_tiles(TABLE, tiles, hi, BN, TILE, PAGED)
         next_k, next_v, next_allowed = narrow_scales(KS, VS, MASK, mask_key, next_places, tiles, hi, BN, KEY_MASK)
-        scale_places = stored_tiles(TABLE, tl.minimum(second // BN + parts, final), hi, BN, TILE, PAGED)
-    for i in range(0, mine):
-        n0, n1 = step_of(i, split, taking, pair) * STEP + begin, step_of(i + 1, split, taking, pair) * STEP + begin
-        n2 = step_of(i + 2, split, taking, pair) * STEP + begin
+        scale_places = stored_tiles(TABLE, tl.minimum((first + stride) // BN + parts, final), hi, BN, TILE, PAGED)
+    for n0 in range(first, last, stride):
         k_narrow, v_narrow, allowed = finite_scale(next_k), finite_scale(next_v), next_allowed
         places = next_places
         if LISTED:
             here, starts = next_tiles, tl.where(n0 // BN + parts < count, next_tiles * BN, hi)
-            next_tiles, next_places = listed(LIST, PLACES, n1 // BN + parts, count, PAGED)
+            next_tiles, next_places = listed(LIST, PLACES, (n0 + stride) // BN + parts, count, PAGED)
             next_k, next_v, next_allowed = narrow_scales(
                 KS, VS, MASK, mask_key, scale_places, scale_tiles, hi, BN, KEY_MASK
             )
-            scale_tiles, scale_places = listed(LIST, PLACES, n2 // BN + parts, count, PAGED)
+            scale_tiles, scale_places = listed(LIST, PLACES, (n0 + 2 * stride) // BN + parts, count, PAGED)
         else:
-            tiles = tl.minimum(n1 // BN + parts, final)
+            tiles = tl.minimum((n0 + stride) // BN + parts, final)
             next_places = stored_tiles(TABLE, tiles, hi, BN, TILE, PAGED)
             next_k, next_v, next_allowed = narrow_scales(KS, VS, MASK, mask_key, scale_places, tiles, hi, BN, KEY_MASK)
-            scale_places = stored_tiles(TABLE, tl.minimum(n2 // BN + parts, final), hi, BN, TILE, PAGED)
+            scale_places = stored_tiles(TABLE, tl.minimum((n0 + 2 * stride) // BN + parts, final), hi, BN, TILE, PAGED)
         product, low_product = start, tl.zeros((BN, COLUMNS), tl.int32)
         for u in tl.static_range(PACK):
             j = tl.minimum(n0 // BN + u, final) * BN + key

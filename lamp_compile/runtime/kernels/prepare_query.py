@@ -8,31 +8,27 @@ import triton.language as tl
 from lamp_compile.runtime.kernels._device import ROW_FIELDS, rotation, round_even, turned, wait_for_launch
 
 
-@triton.jit(do_not_specialize=["queries", "first_token", "all_heads"])
+@triton.jit(do_not_specialize=["queries", "first_token"])
 def prepare_query(
     Q, BALANCE, SIGNS, TAU, FLOOR, STATE, Q8, ROWINFO, GATE, GATE_BIAS, PROJECTED,
     stride_b, stride_h, stride_s, balance_b, tau_b, floor_b, kv_heads, queries, first_token, root,
-    all_heads, HEADS: tl.constexpr,
     GROUP: tl.constexpr, GP: tl.constexpr, TOKENS: tl.constexpr, HALF: tl.constexpr, HP: tl.constexpr,
     ROTATE: tl.constexpr, BALANCED: tl.constexpr, PARTS: tl.constexpr,
     PDL: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Q ``[B, H, S, D]`` -> Q8 int8 ``[B*G, blocks, GP, 2*HP]``, ROWINFO ``[B*G, blocks, ROW_FIELDS, GP]``:
     rounding step, sum of q8, squared norm of the prepared query, sum of q8 over the lower nibbles' channels; tau, and 1
-    where it refines everything, + 2 where a floor does (``settings_of``). SIGNS and root as of ``turned``.
-
-    A program prepares the rows of HEADS of ``all_heads`` = B*G: as many as a product of matrices takes. With a RANK, of
-    one token, the projection of a look-ahead network too: GATE ``[H, D, R]``, GATE_BIAS ``[H, R]`` -> PROJECTED
-    ``[B*G, GP, RP]``, STEP numbers at a time."""
+    where it refines everything, + 2 where a floor does (``settings_of``). SIGNS and root as of
+    ``turned``. With a RANK, of one token, the projection of a look-ahead network too: GATE ``[H, D, R]``, GATE_BIAS
+    ``[H, R]`` -> PROJECTED ``[B*G, GP, RP]``, STEP numbers at a time."""
     if ROTATE:  # no launch ahead of this one makes it: read while that ends
         first, second = rotation(SIGNS, 0, HALF, HP, False)
     wait_for_launch(PDL)
-    block, index, half = tl.program_id(1), tl.arange(0, HEADS * GP), tl.arange(0, HP)
-    bg, rows = tl.program_id(0) * HEADS + index // GP, index % GP
-    there = bg < all_heads
+    bg, block = tl.program_id(0), tl.program_id(1)
     b, g = bg // kv_heads, bg % kv_heads
+    rows, half = tl.arange(0, GP), tl.arange(0, HP)
     token = first_token + block * TOKENS + rows // GROUP
-    valid = there & (rows < GROUP * TOKENS) & (token < queries)
+    valid = (rows < GROUP * TOKENS) & (token < queries)
     source = Q + b.to(tl.int64) * stride_b + (g * GROUP + rows % GROUP).to(tl.int64) * stride_h
     source += token.to(tl.int64) * stride_s
     if ROTATE:
@@ -42,37 +38,40 @@ def prepare_query(
         )
         x = x.to(tl.float32)
         if BALANCED:
-            at = (b * balance_b + g * 2 * HALF)[:, None] + channels[None, :]
-            x = x * tl.load(BALANCE + at, mask=there[:, None] & (channels < 2 * HALF)[None, :], other=0.0)
+            x = (
+                x
+                * tl.load(BALANCE + b * balance_b + g * 2 * HALF + channels, mask=channels < 2 * HALF, other=0.0)[
+                    None, :
+                ]
+            )
         upper, lower = turned(x, first, second, SIGNS, root, HALF, HP, PARTS, False)
     else:
         mask = valid[:, None] & (half < HALF)[None, :]
         upper = tl.load(source[:, None] + half[None, :], mask=mask, other=0.0).to(tl.float32)
         lower = tl.load(source[:, None] + half[None, :] + HALF, mask=mask, other=0.0).to(tl.float32)
         if BALANCED:
-            at = BALANCE + (b * balance_b + g * 2 * HALF)[:, None] + half[None, :]
-            inside = there[:, None] & (half < HALF)[None, :]
-            upper = upper * tl.load(at, mask=inside, other=0.0)
-            lower = lower * tl.load(at + HALF, mask=inside, other=0.0)
+            at = BALANCE + b * balance_b + g * 2 * HALF + half
+            upper = upper * tl.load(at, mask=half < HALF, other=0.0)[None, :]
+            lower = lower * tl.load(at + HALF, mask=half < HALF, other=0.0)[None, :]
     spoilt = tl.sum(upper * 0.0 + lower * 0.0, 1)  # NaN where the row holds a NaN or an infinity
     step = tl.maximum(tl.max(tl.abs(upper), 1), tl.max(tl.abs(lower), 1)) / 127.0
     step = tl.where(step == 0.0, 1.0, step)
     upper = round_even(tl.div_rn(upper, tl.broadcast_to(step[:, None], upper.shape)))
     lower = round_even(tl.div_rn(lower, tl.broadcast_to(step[:, None], lower.shape)))
     place = bg.to(tl.int64) * tl.num_programs(1) + block
-    target = Q8 + ((place * GP + rows) * (2 * HP))[:, None] + half[None, :]
-    tl.store(target, upper.to(tl.int8), mask=there[:, None])
-    tl.store(target + HP, lower.to(tl.int8), mask=there[:, None])
+    target = Q8 + place * GP * 2 * HP + rows[:, None] * (2 * HP) + half[None, :]
+    tl.store(target, upper.to(tl.int8))
+    tl.store(target + HP, lower.to(tl.int8))
     info = ROWINFO + place * ROW_FIELDS * GP + rows
-    tau = tl.load(TAU + b * tau_b + g, mask=there, other=0.0)
-    floor, level = tl.load(FLOOR + b * floor_b + g, mask=there, other=0.0), STATE + bg * 4 + 1
-    raised = (floor >= 1.0) | (tl.load(level, mask=there, other=0.0) >= 1.0)
-    tl.store(info + 4 * GP, tau, mask=there)
-    tl.store(info + 5 * GP, (tau <= 0.0).to(tl.float32) + raised.to(tl.float32) * 2.0, mask=there)
-    tl.store(info, step + spoilt, mask=there)
-    tl.store(info + GP, tl.sum(upper + lower, 1), mask=there)
-    tl.store(info + 2 * GP, tl.sum(upper * upper + lower * lower, 1) * step * step, mask=there)
-    tl.store(info + 3 * GP, tl.sum(lower, 1), mask=there)
+    tau = tl.load(TAU + b * tau_b + g)
+    raised = (tl.load(FLOOR + b * floor_b + g) >= 1.0) | (tl.load(STATE + bg * 4 + 1) >= 1.0)
+    all_refined = (tau <= 0.0).to(tl.float32) + raised.to(tl.float32) * 2.0
+    tl.store(info + 4 * GP, tl.zeros((GP,), tl.float32) + tau)
+    tl.store(info + 5 * GP, tl.zeros((GP,), tl.float32) + all_refined)
+    tl.store(info, step + spoilt)
+    tl.store(info + GP, tl.sum(upper + lower, 1))
+    tl.store(info + 2 * GP, tl.sum(upper * upper + lower * lower, 1) * step * step)
+    tl.store(info + 3 * GP, tl.sum(lower, 1))
     for rank in tl.static_range(0, RP if RANK else 0, STEP):
         r = rank + tl.arange(0, STEP)
         channel = ((g * GROUP + rows) * 2 * HALF)[:, None] + half[None, :]
