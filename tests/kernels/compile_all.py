@@ -36,6 +36,8 @@ AROUND = ("predict_parts", "list_subtiles", "merge_and_audit", "trust_and_guard"
 READERS = ("look_ahead", "refine")
 SHARED = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536, "gfx950": 163840}
 """Bytes of shared memory that a program may have."""
+DEPENDENT = ("sm_90", "sm_100")
+"""Where launches may begin while the one ahead ends."""
 EVERYWHERE, ON_SM_90 = ("plain", "dim 256", "predicted"), tuple(CALLS)
 SMALL = ("plain", "dim 80", "dim 256", "predicted")
 """Calls of which the small kernels are compiled too; the others do not change them."""
@@ -58,7 +60,7 @@ def target(name: str) -> targets.Target:
     made = replace(targets.target_of(torch.device("cpu")), name=name, asm=nvidia, columns=8 if nvidia else 16)
     if hasattr(made, "precision"):
         made = replace(made, precision="tf32x3" if nvidia else "ieee")
-    return replace(made, processors=132 if nvidia else 304, shared=SHARED[name])
+    return replace(made, pdl=name in DEPENDENT, processors=132 if nvidia else 304, shared=SHARED[name])
 
 
 def signs(dim: int, device: torch.device) -> Tensor:
@@ -141,6 +143,7 @@ def compiled(name: str, case: str, recorders: dict[str, offline.Recorder]) -> No
         row = {
             "target": name, "case": case, "kernel": kernel,
             "int8_products": text.count(".s8.s8.s32") + text.count("v_mfma_i32"),
+            "order": [text.find(what) for what in ("griddepcontrol.wait", "griddepcontrol.launch_dep", "st.global")],
             "kept": text.count("evict_last"),
             "asynchronous": text.count("cp.async.c") + text.count("cp.async.bulk"),
             "shared": made.metadata.shared, "room": SHARED[name],

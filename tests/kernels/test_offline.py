@@ -64,6 +64,16 @@ def test_planes_are_multiplied_as_int8(name):
         assert (row["int8_products"] > 0) == (row["kernel"] in READERS), row
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_dependent_launches_wait_before_they_write_or_let_others_begin(name):
+    for row in compiled(name):
+        wait, others, write = row["order"]
+        if name not in ("sm_90", "sm_100") or row["kernel"] == "summarize_row":
+            assert wait == others == -1, row
+        else:
+            assert -1 < wait < min(others, write), row
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("sm_")])
 def test_planes_are_loaded_asynchronously(name):
     for row in compiled(name):

@@ -141,11 +141,6 @@ def append_rows(
         tl.store(VS + plane + at, v_scale, mask=stored)
 
 
-def dependent(k: Tensor) -> dict[str, bool]:
-    """Whether the launch may begin while the one ahead ends, and lets the next one (``_device.wait_for_launch``)."""
-    return {"PDL": True, "launch_pdl": True} if target_of(k.device).pdl else {"PDL": False}
-
-
 def append(
     k: Tensor, v: Tensor, planes: tuple[Tensor, ...], balance: Tensor | None, positions: Tensor,
     table: Tensor | None, rotation: str,
@@ -166,5 +161,5 @@ def append(
         head_dim**-0.5, (2 * half_v) ** -0.5,
         HALF_K=half_k, HP_K=padded_half(half_k), HALF_V=half_v, HP_V=padded_half(half_v), TILE=tile, ROWS=ROWS,
         ROTATE=rotate, BALANCED=balance is not None, SHARED=shared, PAGED=table is not None,
-        PARTS=parts(k, balance), **dependent(k), num_warps=4,
+        PARTS=parts(k, balance), **target_of(k.device).dependent(), num_warps=4,
     )  # fmt: skip

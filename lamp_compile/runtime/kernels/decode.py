@@ -77,8 +77,8 @@ class Call:
         return bool(self.options["rotation"] != "none")
 
     def dependent(self) -> dict[str, bool]:
-        """Of all launches: they may begin while the one ahead ends (``_device.wait_for_launch``)."""
-        return {"PDL": True, "launch_pdl": True} if self.target.pdl and self.cut.launch.dependent else {"PDL": False}
+        """Of all launches."""
+        return self.target.dependent(bool(self.cut.launch.dependent))
 
     def fold(self, warps: int) -> int:
         """Rows to which sums over the keys of a sub-tile are folded (``_device.folded``)."""

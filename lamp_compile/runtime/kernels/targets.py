@@ -32,6 +32,10 @@ class Target:
     processors: int
     shared: int
 
+    def dependent(self, asked: bool = True) -> dict[str, bool]:
+        """Of a launch: it may begin while the one ahead ends, and lets the next one (``_device.wait_for_launch``)."""
+        return {"PDL": True, "launch_pdl": True} if self.pdl and asked else {"PDL": False}
+
 
 @dataclass(frozen=True)
 class Cut:
