@@ -28,6 +28,7 @@ CHOICES: dict[str, tuple[int, ...]] = {
     "refine_stages": (2, 3),
     "merge_chunk": (16, 64, 256),
     "most_splits": (64, 128),
+    "most_segments": (32, 64, 128),
     "dependent": (0, 1),
 }
 """What is tried of each field, one field after the other."""

@@ -39,13 +39,15 @@ def test_one_long_sequence_is_cut_into_no_more_than_can_be_joined(monkeypatch):
     hopper = replace(targets.target_of(torch.device("cpu")), name="sm_90", asm=True, processors=132)
     monkeypatch.setattr(decode, "target_of", lambda device: hopper)
     keys = 1 << 18
-    for dim, most, programs in ((128, 128, 128), (128, 4096, 132 * 12), (256, 4096, 132 * targets.FIT)):
+    for dim, most, programs in ((128, 64, 64), (128, 4096, 132 * 12), (256, 4096, 132 * targets.FIT)):
         call = calls.make(batch=1, heads=4, kv_heads=1, dim=dim, keys=64)
         planes = tuple(torch.empty(1, 1, keys // 32, *p.shape[3:], dtype=p.dtype, device="meta") if p.dim() == 5
                        else torch.empty(1, 1, keys, dtype=p.dtype, device="meta") for p in call.planes)  # fmt: skip
-        cut = targets.cut(hopper, LaunchPlan(most_splits=most), call.q, planes, keys, 32, mixed=False)
+        cut = targets.cut(
+            hopper, LaunchPlan(most_splits=128, most_segments=most), call.q, planes, keys, 32, mixed=False
+        )
         assert cut.segments == programs
-        assert cut.splits <= most
+        assert cut.splits == 128
         assert cut.small == (dim == 128)
     begun, _ = decode.begin(call.q, call.planes, call.hot, call.balance, call.seen, call.options)
     assert (begun.fold(1), begun.fold(2)) == (8, 32)

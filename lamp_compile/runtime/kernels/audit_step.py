@@ -84,7 +84,7 @@ def audit_part(
     tau, _ = settings_of(ROWINFO, bg.to(tl.int64), GP)
     use, floors = tl.load(COUNTS + bg * 4 + 1) != 0, tl.load(COUNTS + bg * 4 + 3)
     refined_meta = META + splits * FIELDS * GP  # what the refinement left
-    _, _, taking = shared_by(TAKEN, bg, chunks, slots - splits, PACK, CHUNKS_P2)
+    _, taking = shared_by(TAKEN, bg, chunks, slots - splits, PACK, CHUNKS_P2)
     final, _, _ = looked_ahead(
         refined_meta, SINKS, bg.to(tl.int64), slots, taking, g * GROUP + row % GROUP, valid, GP,
         FIELDS, SEGMENTS_P2, HAS_SINKS,

@@ -122,8 +122,8 @@ def decide(
     HAS_START: tl.constexpr, HAS_LENGTHS: tl.constexpr, PAGED: tl.constexpr, FIELDS: tl.constexpr,
     SPLITS_P2: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
-    """CHUNK sub-tiles of a block of rows. HOT ``[B*G, blocks, subtiles]``: those to refine, ascending, behind those of
-    the chunks before, which are counted again; HOT_PLACES where they stand in pages; TAKEN ``[B*G, blocks, chunks, 2]``
+    """CHUNK sub-tiles of a block of rows. HOT ``[B*G, blocks, subtiles]``: those to refine, ascending, from where the
+    chunk begins (``on_lists``); HOT_PLACES where they stand in pages; TAKEN ``[B*G, blocks, chunks, 2]``
     how many they are, and how many programs of the look-ahead left something; NOTED ``[B*G, blocks, chunks, NOTES,
     GP]`` log2 of the look-ahead's sum, of the sub-tiles that stay at the high plane the sums of ``chosen``, and how
     many sub-tiles are seen and refined (where all are refined nothing was looked at: none, ``refine`` counts them).
@@ -161,18 +161,7 @@ def decide(
     )  # fmt: skip
     live, refined = tl.sum(tokens_live, 0), tl.sum(tokens_live * hot, 0)
     hot = tl.where(all_refined, there.to(tl.int32), hot)
-    before = 0
-    for first in range(lo // BN // CHUNK * CHUNK, chunk * CHUNK, CHUNK):  # its names are its own: Triton joins types
-        earlier = first + tl.arange(0, CHUNK)
-        energies, others, peaks, levels = noted(
-            ENERGY, OTHER, PEAK, LEVELS, earlier, lead, lo, hi, row_valid, GP, BN, RULE, LISTED
-        )
-        was_there, was_hot, _live, _square, _value = levels_of(
-            energies, others, peaks, levels, earlier, lo, hi, all_refined, use, row_valid, tau, lse, largest, GROUP, GP,
-            TOKENS, BN, RULE, LISTED,
-        )  # fmt: skip
-        before += tl.sum(tl.where(all_refined, was_there.to(tl.int32), was_hot), 0)
-    at = lead + before + tl.cumsum(hot, 0) - hot
+    at = lead + chunk * CHUNK + tl.cumsum(hot, 0) - hot
     tl.store(HOT + at, tile, mask=hot == 1)
     if PAGED:
         places = stored_tiles(TABLE + b * table_stride, tile, hi, BN, TILE, PAGED).to(tl.int32)
@@ -189,11 +178,32 @@ def decide(
 
 
 @triton.jit
+def listed_of(TAKEN, place, chunk, chunks):
+    """Sub-tiles on the list of one chunk. Read one by one: of a number that a reduction gave the compiler does not know
+    that all threads hold the same, and a loop which ends by it takes 1.7 times as long."""
+    return tl.load(TAKEN + (place * chunks + chunk) * 2, mask=chunk < chunks, other=0)
+
+
+@triton.jit
 def shared_by(TAKEN, place, chunks, segments, PACK: tl.constexpr, CHUNKS_P2: tl.constexpr):
-    """Of one block of rows: how many sub-tiles are refined; how many programs of the look-ahead left something; and how
-    many of the refinement have something to do: sub-tiles to refine, or partial results to join."""
-    chunk = tl.arange(0, CHUNKS_P2)
-    at = TAKEN + (place * chunks + chunk) * 2
-    count = tl.sum(tl.load(at, mask=chunk < chunks, other=0), 0)
-    filled = tl.max(tl.load(at + 1, mask=chunk < chunks, other=0), 0)
-    return count, filled, tl.minimum(segments, tl.maximum(tl.maximum(filled, 1), tl.cdiv(count, PACK)))
+    """Of one block of rows: how many sub-tiles are refined; and how many programs of the refinement have something to
+    do: sub-tiles to refine, no more of them than the longest needs for its steps, or partial results to join."""
+    count = listed_of(TAKEN, place, 0, chunks)
+    for chunk in tl.static_range(1, CHUNKS_P2):
+        count += listed_of(TAKEN, place, chunk, chunks)
+    filled = tl.minimum(tl.load(TAKEN + place * chunks * 2 + 1), segments)
+    taking = tl.cdiv(count, PACK)
+    if taking > segments:
+        taking = tl.cdiv(taking, tl.cdiv(taking, segments))
+    return count, tl.maximum(tl.maximum(filled, 1), taking)
+
+
+@triton.jit
+def on_lists(TAKEN, place, chunks, entry, CHUNK: tl.constexpr, CHUNKS_P2: tl.constexpr):
+    """Where in HOT entries ``[n]`` stand that are counted over the lists of all chunks."""
+    at, end = entry, 0
+    for chunk in tl.static_range(CHUNKS_P2):
+        count = listed_of(TAKEN, place, chunk, chunks)
+        end += count
+        at += tl.where(end <= entry, CHUNK - count, 0)
+    return at

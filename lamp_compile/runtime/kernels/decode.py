@@ -32,8 +32,8 @@ from lamp_compile.runtime.kernels.targets import Cut, Target, cut, target_of
 
 FIELDS = 7
 """Numbers per partial result and row; ``look_ahead`` and ``refine`` list theirs."""
-DECIDED = 1024
-"""Sub-tiles of which one program decides."""
+LEAST_DECIDED, MOST_DECIDED = 512, 1024
+"""Sub-tiles that one program which decides has room for."""
 OF_DECISIONS = (
     "start_stride", "length_stride", "table_stride", "keys", "subtiles", "BN", "TILE",
     "RULE", "CAUSAL", "WINDOW", "HAS_START", "HAS_LENGTHS", "PAGED", "slots", "splits", "FIELDS",
@@ -138,6 +138,8 @@ class Scratch:
     peak: Tensor
     hot: Tensor
     hot_places: Tensor
+    own: Tensor
+    own_places: Tensor
     taken: Tensor
     noted: Tensor
 
@@ -221,14 +223,15 @@ def room_for(call: Call, blocks: int) -> Scratch:
     energy = torch.empty(*grid, cut.subtiles, cut.rows, **made)
     whole: dict[str, Any] = {"dtype": torch.int32, "device": call.q.device}
     hot = torch.empty(*grid, max(1, cut.subtiles), **whole)  # its head is read in any case
+    hot_places = hot if call.seen[5] is None else torch.empty_like(hot)
+    own = (torch.empty_like(hot), torch.empty_like(hot_places)) if chunks_of(cut) > 1 else (hot, hot_places)
     return Scratch(
         torch.empty(*grid, cut.rows, width, dtype=torch.int8, device=call.q.device),
         torch.empty(*grid, ROW_FIELDS.value, cut.rows, **made),
         torch.empty(*grid, cut.slots, cut.rows, 2 * planes[3].shape[3], **made),
         torch.empty(*grid, cut.slots, FIELDS, cut.rows, **made),
         energy, energy if call.options["rule"] == "energy" else torch.empty_like(energy),
-        torch.empty(*grid, cut.subtiles, **made), hot,
-        hot if call.seen[5] is None else torch.empty_like(hot), torch.empty(*grid, chunks_of(cut), 2, **whole),
+        torch.empty(*grid, cut.subtiles, **made), hot, hot_places, *own, torch.empty(*grid, chunks_of(cut), 2, **whole),
         torch.empty(*grid, chunks_of(cut), NOTES.value, cut.rows, **made),
     )  # fmt: skip
 
@@ -270,15 +273,17 @@ def read(call: Call, scratch: Scratch, first_block: int, listed: Listed | None) 
     decide[(chunks_of(cut), *grid)](
         scratch.rowinfo, scratch.meta, *noted, sinks, start, lengths, table, levels, known[2], *hot, scratch.noted,
         **{name: number for name, number in {**keys, **sums}.items() if name in OF_DECISIONS}, **rows, **common,
-        SPLITS_P2=power_of_two(cut.splits), CHUNK=DECIDED, HAS_SINKS=sinks is not None,
-        num_warps=min(16, max(4, DECIDED * cut.rows // 512)),
+        SPLITS_P2=power_of_two(cut.splits), CHUNK=decided(cut),
+        HAS_SINKS=sinks is not None,
+        num_warps=min(16, max(4, decided(cut) * cut.rows // 512)),
     )  # fmt: skip
     del keys["RULE"], keys["table_stride"]  # it has its decisions and places from there
     refine[(cut.segments, *grid)](
         scratch.q8, scratch.rowinfo, *planes, mask, bias, start, lengths, scratch.partial,
-        scratch.meta, scratch.energy, *hot, known[2], **keys, **rows, **sums, **common,
-        **lists(cut), FOLD=call.fold(refine_warps), **registers(call, refine_warps, launch.refine_programs),
-        num_warps=refine_warps, num_stages=cut.refine_stages,
+        scratch.meta, scratch.energy, *hot[:2], scratch.own, scratch.own_places, scratch.taken, known[2],
+        **keys, **rows, **sums, **common,
+        **lists(cut), CHUNK=decided(cut), FOLD=call.fold(refine_warps),
+        **registers(call, refine_warps, launch.refine_programs), num_warps=refine_warps, num_stages=cut.refine_stages,
     )  # fmt: skip
 
 
@@ -290,9 +295,14 @@ def registers(call: Call, warps: int, programs: int) -> dict[str, int]:
     return {"maxnreg": 16384 // (32 * share) // 8 * 8} if limited else {}
 
 
+def decided(cut: Cut) -> int:
+    """Sub-tiles of which one program decides: all of a block of rows, if these are few."""
+    return min(MOST_DECIDED, max(LEAST_DECIDED, power_of_two(cut.subtiles)))
+
+
 def chunks_of(cut: Cut) -> int:
     """Programs that decide for one block of rows."""
-    return max(1, -(-cut.subtiles // DECIDED))  # one with nothing to decide, too: others read what it notes
+    return max(1, -(-cut.subtiles // decided(cut)))  # one with nothing to decide, too: others read what it notes
 
 
 def lists(cut: Cut) -> dict[str, int]:

@@ -67,7 +67,7 @@ def merge(
     index, part, chunk = tl.arange(0, SEGMENTS_P2), tl.arange(0, CHUNK), tl.arange(0, CHUNKS_P2)
     # All of this is read before any of it is used: every sum below waits for all warps. Of programs of the refinement
     # that had nothing to do it holds anything.
-    _, _, segments = shared_by(TAKEN, place, chunks, slots - splits, PACK, CHUNKS_P2)
+    _, segments = shared_by(TAKEN, place, chunks, slots - splits, PACK, CHUNKS_P2)
     there = (index < slots - splits)[:, None] & valid[None, :]
     meta = META + (first_slot + index)[:, None] * FIELDS * GP + rows[None, :]
     top = tl.load(meta, mask=there, other=EMPTY)
@@ -217,6 +217,28 @@ def guard_update(STATE, STATS, bg, known, count, error, bad_rows, live, refined,
     tl.store(stats + 6, spoilt + bad.to(tl.int64))
 
 
+@triton.jit
+def evidence_of(EVIDENCE, bg, first, rows, ROWS: tl.constexpr):
+    """Of some rows: whether they count, their errors, whether they are not finite."""
+    row = first + tl.arange(0, ROWS)
+    at = EVIDENCE + (bg.to(tl.int64) * rows + row) * 3
+    mask = row < rows
+    return (
+        tl.load(at, mask=mask, other=0.0),
+        tl.load(at + 1, mask=mask, other=0.0),
+        tl.load(at + 2, mask=mask, other=0.0),
+    )
+
+
+@triton.jit
+def counts_of(COUNTS, bg, first, blocks, ROWS: tl.constexpr):
+    """Of some blocks of rows: sub-tiles seen, and refined."""
+    block = first + tl.arange(0, ROWS)
+    at = COUNTS + (bg.to(tl.int64) * blocks + block) * 2
+    mask = block < blocks
+    return tl.load(at, mask=mask, other=0.0).to(tl.int64), tl.load(at + 1, mask=mask, other=0.0).to(tl.int64)
+
+
 @triton.jit(do_not_specialize=["rows", "blocks"])
 def guard_step(
     EVIDENCE, COUNTS, STATE, STATS, FLOOR, BUDGET, floor_b, budget_b, kv_heads, rows, blocks, window, hold, hysteresis,
@@ -228,20 +250,18 @@ def guard_step(
     b, g = bg // kv_heads, bg % kv_heads
     known = guarded(STATE, STATS, FLOOR, BUDGET, bg, b, g, floor_b, budget_b)
     wait_for_launch(PDL)
-    count = 0.0
-    error = 0.0
-    bad_rows = 0.0
-    for first in range(0, rows, ROWS):
-        row = first + tl.arange(0, ROWS)
-        at = EVIDENCE + (bg.to(tl.int64) * rows + row) * 3
-        count += tl.sum(tl.load(at, mask=row < rows, other=0.0), 0)
-        error += tl.sum(tl.load(at + 1, mask=row < rows, other=0.0), 0)
-        bad_rows += tl.sum(tl.load(at + 2, mask=row < rows, other=0.0), 0)
-    live = tl.full((), 0, tl.int64)
-    refined = tl.full((), 0, tl.int64)
-    for first in range(0, blocks, ROWS):
-        block = first + tl.arange(0, ROWS)
-        at = COUNTS + (bg.to(tl.int64) * blocks + block) * 2
-        live += tl.sum(tl.load(at, mask=block < blocks, other=0.0).to(tl.int64), 0)
-        refined += tl.sum(tl.load(at + 1, mask=block < blocks, other=0.0).to(tl.int64), 0)
+    # Both are read before either is summed.
+    counted, errors, bad = evidence_of(EVIDENCE, bg, 0, rows, ROWS)
+    lives, refineds = counts_of(COUNTS, bg, 0, blocks, ROWS)
+    count, error, bad_rows = tl.sum(counted, 0), tl.sum(errors, 0), tl.sum(bad, 0)
+    live, refined = tl.sum(lives, 0), tl.sum(refineds, 0)
+    for first in range(ROWS, rows, ROWS):
+        counted, errors, bad = evidence_of(EVIDENCE, bg, first, rows, ROWS)
+        count += tl.sum(counted, 0)
+        error += tl.sum(errors, 0)
+        bad_rows += tl.sum(bad, 0)
+    for first in range(ROWS, blocks, ROWS):
+        lives, refineds = counts_of(COUNTS, bg, first, blocks, ROWS)
+        live += tl.sum(lives, 0)
+        refined += tl.sum(refineds, 0)
     guard_update(STATE, STATS, bg, known, count, error, bad_rows, live, refined, window, hold, hysteresis)

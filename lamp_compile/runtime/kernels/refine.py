@@ -1,8 +1,8 @@
 """Fourth launch: refine what matters.
 
-Programs share the list of a kv head evenly. For each sub-tile on it they compute the exact difference to what the
-look-ahead added: weights and values from both planes, minus weights and values from the high plane, rounded as they
-were there.
+While the decision is made its programs join the look-ahead's results; then they share the list of a kv head evenly. For
+each sub-tile on it they compute the exact difference to what the look-ahead added: weights and values from both planes,
+minus weights and values from the high plane, rounded as they were there.
 Where everything is refined the look-ahead has read nothing, and this is the whole attention in one pass.
 """
 
@@ -20,7 +20,8 @@ from lamp_compile.runtime.kernels._device import (
     wait_for_launch,
 )
 from lamp_compile.runtime.kernels.correct import corrected
-from lamp_compile.runtime.kernels.decide import shared_by
+from lamp_compile.runtime.kernels.decide import on_lists, shared_by
+from lamp_compile.runtime.kernels.look_ahead import listed
 
 
 @triton.jit
@@ -30,16 +31,59 @@ def by_rows(x, to_row, PACK: tl.constexpr, GP: tl.constexpr):
 
 
 @triton.jit
-def of_split(
-    PARTIAL, META, slot, row, valid, GP: tl.constexpr, HALF_V: tl.constexpr, HP_V: tl.constexpr, FIELDS: tl.constexpr
+def of_splits(
+    PARTIAL, META, lead, segment, splits, segments, row, mine, COLUMNS: tl.constexpr, GP: tl.constexpr,
+    HALF_V: tl.constexpr, HP_V: tl.constexpr, FIELDS: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
-    """What a program of the look-ahead has left of rows ``[n]``: maximum, sum, sum of p times squared value scale,
-    largest key scale, and both halves of the output ``[HP_V, n]``, which it has not written where no key is seen."""
-    meta, half_v = META + slot * FIELDS * GP + row, tl.arange(0, HP_V)
-    source = PARTIAL + (slot * GP + row)[None, :] * (2 * HALF_V) + half_v[:, None]
-    inside = valid[None, :] & (half_v < HALF_V)[:, None]
-    upper, lower = tl.load(source, mask=inside, other=0.0), tl.load(source + HALF_V, mask=inside, other=0.0)
-    return tl.load(meta), tl.load(meta + GP), tl.load(meta + 2 * GP), tl.load(meta + 3 * GP), upper, lower
+    """What this program joins of the look-ahead's results, of rows in the columns ``mine``, those of the first
+    sub-tile: both halves of the output ``[HP_V, COLUMNS]``, sums, and sums of p times squared value scale
+    ``[FOLD, COLUMNS]``, largest key scale, and the maximum that these are relative to. Programs that ``shared_by``
+    gives nothing to do would join results without a key."""
+    half_v = tl.arange(0, HP_V)
+    inside, at_first = mine[None, :] & (half_v < HALF_V)[:, None], (tl.arange(0, FOLD) == 0)[:, None] & mine[None, :]
+    top = tl.full((COLUMNS,), EMPTY, tl.float32)
+    upper, lower = tl.zeros((HP_V, COLUMNS), tl.float32), tl.zeros((HP_V, COLUMNS), tl.float32)
+    mass, value_mass = tl.zeros((FOLD, COLUMNS), tl.float32), tl.zeros((FOLD, COLUMNS), tl.float32)
+    most = tl.zeros((COLUMNS,), tl.float32)
+    for split in range(segment, splits, segments):
+        slot = lead + split
+        meta, source = META + slot * FIELDS * GP + row, PARTIAL + (slot * GP + row)[None, :] * (2 * HALF_V)
+        one_upper = tl.load(source + half_v[:, None], mask=inside, other=0.0)
+        one_lower = tl.load(source + HALF_V + half_v[:, None], mask=inside, other=0.0)
+        one_top, one_mass, one_value = tl.load(meta), tl.load(meta + GP), tl.load(meta + 2 * GP)
+        most = tl.maximum(most, tl.load(meta + 3 * GP))
+        new = tl.maximum(top, one_top)
+        keep, part, written = tl.exp2(top - new), tl.exp2(one_top - new), (one_top > EMPTY)[None, :]
+        # Where no key is seen the output was not written. A sum may be NaN there.
+        upper = upper * keep[None, :] + tl.where(written, one_upper, 0.0) * part[None, :]
+        lower = lower * keep[None, :] + tl.where(written, one_lower, 0.0) * part[None, :]
+        mass = mass * keep[None, :] + tl.where(at_first, (one_mass * part)[None, :], 0.0)
+        value_mass = value_mass * keep[None, :] + tl.where(at_first, (one_value * part)[None, :], 0.0)
+        top = new
+    return upper, lower, mass, value_mass, most, top
+
+
+@triton.jit
+def gathered(
+    HOT, HOT_PLACES, OWN, OWN_PLACES, TAKEN, place, chunks, count, entry, first, stride,
+    PACK: tl.constexpr, CHUNK: tl.constexpr, CHUNKS_P2: tl.constexpr, PAGED: tl.constexpr,
+):  # fmt: skip
+    """Of the lists of several chunks, what is this program's share of all: written to OWN where it stood if they were
+    one list, so that the loop knows nothing of chunks. Also, the sub-tiles at the first entries, and their places."""
+    at = on_lists(TAKEN, place, chunks, entry, CHUNK, CHUNKS_P2)
+    tiles = tl.load(HOT + at, mask=entry < count, other=0)
+    places = tiles
+    if PAGED:
+        places = tl.load(HOT_PLACES + at, mask=entry < count, other=0).to(tl.int64)
+    index = tl.arange(0, 32)
+    for begin in range(first, count, stride * (32 // PACK)):
+        mine = begin + index // PACK * stride + index % PACK
+        source = on_lists(TAKEN, place, chunks, mine, CHUNK, CHUNKS_P2)
+        tl.store(OWN + mine, tl.load(HOT + source, mask=mine < count, other=0), mask=mine < count)
+        if PAGED:
+            tl.store(OWN_PLACES + mine, tl.load(HOT_PLACES + source, mask=mine < count, other=0), mask=mine < count)
+    tl.debug_barrier()  # one thread reads what another one wrote
+    return tiles, places
 
 
 @triton.jit(
@@ -48,7 +92,7 @@ def of_split(
 )
 def refine(
     Q8, ROWINFO, KH, KL, KS, VH, VL, VS, MASK, BIAS, START, LENGTHS, PARTIAL, META, ENERGY,
-    HOT, HOT_PLACES, TAKEN, COUNTS,
+    HOT, HOT_PLACES, OWN, OWN_PLACES, TAKEN, COUNTS,
     mask_b, mask_h, mask_s, mask_key, bias_b, bias_h, bias_s, bias_key, start_stride, length_stride,
     kv_heads, queries, first_token, keys, plane_keys, subtiles, slots, splits, chunks, scale, softcap,
     GROUP: tl.constexpr, GP: tl.constexpr, PACK: tl.constexpr, TOKENS: tl.constexpr, HALF_K: tl.constexpr,
@@ -56,7 +100,7 @@ def refine(
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, HAS_MASK: tl.constexpr,
     KEY_MASK: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_START: tl.constexpr, HAS_LENGTHS: tl.constexpr, PAGED: tl.constexpr, ASM: tl.constexpr,
-    FIELDS: tl.constexpr, CHUNKS_P2: tl.constexpr, PDL: tl.constexpr, LISTED: tl.constexpr,
+    FIELDS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS_P2: tl.constexpr, PDL: tl.constexpr, LISTED: tl.constexpr,
     FOLD: tl.constexpr,
 ):  # fmt: skip
     """Corrections of one block of rows by its share of the sub-tiles in HOT, as one more partial result; programs that
@@ -79,28 +123,48 @@ def refine(
     )  # fmt: skip
     place = bg.to(tl.int64) * tl.num_programs(2) + block
     slot = place * slots + splits + segment
-    # What the first launch has left was there before the one ahead of this one began.
+    # What the launches before the one ahead of this one have left was there before that one began.
     _, all_refined = settings_of(ROWINFO, place, GP)
     q_upper, q_lower, factor, query_sum, origin = query_of(Q8, ROWINFO, place, row, scale, GP, HP_K)
     cold_offset, offset = query_sum * 0.5, query_sum * 8.0
+    upper, lower, mass, value_mass, split_most, top = of_splits(
+        PARTIAL, META, place * slots, segment, splits, tl.num_programs(0), row, column < GROUP * TOKENS, COLUMNS, GP,
+        HALF_V, HP_V, FIELDS, FOLD,
+    )  # fmt: skip
     wait_for_launch(PDL)
     HOT += place * subtiles
     HOT_PLACES += place * subtiles
-    # The head of its list and the look-ahead's result that it joins first, read before it is known whether they exist.
     entry = segment * PACK + tl.arange(0, PACK)
-    early = tl.maximum(tl.minimum(entry, subtiles - 1), 0)
-    tiles = tl.load(HOT + early)
-    places = tiles
-    if PAGED:
-        places = tl.load(HOT_PLACES + early).to(tl.int64)
-    joined = place * slots + tl.minimum(segment, splits - 1)
-    split_top, mass, value_mass, split_most, upper, lower = of_split(
-        PARTIAL, META, joined, row, column < GROUP * TOKENS, GP, HALF_V, HP_V, FIELDS
-    )
-    count, filled, taking = shared_by(TAKEN, place, chunks, tl.num_programs(0), PACK, CHUNKS_P2)
+    if CHUNKS_P2 == 1:  # the head of its list, read before it is known how long that is
+        early = tl.maximum(tl.minimum(entry, subtiles - 1), 0)
+        tiles, places = listed(HOT, HOT_PLACES, early, subtiles, PAGED)
+    count, taking = shared_by(TAKEN, place, chunks, tl.num_programs(0), PACK, CHUNKS_P2)
     if segment >= taking:
         return
-    tiles, places = tl.where(entry < count, tiles, 0), tl.where(entry < count, places, 0)
+    first, stride = segment * PACK, taking * PACK
+    if CHUNKS_P2 == 1:
+        tiles, places = tl.where(entry < count, tiles, 0), tl.where(entry < count, places, 0)
+    else:
+        OWN += place * subtiles
+        OWN_PLACES += place * subtiles
+        tiles, places = gathered(
+            HOT,
+            HOT_PLACES,
+            OWN,
+            OWN_PLACES,
+            TAKEN,
+            place,
+            chunks,
+            count,
+            entry,
+            first,
+            stride,
+            PACK,
+            CHUNK,
+            CHUNKS_P2,
+            PAGED,
+        )
+        HOT, HOT_PLACES = OWN, OWN_PLACES
     known = all_refined
     if LISTED:
         use = tl.load(COUNTS + bg * 4 + 1) != 0
@@ -119,24 +183,9 @@ def refine(
     KS += plane
     VS += plane
 
-    # Its share of the look-ahead's results: the first is what its sums begin with, others, where programs are few, are
-    # joined at the end, relative to the same maximum.
-    mine = segment < filled
-    top = tl.maximum(tl.where(mine, split_top, EMPTY), EMPTY)
-    for split in range(segment + taking, filled, taking):
-        top = tl.maximum(top, tl.load(META + (place * slots + split) * FIELDS * GP + row))
-    share = tl.exp2(split_top - top)
-    mine &= column < GP  # the columns of the first sub-tile
-    written = (mine & (split_top > EMPTY))[None, :]
-    upper = tl.where(written, upper * share[None, :], 0.0)
-    lower = tl.where(written, lower * share[None, :], 0.0)
-    at_first = (tl.arange(0, FOLD) == 0)[:, None] & mine[None, :]  # a sum may be NaN where nothing is written
-    mass = tl.where(at_first, (mass * share)[None, :], 0.0)
-    value_mass = tl.where(at_first, (value_mass * share)[None, :], 0.0)
     counted = (row < GROUP * TOKENS) & (token < queries) & ((row % GROUP == 0) | (TOKENS == 1))
     if KEY_MASK:
         MASK += b.to(tl.int64) * mask_b
-    first, stride = segment * PACK, taking * PACK
     if LISTED:
         energies = ENERGY + place * subtiles * GP
         if known:
@@ -170,19 +219,9 @@ def refine(
     upper_rows, lower_rows = by_rows(upper + moved, to_row, PACK, GP), by_rows(lower + moved, to_row, PACK, GP)
     masses = tl.sum(by_rows(mass, to_row, PACK, GP), 0)
     value_masses = tl.sum(by_rows(value_mass, to_row, PACK, GP), 0)
-    most = tl.maximum(tl.max(tl.max(k_most, 0), 0), tl.max(tl.where(mine, split_most, 0.0), 0))
+    most = tl.maximum(tl.max(tl.max(k_most, 0), 0), tl.max(split_most, 0))
     half_v = tl.arange(0, HP_V)
     stored = (rows < GROUP * TOKENS)[None, :] & (half_v < HALF_V)[:, None]
-    for split in range(segment + taking, filled, taking):
-        other_top, other_mass, other_value, other_most, other_upper, other_lower = of_split(
-            PARTIAL, META, place * slots + split, rows, rows < GROUP * TOKENS, GP, HALF_V, HP_V, FIELDS
-        )
-        part, seen = tl.exp2(other_top - base), (other_top > EMPTY)[None, :]
-        masses += other_mass * part
-        value_masses += other_value * part
-        most = tl.maximum(most, tl.max(other_most, 0))
-        upper_rows += tl.where(seen, other_upper, 0.0) * part[None, :]
-        lower_rows += tl.where(seen, other_lower, 0.0) * part[None, :]
     meta = META + slot * FIELDS * GP + rows
     tl.store(meta, base)
     tl.store(meta + GP, masses)

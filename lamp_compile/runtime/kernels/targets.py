@@ -118,7 +118,7 @@ def cut(
     if not small:
         programs, refine_programs = min(FIT, programs), min(FIT, refine_programs)
     splits = min(target.processors * programs // crowd, subtiles // launch.least_subtiles, launch.most_splits)
-    segments = min(target.processors * refine_programs // crowd, subtiles // pack, launch.most_splits)
+    segments = min(target.processors * refine_programs // crowd, subtiles // pack, launch.most_segments)
     steps = 1
     if mixed and queries == 1:  # the longest sequence must not be the last one at work
         steps = launch.mixed_steps
