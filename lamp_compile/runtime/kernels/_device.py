@@ -74,8 +74,21 @@ def upper_nibbles8(x, ASM: tl.constexpr):
 def wait_for_launch(PDL: tl.constexpr):
     """Programmatic dependent launch: this program may have started before the launch ahead of it was done; wait for
     that here, and let the next launch start the same way."""
+    wait_for_last_launch(PDL)
+    let_next_launch(PDL)
+
+
+@triton.jit
+def wait_for_last_launch(PDL: tl.constexpr):
+    """``wait_for_launch`` of a program that lets the next launch start later."""
     if PDL:
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def let_next_launch(PDL: tl.constexpr):
+    """The next launch starts when all programs of this one have come here or ended."""
+    if PDL:
         tl.extra.cuda.gdc_launch_dependents()
 
 

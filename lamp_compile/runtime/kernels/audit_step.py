@@ -87,7 +87,7 @@ def audit_part(
     _, taking = shared_by(TAKEN, bg, chunks, slots - splits, PACK, CHUNKS_P2)
     final, _, _ = looked_ahead(
         refined_meta, SINKS, bg.to(tl.int64), slots, taking, g * GROUP + row % GROUP, valid, GP,
-        FIELDS, SEGMENTS_P2, HAS_SINKS,
+        FIELDS, SEGMENTS_P2, HAS_SINKS, 0,
     )  # fmt: skip
     looked = tl.load(NOTED + bg * chunks * NOTES * GP + row)
     lse = tl.where(use | ((floors & 2) != 0), final, looked)

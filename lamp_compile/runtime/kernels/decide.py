@@ -18,16 +18,19 @@ NOTES = tl.constexpr(5)
 
 @triton.jit
 def looked_ahead(META, SINKS, place, slots, splits, head, valid,
-                 GP: tl.constexpr, FIELDS: tl.constexpr, SPLITS_P2: tl.constexpr, HAS_SINKS: tl.constexpr):  # fmt: skip
+                 GP: tl.constexpr, FIELDS: tl.constexpr, SPLITS_P2: tl.constexpr, HAS_SINKS: tl.constexpr,
+                 RULE: tl.constexpr):  # fmt: skip
     """Of the rows, over partial results: log2 of the sum over all keys (and the sink), -inf without a live key; the
-    largest importance of rules other than energy. Also, behind which of these results none holds a key."""
+    largest importance where the RULE asks for it. Also, behind which of these results none holds a key."""
     index, rows = tl.arange(0, SPLITS_P2), tl.arange(0, GP)
     meta = META + (place * slots + index)[:, None] * FIELDS * GP + rows[None, :]
     inside = (index < splits)[:, None] & valid[None, :]
     top = tl.load(meta, mask=inside, other=EMPTY)
     total = tl.load(meta + GP, mask=inside, other=0.0)
-    importance = tl.load(meta + 4 * GP, mask=inside, other=DEAD)
     most = tl.max(top, 0)
+    largest = most
+    if RULE == 2:
+        largest = tl.max(tl.load(meta + 4 * GP, mask=inside, other=DEAD), 0)
     # What is NaN must be joined: a maximum may hide it, a sum does not.
     holds = (((top <= EMPTY) == 0) | ((total == 0.0) == 0)) & inside
     filled = tl.max(tl.where(holds, index[:, None] + 1, 0), 0)
@@ -37,7 +40,7 @@ def looked_ahead(META, SINKS, place, slots, splits, head, valid,
         new = tl.maximum(most, sink)
         total = tl.where(total == 0.0, 0.0, total * tl.exp2(most - new) + tl.exp2(sink - new))
         most = new
-    return most + tl.log2(total), tl.max(importance, 0), tl.max(filled, 0)
+    return most + tl.log2(total), largest, tl.max(filled, 0)
 
 
 @triton.jit
@@ -153,21 +156,37 @@ def decide(
         use = tl.load(COUNTS + bg * 4 + 1) != 0
         all_refined = all_refined & (use == 0)
     lse, largest, filled = looked_ahead(
-        META, SINKS, place, slots, splits, g * GROUP + rows % GROUP, row_valid, GP, FIELDS, SPLITS_P2, HAS_SINKS
+        META,
+        SINKS,
+        place,
+        slots,
+        splits,
+        g * GROUP + rows % GROUP,
+        row_valid,
+        GP,
+        FIELDS,
+        SPLITS_P2,
+        HAS_SINKS,
+        RULE,
     )
     there, hot, tokens_live, square, value_square = levels_of(
         energy, other, v_peaks, level, tile, lo, hi, all_refined, use, row_valid, tau, lse, largest, GROUP, GP, TOKENS,
         BN, RULE, LISTED,
     )  # fmt: skip
-    live, refined = tl.sum(tokens_live, 0), tl.sum(tokens_live * hot, 0)
-    hot = tl.where(all_refined, there.to(tl.int32), hot)
-    at = lead + chunk * CHUNK + tl.cumsum(hot, 0) - hot
-    tl.store(HOT + at, tile, mask=hot == 1)
+    taken = tl.where(all_refined, there.to(tl.int32), hot)
+    if TOKENS == 1:  # both in one sum, which over several warps waits for all of them; what is refined is live
+        both = tl.sum(tokens_live + (taken << 16), 0)
+        live, count = both & 0xFFFF, both >> 16
+        refined = tl.where(all_refined, 0, count)
+    else:
+        live, refined, count = tl.sum(tokens_live, 0), tl.sum(tokens_live * hot, 0), tl.sum(taken, 0)
+    at = lead + chunk * CHUNK + tl.cumsum(taken, 0) - taken
+    tl.store(HOT + at, tile, mask=taken == 1)
     if PAGED:
         places = stored_tiles(TABLE + b * table_stride, tile, hi, BN, TILE, PAGED).to(tl.int32)
-        tl.store(HOT_PLACES + at, places, mask=hot == 1)
+        tl.store(HOT_PLACES + at, places, mask=taken == 1)
     mine = place * tl.num_programs(0) + chunk
-    tl.store(TAKEN + mine * 2, tl.sum(hot, 0))
+    tl.store(TAKEN + mine * 2, count)
     tl.store(TAKEN + mine * 2 + 1, filled)
     notes, zero = NOTED + mine * NOTES * GP + rows, tl.zeros((GP,), tl.float32)
     tl.store(notes, lse)
