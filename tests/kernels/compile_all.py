@@ -144,6 +144,7 @@ def compiled(name: str, case: str, recorders: dict[str, offline.Recorder]) -> No
             "target": name, "case": case, "kernel": kernel,
             "int8_products": text.count(".s8.s8.s32") + text.count("v_mfma_i32"),
             "order": [text.find(what) for what in ("griddepcontrol.wait", "griddepcontrol.launch_dep", "st.global")],
+            "last_product": text.rfind("mma.sync"),
             "kept": text.count("evict_last"),
             "asynchronous": text.count("cp.async.c") + text.count("cp.async.bulk"),
             "shared": made.metadata.shared, "room": SHARED[name],

@@ -143,7 +143,7 @@ def targets_table(data: dict[str, Any]) -> str:
     rows = []
     for item in data.get("targets", []):
         met = "not measured" if item["measured"] is None else "met" if item["met"] else "missed"
-        measured = "-" if item["measured"] is None else f"{item['measured']:.3g}"
+        measured = "-" if item["measured"] is None else f"{item['measured']:.4g}"
         rows.append([item["target"], f"{item['limit']:g}", measured, met])
     return "\n" + make_table(["target", "limit", "measured", ""], rows) if rows else ""
 
