@@ -15,6 +15,8 @@ from _planes import STORE, Attention, Case, Inputs, Shape, importance
 from _rivals import error
 from torch import Tensor
 
+from lamp_compile.runtime.allocation import zeros
+
 BLOCK = 1024
 """Keys that are turned from e4m3 into floats at once, so that the floats stay in a core's own cache."""
 E4M3_LARGEST = 448.0
@@ -152,7 +154,7 @@ def fp8(sources: Sources) -> Way:
 
 
 class Lamp:
-    """``lamp::append`` and ``lamp::fused_attention`` over planes of their own."""
+    """``lamp::append`` and ``lamp::fused_attention`` over planes of their own, in memory as a cache has it."""
 
     def __init__(self, sources: Sources) -> None:
         self.sources = sources
@@ -160,7 +162,8 @@ class Lamp:
         self.sets = []
         for index in range(count):
             given = sources.of(index)
-            planes = tuple(p.clone() for p in given.planes)
+            made = zeros({str(at): (tuple(p.shape), p.dtype) for at, p in enumerate(given.planes)}, given.q.device)
+            planes = tuple(mine.copy_(p) for mine, p in zip(made.values(), given.planes, strict=True))
             self.sets.append(replace(given, q=given.q.float(), planes=planes))
         self.ranked = [importance(s) for s in self.sets[: len(sources.inputs)]]
 

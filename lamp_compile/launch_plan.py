@@ -32,7 +32,8 @@ class LaunchPlan:
     most_splits: int = 128
     """Splits of one kv head's keys at most."""
     most_segments: int = 64
-    """Programs of the refinement of one kv head at most: what they leave must be joined."""
+    """Programs of the refinement of one kv head at most (over pages see ``mixed_tiles``): what they leave must be
+    joined."""
     mixed_steps: int = 16
     """Steps of the look-ahead's loop that one program has at least, over pages, where sequences differ in length."""
     mixed_tiles: int = 64

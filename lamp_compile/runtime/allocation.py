@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TypeVar
+from functools import cache
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +16,8 @@ from torch import Tensor
 from lamp_compile.errors import CacheError
 
 T = TypeVar("T")
+LARGE_PAGE = 2 << 20
+"""Bytes of the pages that ``in_large_pages`` asks for, as x86-64 and most of AArch64 have them."""
 
 
 def allocate(make: Callable[[], T], what: str, *, where: str, fix: str) -> T:
@@ -33,16 +38,44 @@ def allocate(make: Callable[[], T], what: str, *, where: str, fix: str) -> T:
 
 
 def zeros(sizes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], device: torch.device) -> dict[str, Tensor]:
-    """Tensors of zeros by name, each with memory of its own; outside graphs one launch fills all of a dtype."""
+    """Tensors of zeros by name, each with memory of its own, in large pages where the system has them; outside graphs
+    one launch fills all of a dtype."""
     if torch.compiler.is_compiling():
         return {name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in sizes.items()}
     made = {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in sizes.items()}
+    for tensor in made.values():
+        in_large_pages(tensor)
     later = _together.get()
     if later is None:
         zero(made.values())
     else:
         later.extend(made.values())
     return made
+
+
+def in_large_pages(tensor: Tensor) -> bool:
+    """Ask the system to put a tensor that nobody has written to yet into large pages: a decode step goes through planes
+    of more pages than a processor remembers the places of. Advice: where there is none (another system than Linux,
+    large pages switched off, a GPU's tensor, a small one) nothing happens. Whether the system took it."""
+    if type(tensor) is not Tensor or tensor.device.type != "cpu":
+        return False  # a fake tensor is of another type
+    size, madvise = tensor.numel() * tensor.element_size(), _madvise()
+    if size < 2 * LARGE_PAGE or madvise is None:
+        return False
+    begin = -(-tensor.data_ptr() // LARGE_PAGE) * LARGE_PAGE
+    end = (tensor.data_ptr() + size) // LARGE_PAGE * LARGE_PAGE
+    return bool(madvise(begin, end - begin, mmap.MADV_HUGEPAGE) == 0)
+
+
+@cache
+def _madvise() -> Any:
+    """The C library's function; None where there is none, or no such advice."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return None
+    found = getattr(ctypes.CDLL(None), "madvise", None)
+    if found is not None:
+        found.argtypes, found.restype = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int), ctypes.c_int
+    return found
 
 
 _together: ContextVar[list[Tensor] | None] = ContextVar("lamp_zeros", default=None)

@@ -190,7 +190,7 @@ def test_heads_of_a_group_that_see_different_keys(device):
 
 LAUNCHES = {
     "many splits": {"programs": 64, "least_subtiles": 1},
-    "joined by few": {"programs": 64, "least_subtiles": 1, "refine_programs": 1},
+    "joined by two": {"programs": 64, "least_subtiles": 1, "refine_programs": 64, "most_segments": 2},
     "merged by twos": {"programs": 12, "least_subtiles": 2, "merge_chunk": 2},
     "few rows a program": {"most_rows": 4, "programs": 64, "least_subtiles": 1},
 }
@@ -232,16 +232,22 @@ def test_whoever_takes_the_guards_step(name, triton_device, monkeypatch):
         launched.clear()
 
 
-@pytest.mark.parametrize(("floor", "refine_programs"), [(0.0, 12), (1.0, 12), (1.0, 1)])
-def test_decisions_in_chunks(floor, refine_programs, triton_device, monkeypatch):
+@pytest.mark.parametrize(
+    ("floor", "refine_programs", "kind"),
+    [(0.0, 12, ""), (1.0, 12, ""), (1.0, 1, ""), (0.0, 12, "pages"), (0.0, 12, "five tokens")],
+)
+def test_decisions_in_chunks(floor, refine_programs, kind, triton_device, monkeypatch):
     """However many programs decide, the list is the same: shared by several programs of the refinement, or more than
     one of them gathers at a time."""
     from lamp_compile.runtime.kernels import decode
 
     calls.use_launch(monkeypatch, refine_programs=refine_programs)
-    call = calls.make(keys=1700, batch=2, heads=2, kv_heads=1, share=0.3, start=torch.tensor([0, 517]))
+    more = {"tokens": 5, "causal": "bottom_right"} if kind == "five tokens" else {"lengths": torch.tensor([1700, 900])}
+    call = calls.make(keys=1700, batch=2, heads=2, kv_heads=1, share=0.3, start=torch.tensor([0, 517]), **more)
     call = replace(call, hot=(call.hot[0], torch.full_like(call.hot[1], floor), *call.hot[2:]))
-    together = check(call, triton_device)
+    check(call, triton_device)
+    call = in_pool(call) if kind == "pages" else call
+    together = calls.by_kernels(call, triton_device)
     monkeypatch.setattr(decode, "MOST_DECIDED", 16)
     apart = calls.by_kernels(call, triton_device)
     assert torch.equal(apart.out, together.out)

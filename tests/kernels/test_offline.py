@@ -44,10 +44,10 @@ def compiled(name: str) -> list[dict]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_kernel_compiles(name):
-    """Nine calls for Hopper, in four of them ``prepare_query`` and in the two where programs do not join all rows of a
+    """Ten calls for Hopper, in four of them ``prepare_query`` and in the two where programs do not join all rows of a
     kv head ``guard_step``; three calls elsewhere. Of a predicted step what stands around, in place of ``merge``."""
     rows = compiled(name)
-    assert len(rows) == (9 * 3 + 7 + 4 + 2 + 2 * 4 if name == "sm_90" else 3 * 3 + 2 + 2 + 4) + 3
+    assert len(rows) == (10 * 3 + 8 + 4 + 2 + 2 * 4 if name == "sm_90" else 3 * 3 + 2 + 2 + 4) + 3
     assert {row["kernel"] for row in rows} >= {*READERS, *AROUND, "append_rows", "summarize_row"}
 
 
@@ -72,6 +72,8 @@ def test_dependent_launches_wait_before_they_write_or_let_others_begin(name):
             assert wait == others == -1, row
         else:
             assert -1 < wait < min(others, write), row
+            if row["kernel"] == "refine":  # the look-ahead's results are read while the decision is made
+                assert -1 < row["joins"] < wait, row
             if row["kernel"] == "look_ahead":  # programs that wait beside those that read slow these down
                 assert 0 < row["last_product"] < others, row
 
@@ -101,5 +103,5 @@ def test_pages_cost_no_asynchronous_load():
 def test_the_look_ahead_of_one_token_keeps_its_registers():
     """The loop that reads every key: what it spilled would cost more than it reads."""
     rows = [row for row in compiled("sm_90") if row["kernel"] == "look_ahead" and row["case"] != "tokens"]
-    assert len(rows) == 8
+    assert len(rows) == 9
     assert all(row["spilled"] == 0 for row in rows), rows

@@ -153,9 +153,10 @@ def test_kernels_know_the_constants_of_the_audit_and_the_gate(triton_device):
 
 
 def test_several_parts_of_a_prediction(triton_device, monkeypatch):
-    """Programs of sixteen sub-tiles each, and lists and audits of as many."""
-    from lamp_compile.runtime.kernels import decode_predicted
+    """Programs of sixteen sub-tiles each, and lists, decisions and audits of as many."""
+    from lamp_compile.runtime.kernels import decode, decode_predicted
 
+    monkeypatch.setattr(decode, "MOST_DECIDED", 16)
     monkeypatch.setattr(decode_predicted, "PART", 1)
     monkeypatch.setattr(decode_predicted, "LIST_CHUNK", 16)
     monkeypatch.setattr(decode_predicted, "AUDIT_CHUNK", 16)

@@ -141,7 +141,9 @@ def decide(
         b, first_token + block * TOKENS, tl.minimum(first_token + block * TOKENS + TOKENS, queries) - 1, START, LENGTHS,
         start_stride, length_stride, keys, queries, HAS_START, HAS_LENGTHS, CAUSAL, WINDOW,
     )  # fmt: skip
-    wait_for_launch(PDL)  # what is read above no launch of this call writes
+    # What is read above no launch of this call writes. The next launch may begin only behind this wait: it reads the
+    # look-ahead's results before its own.
+    wait_for_launch(PDL)
     place = bg.to(tl.int64) * tl.num_programs(2) + block
     tau, all_refined = settings_of(ROWINFO, place, GP)
     lead, tile = place * subtiles, chunk * CHUNK + tl.arange(0, CHUNK)

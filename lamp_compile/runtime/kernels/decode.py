@@ -224,14 +224,16 @@ def room_for(call: Call, blocks: int) -> Scratch:
     whole: dict[str, Any] = {"dtype": torch.int32, "device": call.q.device}
     hot = torch.empty(*grid, max(1, cut.subtiles), **whole)  # its head is read in any case
     hot_places = hot if call.seen[5] is None else torch.empty_like(hot)
-    own = (torch.empty_like(hot), torch.empty_like(hot_places)) if chunks_of(cut) > 1 else (hot, hot_places)
+    own = torch.empty_like(hot) if chunks_of(cut) > 1 else hot
+    own_places = own if call.seen[5] is None else torch.empty_like(own)
     return Scratch(
         torch.empty(*grid, cut.rows, width, dtype=torch.int8, device=call.q.device),
         torch.empty(*grid, ROW_FIELDS.value, cut.rows, **made),
         torch.empty(*grid, cut.slots, cut.rows, 2 * planes[3].shape[3], **made),
         torch.empty(*grid, cut.slots, FIELDS, cut.rows, **made),
         energy, energy if call.options["rule"] == "energy" else torch.empty_like(energy),
-        torch.empty(*grid, cut.subtiles, **made), hot, hot_places, *own, torch.empty(*grid, chunks_of(cut), 2, **whole),
+        torch.empty(*grid, cut.subtiles, **made), hot, hot_places, own, own_places,
+        torch.empty(*grid, chunks_of(cut), 2, **whole),
         torch.empty(*grid, chunks_of(cut), NOTES.value, cut.rows, **made),
     )  # fmt: skip
 

@@ -48,10 +48,12 @@ def of_splits(
     for split in range(segment, splits, segments):
         slot = lead + split
         meta, source = META + slot * FIELDS * GP + row, PARTIAL + (slot * GP + row)[None, :] * (2 * HALF_V)
-        one_upper = tl.load(source + half_v[:, None], mask=inside, other=0.0)
-        one_lower = tl.load(source + HALF_V + half_v[:, None], mask=inside, other=0.0)
-        one_top, one_mass, one_value = tl.load(meta), tl.load(meta + GP), tl.load(meta + 2 * GP)
-        most = tl.maximum(most, tl.load(meta + 3 * GP))
+        # Past the first cache: what an earlier step left at the same addresses must not be found there.
+        one_upper = tl.load(source + half_v[:, None], mask=inside, other=0.0, cache_modifier=".cg")
+        one_lower = tl.load(source + HALF_V + half_v[:, None], mask=inside, other=0.0, cache_modifier=".cg")
+        one_top, one_mass = tl.load(meta, cache_modifier=".cg"), tl.load(meta + GP, cache_modifier=".cg")
+        one_value = tl.load(meta + 2 * GP, cache_modifier=".cg")
+        most = tl.maximum(most, tl.load(meta + 3 * GP, cache_modifier=".cg"))
         new = tl.maximum(top, one_top)
         keep, part, written = tl.exp2(top - new), tl.exp2(one_top - new), (one_top > EMPTY)[None, :]
         # Where no key is seen the output was not written. A sum may be NaN there.
@@ -123,7 +125,8 @@ def refine(
     )  # fmt: skip
     place = bg.to(tl.int64) * tl.num_programs(2) + block
     slot = place * slots + splits + segment
-    # What the launches before the one ahead of this one have left was there before that one began.
+    # This launch begins when all programs of the one ahead are past their wait, so that what the launches before that
+    # one have left is there.
     _, all_refined = settings_of(ROWINFO, place, GP)
     q_upper, q_lower, factor, query_sum, origin = query_of(Q8, ROWINFO, place, row, scale, GP, HP_K)
     cold_offset, offset = query_sum * 0.5, query_sum * 8.0
