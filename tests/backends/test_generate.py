@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 import lamp_compile
 from tests.passes.test_patterns import EXACT
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", reason="needs transformers (extra: hf)")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+triton = pytest.importorskip("triton", reason="triton is not installed")
 tl = triton.language
 
 from lamp_compile.runtime.kernels.decide import on_lists, shared_by  # noqa: E402

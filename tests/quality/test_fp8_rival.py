@@ -12,7 +12,7 @@ import torch
 
 from tests.tolerances import ARITHMETIC, FP8_PRODUCTS, STORAGE
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="triton is not installed")
 CASES = {"even": (2, 2, 4, 512, 64, 512), "ragged": (2, 1, 4, 300, 128, 263), "one head": (1, 2, 1, 256, 64, 256)}
 WAYS = ("rows", "columns", "fp8")
 

@@ -158,18 +158,7 @@ def decide(
         use = tl.load(COUNTS + bg * 4 + 1) != 0
         all_refined = all_refined & (use == 0)
     lse, largest, filled = looked_ahead(
-        META,
-        SINKS,
-        place,
-        slots,
-        splits,
-        g * GROUP + rows % GROUP,
-        row_valid,
-        GP,
-        FIELDS,
-        SPLITS_P2,
-        HAS_SINKS,
-        RULE,
+        META, SINKS, place, slots, splits, g * GROUP + rows % GROUP, row_valid, GP, FIELDS, SPLITS_P2, HAS_SINKS, RULE
     )
     there, hot, tokens_live, square, value_square = levels_of(
         energy, other, v_peaks, level, tile, lo, hi, all_refined, use, row_valid, tau, lse, largest, GROUP, GP, TOKENS,

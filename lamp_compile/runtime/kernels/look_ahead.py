@@ -353,7 +353,7 @@ def look_ahead(
             value_mass += folded(p * v_scale * v_scale, FOLD) * gain[None, :]
         rounded += folded(whole, FOLD) * unit
 
-    let_next_launch(PDL)  # not before: programs that wait where others read cost these 1 to 3 %
+    let_next_launch(PDL)  # not before: programs that wait where others read cost these up to 3 %
     # Columns of the same row into one; lo averages -1/2, the lower nibbles carry + 8.
     together = tl.max(over_parts(top, PACK, GP), 0)
     to_row = tl.exp2(top - tl.reshape(tl.broadcast_to(together[None, :], (PACK, GP)), (COLUMNS,)))

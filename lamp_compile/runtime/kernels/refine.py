@@ -105,8 +105,9 @@ def refine(
     FIELDS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS_P2: tl.constexpr, PDL: tl.constexpr, LISTED: tl.constexpr,
     FOLD: tl.constexpr,
 ):  # fmt: skip
-    """Corrections of one block of rows by its share of the sub-tiles in HOT, as one more partial result; programs that
-    TAKEN (``decide.py``) has no work for leave none. With LISTED, of a head whose levels were known before (COUNTS,
+    """Corrections of one block of rows by its share of the sub-tiles in HOT (gathered in OWN, as large, where several
+    chunks have lists) and the results of the look-ahead that it joins, as one more partial result; programs that TAKEN
+    (``decide.py``) has no work for leave none. With LISTED, of a head whose levels were known before (COUNTS,
     ``predict.py``), these are what the look-ahead has left out: nothing is taken back, and their energies are
     written for the audit.
 
@@ -151,22 +152,9 @@ def refine(
         OWN += place * subtiles
         OWN_PLACES += place * subtiles
         tiles, places = gathered(
-            HOT,
-            HOT_PLACES,
-            OWN,
-            OWN_PLACES,
-            TAKEN,
-            place,
-            chunks,
-            count,
-            entry,
-            first,
-            stride,
-            PACK,
-            CHUNK,
-            CHUNKS_P2,
+            HOT, HOT_PLACES, OWN, OWN_PLACES, TAKEN, place, chunks, count, entry, first, stride, PACK, CHUNK, CHUNKS_P2,
             PAGED,
-        )
+        )  # fmt: skip
         HOT, HOT_PLACES = OWN, OWN_PLACES
     known = all_refined
     if LISTED:
