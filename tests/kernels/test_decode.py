@@ -234,7 +234,7 @@ def test_whoever_takes_the_guards_step(name, triton_device, monkeypatch):
 
 @pytest.mark.parametrize(
     ("floor", "refine_programs", "kind"),
-    [(0.0, 12, ""), (1.0, 12, ""), (1.0, 1, ""), (0.0, 12, "pages"), (0.0, 12, "five tokens")],
+    [(0.0, 12, ""), (1.0, 12, ""), (1.0, 1, ""), (1.0, 1, "pages"), (0.0, 1, "five tokens")],
 )
 def test_decisions_in_chunks(floor, refine_programs, kind, triton_device, monkeypatch):
     """However many programs decide, the list is the same: shared by several programs of the refinement, or more than
