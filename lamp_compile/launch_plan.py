@@ -27,11 +27,16 @@ class LaunchPlan:
     refine_programs: int = 12
     """And the refinement. A quarter of a multiprocessor takes 2 programs of one warp, 3 of up to 168 registers, 4 of up
     to 128: 8, 12 and 16 are natural numbers."""
+    paired_programs: int = 5
+    """Of the refinement where two warps share a program: what they leave is less, and a step takes them less time."""
+    most_paired: int = 128
+    """Kv heads of all sequences up to which that is so, where few rows share a kv head and each sequence has planes of
+    its own. With more of them there are few programs for each, and these must be able to share evenly."""
     least_subtiles: int = 8
     """Sub-tiles a program of the look-ahead should have at least."""
     most_splits: int = 128
     """Splits of one kv head's keys at most."""
-    most_segments: int = 64
+    most_segments: int = 50
     """Programs of the refinement of one kv head at most (over pages see ``mixed_tiles``): what they leave must be
     joined."""
     mixed_steps: int = 16
@@ -58,7 +63,7 @@ class LaunchPlan:
         """
         for f in fields(self):
             value = getattr(self, f.name)
-            least = 0 if f.name == "dependent" else 1
+            least = 0 if f.name in ("dependent", "most_paired") else 1
             most = 1 if f.name == "dependent" else 8 if f.name in self.SMALL else MOST_LAUNCH
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
                 raise PlanError(f"{f.name} is {value!r}", where=where, fix=f"a whole number, {least} to {most}")

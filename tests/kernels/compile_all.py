@@ -20,7 +20,8 @@ from lamp_compile.runtime.kernels import append_rows, decode, decode_predicted, 
 from tests.kernels import offline
 
 CALLS: dict[str, dict[str, Any]] = {
-    "plain": {"batch": 32, "keys": 32768},
+    "plain": {"batch": 4, "keys": 32768},
+    "many heads": {"batch": 32, "keys": 32768},
     "tokens": {"tokens": 9, "window": 512},
     "paged": {"paged": True},
     "long": {"batch": 1, "keys": 131072, "paged": True},

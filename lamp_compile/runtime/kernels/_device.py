@@ -211,6 +211,16 @@ def over_parts(x, PACK: tl.constexpr, GP: tl.constexpr):
 
 
 @triton.jit
+def everywhere(x, n: tl.constexpr):
+    """``[n]``, few, by way of single numbers, which all threads hold: where x is one dimension of something larger, the
+    compiler would lay that out as x lies in a sum, and move all of it through shared memory to where it is needed."""
+    index, found = tl.arange(0, n), tl.zeros((n,), x.dtype)
+    for i in tl.static_range(n):
+        found = tl.where(index == i, tl.sum(tl.where(index == i, x, 0), 0), found)
+    return found
+
+
+@triton.jit
 def folded(x, FOLD: tl.constexpr):
     """``[n, columns]`` -> ``[FOLD, columns]``, sums: where FOLD is 8, of numbers that one thread holds anyway (rows of
     a matrix product lie 8 apart in it), so that sums carried through a loop take few registers."""

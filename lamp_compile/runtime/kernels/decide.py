@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lamp_compile.runtime.kernels._device import DEAD, EMPTY, LOG2E, key_range, settings_of, wait_for_launch
+from lamp_compile.runtime.kernels._device import DEAD, EMPTY, LOG2E, everywhere, key_range, settings_of, wait_for_launch
 from lamp_compile.runtime.kernels.look_ahead import stored_tiles
 
 NOTES = tl.constexpr(5)
@@ -23,14 +23,15 @@ def looked_ahead(META, SINKS, place, slots, splits, head, valid,
     """Of the rows, over partial results: log2 of the sum over all keys (and the sink), -inf without a live key; the
     largest importance where the RULE asks for it. Also, behind which of these results none holds a key."""
     index, rows = tl.arange(0, SPLITS_P2), tl.arange(0, GP)
-    meta = META + (place * slots + index)[:, None] * FIELDS * GP + rows[None, :]
+    meta = META + place * slots * (FIELDS * GP) + (index[:, None] * (FIELDS * GP) + rows[None, :])
     inside = (index < splits)[:, None] & valid[None, :]
     top = tl.load(meta, mask=inside, other=EMPTY)
     total = tl.load(meta + GP, mask=inside, other=0.0)
-    most = tl.max(top, 0)
-    largest = most
+    other = top
     if RULE == 2:
-        largest = tl.max(tl.load(meta + 4 * GP, mask=inside, other=DEAD), 0)
+        other = tl.load(meta + 4 * GP, mask=inside, other=DEAD)
+    tl.debug_barrier()  # or the compiler puts some of what is read so far behind the first sum
+    most, largest = tl.max(top, 0), tl.max(other, 0)
     # What is NaN must be joined: a maximum may hide it, a sum does not.
     holds = (((top <= EMPTY) == 0) | ((total == 0.0) == 0)) & inside
     filled = tl.max(tl.where(holds, index[:, None] + 1, 0), 0)
@@ -45,12 +46,12 @@ def looked_ahead(META, SINKS, place, slots, splits, head, valid,
 
 @triton.jit
 def chosen(
-    energy, other, v_peaks, row_valid, tau, lse, largest,
+    energy, other, row_valid, tau, lse, largest,
     GROUP: tl.constexpr, GP: tl.constexpr, TOKENS: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
     """Which sub-tiles ``[CHUNK]`` to refine, by what the look-ahead noted of them (DEAD where it did not look): one
-    decision for all rows that share them. Also, by how many tokens each is seen; and what the others, which stay at the
-    high plane, add to the certificate: sums of squared weights, and of these times squared value scales ``[GP]``."""
+    decision for all rows that share them. Also, by how many tokens each is seen; and, for the certificate, squared
+    weights ``[CHUNK, GP]`` of the others, which stay at the high plane."""
     rows = tl.arange(0, GP)
     bar = tl.log2(tau)
     # Not "above the bar" but "not below it": what is NaN cannot be judged and is refined.
@@ -67,7 +68,7 @@ def chosen(
     else:  # several tokens: the first head stands for its group
         tokens_live = tl.sum((live & (rows % GROUP == 0)[None, :]).to(tl.int32), 1)
     z = tl.where(live & (hot == 0)[:, None], tl.exp2(2.0 * (energy - lse[None, :])), 0.0)
-    return hot, tokens_live, tl.sum(z, 0), tl.sum(z * (v_peaks * v_peaks)[:, None], 0)
+    return hot, tokens_live, z
 
 
 @triton.jit
@@ -81,16 +82,13 @@ def levels_of(
     there = (tile >= lo // BN) & (tile * BN < hi)
     looked = there & (level == 1) & (all_refined == 0)  # level 1: all that live where the gate is not used
     energy, v_peaks = tl.where(looked[:, None], energy, DEAD), tl.where(looked, v_peaks, 0.0)
-    hot, tokens_live, square, value_square = chosen(
-        energy, other, v_peaks, row_valid, tau, lse, largest, GROUP, GP, TOKENS, RULE
-    )
+    hot, tokens_live, square = chosen(energy, other, row_valid, tau, lse, largest, GROUP, GP, TOKENS, RULE)
     if LISTED:  # noqa: SIM102  (known when this is compiled; what follows is not)
         if use:
             hot = (there & (level == 2)).to(tl.int32)
             tokens_live = (there & (level != 0)).to(tl.int32)
-            z = tl.where(((energy < EMPTY) == 0) & row_valid[None, :], tl.exp2(2.0 * (energy - lse[None, :])), 0.0)
-            square, value_square = tl.sum(z, 0), tl.sum(z * (v_peaks * v_peaks)[:, None], 0)
-    return there, hot, tokens_live, square, value_square
+            square = tl.where(((energy < EMPTY) == 0) & row_valid[None, :], tl.exp2(2.0 * (energy - lse[None, :])), 0.0)
+    return there, hot, tokens_live, square, square * (v_peaks * v_peaks)[:, None]
 
 
 @triton.jit
@@ -101,11 +99,11 @@ def noted(
     """What the look-ahead noted of sub-tiles, and levels known before; of those it did not look at, anything."""
     there = (tile >= lo // BN) & (tile * BN < hi)
     read = there[:, None] & row_valid[None, :]
-    at = (lead + tile)[:, None] * GP + tl.arange(0, GP)[None, :]
-    energy = tl.load(ENERGY + at, mask=read, other=DEAD, eviction_policy="evict_first")
+    at = tile[:, None] * GP + tl.arange(0, GP)[None, :]
+    energy = tl.load(ENERGY + lead * GP + at, mask=read, other=DEAD, eviction_policy="evict_first")
     other, level = energy, there.to(tl.int32)
     if RULE != 0:
-        other = tl.load(OTHER + at, mask=read, other=DEAD, eviction_policy="evict_first")
+        other = tl.load(OTHER + lead * GP + at, mask=read, other=DEAD, eviction_policy="evict_first")
     if LISTED:
         level = tl.load(LEVELS + tile, mask=there, other=0).to(tl.int32)
     v_peaks = tl.load(PEAK + lead + tile, mask=there, other=0.0, eviction_policy="evict_first")
@@ -160,22 +158,30 @@ def decide(
     lse, largest, filled = looked_ahead(
         META, SINKS, place, slots, splits, g * GROUP + rows % GROUP, row_valid, GP, FIELDS, SPLITS_P2, HAS_SINKS, RULE
     )
+    lse, largest = everywhere(lse, GP), everywhere(largest, GP)
     there, hot, tokens_live, square, value_square = levels_of(
         energy, other, v_peaks, level, tile, lo, hi, all_refined, use, row_valid, tau, lse, largest, GROUP, GP, TOKENS,
         BN, RULE, LISTED,
     )  # fmt: skip
     taken = tl.where(all_refined, there.to(tl.int32), hot)
-    if TOKENS == 1:  # both in one sum, which over several warps waits for all of them; what is refined is live
-        both = tl.sum(tokens_live + (taken << 16), 0)
-        live, count = both & 0xFFFF, both >> 16
+    if TOKENS == 1:  # all in one sum, which over several warps waits for all of them; what is refined is live
+        counted = tl.where((rows == 0)[None, :], (tokens_live + (taken << 12)).to(tl.float32)[:, None], 0.0)
+        sums = tl.sum(tl.join(tl.join(square, value_square), tl.join(counted, tl.zeros_like(counted))), 0)
+        squares, counts = tl.split(sums)
+        square, value_square = tl.split(squares)
+        counts, _ = tl.split(counts)
+        both = tl.sum(counts, 0).to(tl.int32)
+        live, count = both & 0xFFF, both >> 12
         refined = tl.where(all_refined, 0, count)
     else:
         live, refined, count = tl.sum(tokens_live, 0), tl.sum(tokens_live * hot, 0), tl.sum(taken, 0)
-    at = lead + chunk * CHUNK + tl.cumsum(taken, 0) - taken
-    tl.store(HOT + at, tile, mask=taken == 1)
+        square, value_square = tl.sum(square, 0), tl.sum(value_square, 0)
+    square, value_square = everywhere(square, GP), everywhere(value_square, GP)
+    at = tl.cumsum(taken, 0) - taken
+    tl.store(HOT + (lead + chunk * CHUNK) + at, tile, mask=taken == 1)
     if PAGED:
         places = stored_tiles(TABLE + b * table_stride, tile, hi, BN, TILE, PAGED).to(tl.int32)
-        tl.store(HOT_PLACES + at, places, mask=taken == 1)
+        tl.store(HOT_PLACES + (lead + chunk * CHUNK) + at, places, mask=taken == 1)
     mine = place * tl.num_programs(0) + chunk
     tl.store(TAKEN + mine * 2, count)
     tl.store(TAKEN + mine * 2 + 1, filled)
@@ -196,24 +202,17 @@ def listed_of(TAKEN, place, chunk, chunks):
 
 @triton.jit
 def shared_by(TAKEN, place, chunks, segments, PACK: tl.constexpr, CHUNKS_P2: tl.constexpr):
-    """Of one block of rows: how many sub-tiles are refined; and how many programs of the refinement have something to
+    """Of one block of rows: how many sub-tiles are refined and how many programs of the refinement have something to
     do: sub-tiles to refine, no more of them than the longest needs for its steps, or partial results to join."""
     count = listed_of(TAKEN, place, 0, chunks)
     for chunk in tl.static_range(1, CHUNKS_P2):
         count += listed_of(TAKEN, place, chunk, chunks)
     filled = tl.minimum(tl.load(TAKEN + place * chunks * 2 + 1), segments)
-    taking = tl.cdiv(count, PACK)
-    if taking > segments:
-        taking = tl.cdiv(taking, tl.cdiv(taking, segments))
-    return count, tl.maximum(tl.maximum(filled, 1), taking)
+    return count, tl.maximum(tl.maximum(filled, 1), tl.minimum(tl.cdiv(count, PACK), segments))
 
 
 @triton.jit
-def on_lists(TAKEN, place, chunks, entry, CHUNK: tl.constexpr, CHUNKS_P2: tl.constexpr):
-    """Where in HOT entries ``[n]`` stand that are counted over the lists of all chunks."""
-    at, end = entry, 0
-    for chunk in tl.static_range(CHUNKS_P2):
-        count = listed_of(TAKEN, place, chunk, chunks)
-        end += count
-        at += tl.where(end <= entry, CHUNK - count, 0)
-    return at
+def on_lists(counts, entry, CHUNK: tl.constexpr):
+    """Where in HOT entries ``[n]`` stand that are counted over the lists of all chunks, of so many sub-tiles each."""
+    ends = tl.cumsum(counts, 0)
+    return entry + tl.sum(tl.where(ends[None, :] <= entry[:, None], CHUNK - counts[None, :], 0), 1)

@@ -285,15 +285,15 @@ def read(call: Call, scratch: Scratch, first_block: int, listed: Listed | None) 
         scratch.meta, scratch.energy, *hot[:2], scratch.own, scratch.own_places, scratch.taken, known[2],
         **keys, **rows, **sums, **common,
         **lists(cut), CHUNK=decided(cut), FOLD=call.fold(refine_warps),
-        **registers(call, refine_warps, launch.refine_programs), num_warps=refine_warps, num_stages=cut.refine_stages,
+        **registers(call, refine_warps, cut.refine_programs), num_warps=refine_warps, num_stages=cut.refine_stages,
     )  # fmt: skip
 
 
 def registers(call: Call, warps: int, programs: int) -> dict[str, int]:
-    """Registers of a thread at most, so that as many programs of one warp fit as the launch plan asks for: a quarter of
-    a multiprocessor has 16384 for its share of them."""
-    share = -(-programs // 4)
-    limited = call.target.asm and call.cut.small and warps == 1 and 2 < share <= 4
+    """Registers of a thread at most, so that as many programs of one or two warps fit as are aimed at: a quarter of a
+    multiprocessor has 16384 for its share of their warps."""
+    share = -(-programs * warps // 4)
+    limited = call.target.asm and call.cut.small and warps <= 2 and 2 < share <= 4
     return {"maxnreg": 16384 // (32 * share) // 8 * 8} if limited else {}
 
 

@@ -16,14 +16,13 @@ PEAK_SQUARE = tl.constexpr(119.0 * 119.0 / 7.5)
 
 @triton.jit
 def some_of(
-    PARTIAL, META, first_slot, part, parts, rows, valid, columns, GP: tl.constexpr, FIELDS: tl.constexpr,
+    PARTIAL, META, part, parts, rows, valid, columns, GP: tl.constexpr, FIELDS: tl.constexpr,
     VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
     """Of some partial results ``[n]`` of rows ``[R]``: maxima ``[n, R]``, and outputs ``[n, R, VP]``."""
     there = (part < parts)[:, None] & valid[None, :]
-    slot = first_slot + part
-    top = tl.load(META + slot[:, None] * FIELDS * GP + rows[None, :], mask=there, other=EMPTY)
-    at = PARTIAL + (slot[:, None] * GP + rows[None, :])[:, :, None] * VALUE_DIM + columns[None, None, :]
+    top = tl.load(META + (part[:, None] * (FIELDS * GP) + rows[None, :]), mask=there, other=EMPTY)
+    at = PARTIAL + (part[:, None] * (GP * VALUE_DIM) + rows[None, :] * VALUE_DIM)[:, :, None] + columns[None, None, :]
     return top, tl.load(at, mask=there[:, :, None] & (columns < VALUE_DIM)[None, None, :], other=0.0)
 
 
@@ -64,33 +63,38 @@ def merge(
     valid = (rows < GROUP * TOKENS) & (token < queries)
     place = bg.to(tl.int64) * tl.num_programs(2) + block
     first_slot = place * slots + splits  # what the refinement left; it has taken in the look-ahead's results
+    # Where it begins is a single number: what is added to that is the same in all programs, and takes few operations.
+    PARTIAL += first_slot * (GP * VALUE_DIM)
+    META += first_slot * (FIELDS * GP)
+    NOTED += place * chunks * (NOTES * GP)
+    ROWINFO += place * (ROW_FIELDS * GP)
+    results = slots - splits
     index, part, chunk = tl.arange(0, SEGMENTS_P2), tl.arange(0, CHUNK), tl.arange(0, CHUNKS_P2)
     # All of this is read before any of it is used: every sum below waits for all warps. Of programs of the refinement
     # that had nothing to do it holds anything.
-    _, segments = shared_by(TAKEN, place, chunks, slots - splits, PACK, CHUNKS_P2)
-    there = (index < slots - splits)[:, None] & valid[None, :]
-    meta = META + (first_slot + index)[:, None] * FIELDS * GP + rows[None, :]
+    there = (index < results)[:, None] & valid[None, :]
+    meta = META + (index[:, None] * (FIELDS * GP) + rows[None, :])
     top = tl.load(meta, mask=there, other=EMPTY)
-    part_top, got = some_of(
-        PARTIAL, META, first_slot, part, slots - splits, rows, valid, columns, GP, FIELDS, VALUE_DIM
-    )  # fmt: skip
+    part_top, got = some_of(PARTIAL, META, part, results, rows, valid, columns, GP, FIELDS, VALUE_DIM)
     mass = tl.load(meta + GP, mask=there, other=0.0)
     value_mass = tl.load(meta + 2 * GP, mask=there, other=0.0)
     k_most = tl.load(meta + 3 * GP, mask=there, other=0.0)
     hot_square = tl.load(meta + 5 * GP, mask=there, other=0.0)
     hot_value = tl.load(meta + 6 * GP, mask=there, other=0.0)
-    first_row = (first_slot + index) * FIELDS * GP  # counts are the same for all rows
-    seen_tiles = tl.load(META + first_row + 4 * GP, mask=index < slots - splits, other=0.0)
+    # Counts are the same for all rows.
+    seen_tiles = tl.load(META + (index * (FIELDS * GP) + 4 * GP), mask=index < results, other=0.0)
     noted = (chunk < chunks)[:, None] & valid[None, :]
-    notes = NOTED + (place * chunks + chunk)[:, None] * NOTES * GP + rows[None, :]
-    cold = tl.load(NOTED + place * chunks * NOTES * GP + rows, mask=valid, other=0.0)
+    notes = NOTED + (chunk[:, None] * (NOTES * GP) + rows[None, :])
+    cold = tl.load(NOTED + rows, mask=valid, other=0.0)
     cold_square = tl.load(notes + GP, mask=noted, other=0.0)
     cold_value = tl.load(notes + 2 * GP, mask=noted, other=0.0)
-    counts = NOTED + (place * chunks + chunk) * NOTES * GP
+    counts = NOTED + chunk * (NOTES * GP)
     live = tl.load(counts + 3 * GP, mask=chunk < chunks, other=0.0)
     refined = tl.load(counts + 4 * GP, mask=chunk < chunks, other=0.0)
-    step = tl.load(ROWINFO + place * ROW_FIELDS * GP + rows, mask=valid, other=0.0)
-    norm = tl.load(ROWINFO + (place * ROW_FIELDS + 2) * GP + rows, mask=valid, other=0.0)
+    step = tl.load(ROWINFO + rows, mask=valid, other=0.0)
+    norm = tl.load(ROWINFO + 2 * GP + rows, mask=valid, other=0.0)
+    _, segments = shared_by(TAKEN, place, chunks, results, PACK, CHUNKS_P2)
+    tl.debug_barrier()  # or the compiler puts some of what is read behind the first sums
     inside = tl.broadcast_to((index < segments)[:, None], top.shape)
     top = tl.where(inside, top, EMPTY)
     most = tl.max(top, 0)
@@ -102,9 +106,7 @@ def merge(
     parts = weighed(part_top, got, part < segments, most)
     for first in range(CHUNK, segments, CHUNK):
         part = first + tl.arange(0, CHUNK)
-        part_top, got = some_of(
-            PARTIAL, META, first_slot, part, segments, rows, valid, columns, GP, FIELDS, VALUE_DIM
-        )  # fmt: skip
+        part_top, got = some_of(PARTIAL, META, part, segments, rows, valid, columns, GP, FIELDS, VALUE_DIM)
         parts += weighed(part_top, got, part < segments, most)
 
     share = tl.exp2(top - most[None, :])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lamp_compile.runtime.kernels._device import ROW_FIELDS, rotation, round_even, turned, wait_for_launch
+from lamp_compile.runtime.kernels._device import ROW_FIELDS, everywhere, rotation, round_even, turned, wait_for_launch
 
 
 @triton.jit(do_not_specialize=["queries", "first_token"])
@@ -31,6 +31,9 @@ def prepare_query(
     valid = (rows < GROUP * TOKENS) & (token < queries)
     source = Q + b.to(tl.int64) * stride_b + (g * GROUP + rows % GROUP).to(tl.int64) * stride_h
     source += token.to(tl.int64) * stride_s
+    # Read with the query: behind the first thing that is written it would be waited for alone.
+    tau = tl.load(TAU + b * tau_b + g)
+    raised = (tl.load(FLOOR + b * floor_b + g) >= 1.0) | (tl.load(STATE + bg * 4 + 1) >= 1.0)
     if ROTATE:
         channels = tl.arange(0, 2 * HP)
         x = tl.load(
@@ -53,8 +56,8 @@ def prepare_query(
             at = BALANCE + b * balance_b + g * 2 * HALF + half
             upper = upper * tl.load(at, mask=half < HALF, other=0.0)[None, :]
             lower = lower * tl.load(at + HALF, mask=half < HALF, other=0.0)[None, :]
-    spoilt = tl.sum(upper * 0.0 + lower * 0.0, 1)  # NaN where the row holds a NaN or an infinity
-    step = tl.maximum(tl.max(tl.abs(upper), 1), tl.max(tl.abs(lower), 1)) / 127.0
+    nothing = upper * 0.0 + lower * 0.0  # NaN where the row holds a NaN or an infinity
+    step = everywhere(tl.max(tl.maximum(tl.abs(upper), tl.abs(lower)), 1), GP) / 127.0
     step = tl.where(step == 0.0, 1.0, step)
     upper = round_even(tl.div_rn(upper, tl.broadcast_to(step[:, None], upper.shape)))
     lower = round_even(tl.div_rn(lower, tl.broadcast_to(step[:, None], lower.shape)))
@@ -63,15 +66,19 @@ def prepare_query(
     tl.store(target, upper.to(tl.int8))
     tl.store(target + HP, lower.to(tl.int8))
     info = ROWINFO + place * ROW_FIELDS * GP + rows
-    tau = tl.load(TAU + b * tau_b + g)
-    raised = (tl.load(FLOOR + b * floor_b + g) >= 1.0) | (tl.load(STATE + bg * 4 + 1) >= 1.0)
     all_refined = (tau <= 0.0).to(tl.float32) + raised.to(tl.float32) * 2.0
     tl.store(info + 4 * GP, tl.zeros((GP,), tl.float32) + tau)
     tl.store(info + 5 * GP, tl.zeros((GP,), tl.float32) + all_refined)
+    # One sum, which waits for all warps, instead of four.
+    sums = tl.sum(tl.join(tl.join(upper + lower, lower), tl.join(upper * upper + lower * lower, nothing)), 1)
+    whole, real = tl.split(sums)
+    all_sum, lower_sum = tl.split(whole)
+    square, spoilt = tl.split(real)
+    spoilt = everywhere(spoilt, GP)
     tl.store(info, step + spoilt)
-    tl.store(info + GP, tl.sum(upper + lower, 1))
-    tl.store(info + 2 * GP, tl.sum(upper * upper + lower * lower, 1) * step * step)
-    tl.store(info + 3 * GP, tl.sum(lower, 1))
+    tl.store(info + GP, everywhere(all_sum, GP))
+    tl.store(info + 2 * GP, everywhere(square, GP) * step * step)
+    tl.store(info + 3 * GP, everywhere(lower_sum, GP))
     for rank in tl.static_range(0, RP if RANK else 0, STEP):
         r = rank + tl.arange(0, STEP)
         channel = ((g * GROUP + rows) * 2 * HALF)[:, None] + half[None, :]

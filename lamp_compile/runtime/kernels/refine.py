@@ -13,6 +13,7 @@ import triton.language as tl
 
 from lamp_compile.runtime.kernels._device import (
     EMPTY,
+    everywhere,
     key_range,
     over_parts,
     query_of,
@@ -67,23 +68,29 @@ def of_splits(
 
 @triton.jit
 def gathered(
-    HOT, HOT_PLACES, OWN, OWN_PLACES, TAKEN, place, chunks, count, entry, first, stride,
-    PACK: tl.constexpr, CHUNK: tl.constexpr, CHUNKS_P2: tl.constexpr, PAGED: tl.constexpr,
+    HOT, HOT_PLACES, OWN, OWN_PLACES, counts, count, entry, first, stride,
+    PACK: tl.constexpr, CHUNK: tl.constexpr, PAGED: tl.constexpr,
 ):  # fmt: skip
     """Of the lists of several chunks, what is this program's share of all: written to OWN where it stood if they were
     one list, so that the loop knows nothing of chunks. Also, the sub-tiles at the first entries, and their places."""
-    at = on_lists(TAKEN, place, chunks, entry, CHUNK, CHUNKS_P2)
-    tiles = tl.load(HOT + at, mask=entry < count, other=0)
-    places = tiles
+    at, index = everywhere(on_lists(counts, entry, CHUNK), PACK), tl.arange(0, 32)
+    mine = first + index // PACK * stride + index % PACK
+    source = on_lists(counts, mine, CHUNK)
+    tiles = tl.load(HOT + at, mask=entry < count, other=0)  # the same again, but no thread need wait for another
+    own = tl.load(HOT + source, mask=mine < count, other=0)
+    places, own_places = tiles, own
     if PAGED:
         places = tl.load(HOT_PLACES + at, mask=entry < count, other=0).to(tl.int64)
-    index = tl.arange(0, 32)
-    for begin in range(first, count, stride * (32 // PACK)):
-        mine = begin + index // PACK * stride + index % PACK
-        source = on_lists(TAKEN, place, chunks, mine, CHUNK, CHUNKS_P2)
-        tl.store(OWN + mine, tl.load(HOT + source, mask=mine < count, other=0), mask=mine < count)
+        own_places = tl.load(HOT_PLACES + source, mask=mine < count, other=0)
+    for _ in range(first, count, stride * (32 // PACK)):
+        tl.store(OWN + mine, own, mask=mine < count)
         if PAGED:
-            tl.store(OWN_PLACES + mine, tl.load(HOT_PLACES + source, mask=mine < count, other=0), mask=mine < count)
+            tl.store(OWN_PLACES + mine, own_places, mask=mine < count)
+        mine += stride * (32 // PACK)
+        source = on_lists(counts, mine, CHUNK)
+        own = tl.load(HOT + source, mask=mine < count, other=0)
+        if PAGED:
+            own_places = tl.load(HOT_PLACES + source, mask=mine < count, other=0)
     tl.debug_barrier()  # one thread reads what another one wrote
     return tiles, places
 
@@ -142,6 +149,9 @@ def refine(
     if CHUNKS_P2 == 1:  # the head of its list, read before it is known how long that is
         early = tl.maximum(tl.minimum(entry, subtiles - 1), 0)
         tiles, places = listed(HOT, HOT_PLACES, early, subtiles, PAGED)
+    else:
+        chunk = tl.arange(0, CHUNKS_P2)
+        counts = tl.load(TAKEN + (place * chunks + chunk) * 2, mask=chunk < chunks, other=0)
     count, taking = shared_by(TAKEN, place, chunks, tl.num_programs(0), PACK, CHUNKS_P2)
     if segment >= taking:
         return
@@ -152,8 +162,7 @@ def refine(
         OWN += place * subtiles
         OWN_PLACES += place * subtiles
         tiles, places = gathered(
-            HOT, HOT_PLACES, OWN, OWN_PLACES, TAKEN, place, chunks, count, entry, first, stride, PACK, CHUNK, CHUNKS_P2,
-            PAGED,
+            HOT, HOT_PLACES, OWN, OWN_PLACES, counts, count, entry, first, stride, PACK, CHUNK, PAGED,
         )  # fmt: skip
         HOT, HOT_PLACES = OWN, OWN_PLACES
     known = all_refined

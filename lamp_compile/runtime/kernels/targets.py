@@ -41,8 +41,9 @@ class Target:
 class Cut:
     """One call, cut: rows of a program (tokens x group, padded), sub-tiles that share a pass (``_device.py``), tokens
     and number of its row blocks, sub-tiles of a sequence, programs of the look-ahead (splits) and of the refinement
-    (segments) for one block of rows; where sequences differ in length, steps of a split at least; whether a program
-    holds few numbers (SMALL); steps of both loops in flight, as many as shared memory holds."""
+    (segments) for one block of rows; warps of the latter where it holds few numbers, and how many of its programs a
+    multiprocessor is to hold; where sequences differ in length, steps of a split at least; whether a program holds few
+    numbers (SMALL); steps of both loops in flight, as many as shared memory holds."""
 
     rows: int
     pack: int
@@ -51,6 +52,8 @@ class Cut:
     subtiles: int
     splits: int
     segments: int
+    refine_warps: int
+    refine_programs: int
     least_steps: int
     small: bool
     stages: int
@@ -66,9 +69,7 @@ class Cut:
         """Of the look-ahead and of the refinement: more where a program holds more numbers than one warp's registers.
         ``value_width`` is half the value dimension, padded."""
         held = self.rows * self.pack * value_width
-        return min(16, self.launch.warps * max(1, held // 1024)), min(
-            16, self.launch.refine_warps * max(1, held // 512)
-        )
+        return min(16, self.launch.warps * max(1, held // 1024)), min(16, self.refine_warps * max(1, held // 512))
 
 
 SMALL = 512
@@ -114,7 +115,9 @@ def cut(
     pack = max(1, target.columns // rows)
     halves = padded_half(planes[0].shape[4]), padded_half(planes[3].shape[3])
     small, step = rows * pack * max(halves) <= SMALL, pack * subtile * sum(halves)
-    programs, refine_programs = launch.programs, launch.refine_programs
+    programs, refine_programs, refine_warps = launch.programs, launch.refine_programs, launch.refine_warps
+    if small and target.asm and not mixed and crowd <= launch.most_paired and refine_warps == 1:
+        refine_programs, refine_warps = launch.paired_programs, 2
     if not small:
         programs, refine_programs = min(FIT, programs), min(FIT, refine_programs)
     splits = min(target.processors * programs // crowd, subtiles // launch.least_subtiles, launch.most_splits)
@@ -126,4 +129,7 @@ def cut(
         segments = max(segments, -(-subtiles // launch.mixed_tiles))
     stages, refine_stages = in_flight(launch.stages, step, target), in_flight(launch.refine_stages, 2 * step, target)
     splits, segments = max(1, splits), max(1, segments)
-    return Cut(rows, pack, tokens, blocks, subtiles, splits, segments, steps, small, stages, refine_stages, launch)
+    return Cut(
+        rows, pack, tokens, blocks, subtiles, splits, segments, refine_warps, refine_programs, steps, small, stages,
+        refine_stages, launch,
+    )  # fmt: skip
