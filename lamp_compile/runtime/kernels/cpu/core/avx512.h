@@ -88,7 +88,7 @@ LAMP_APART void dots_by_lane(const uint8_t *plane, const uint8_t *residual, cons
       for (int i = 0; i < 4; i++) {
         sixteen_of_four<HALF>(plane + (j + i) * HALF + first, bytes[i]);
         if (BOTH) sixteen_of_four<HALF>(residual + (j + i) * HALF + first, more[i]);
-        for (int n = 0; n < SOON / 4; n += 64) __builtin_prefetch(soon + i * (SOON / 4) + n);
+        for (int n = 0; n < SOON / 4; n += 64) ask(soon + i * (SOON / 4) + n);
       }
 #pragma GCC unroll 2
       for (int b = 0; b < 2; b++) {
@@ -132,7 +132,7 @@ LAMP_APART void dots_of(const uint8_t *plane, int half, const int8_t *q, const i
       for (int r = 0; r < ROWS; r++) sum[r] = _mm512_setzero_si512();
       for (int b = 0; b < BLOCKS; b++) {
         const uint8_t *at = plane + (j + i) * half + 64 * b;
-        __builtin_prefetch(soon + i * half + 64 * b);
+        ask(soon + i * half + 64 * b);
         const __m512i bytes = b == BLOCKS - 1 ? _mm512_maskz_loadu_epi8(tail, at) : _mm512_loadu_si512(at);
         const __m512i upper = upper_of(bytes), lower = lower_of(bytes);
         for (int r = 0; r < ROWS; r++) {
@@ -232,12 +232,12 @@ LAMP_APART void values_of(const uint8_t *const *tiles, int count, int64_t stride
                      [&](const int64_t *at, __m512i(*upper)[ROWS], __m512i(*lower)[ROWS]) LAMP_LAMBDA {
                        const __m512i mask = _mm512_set1_epi8((char)0xf0);
                        const uint8_t *soon = take(feed, 128 * MOST_TILES);
-                       for (int t = 128 * count; t < 128 * MOST_TILES; t += 64) __builtin_prefetch(soon + t);
+                       for (int t = 128 * count; t < 128 * MOST_TILES; t += 64) ask(soon + t);
                        for (int t = 0; t < count; t++) {
                          __m512i high[2], low[2];
                          for (int i = 0; i < 2; i++) {
                            const __m512i bytes = two_channels<TOGETHER>(tiles[t] + at[i], stride);
-                           __builtin_prefetch(soon + 128 * t + 64 * i);
+                           ask(soon + 128 * t + 64 * i);
                            high[i] = _mm512_and_si512(bytes, mask);
                            low[i] = _mm512_and_si512(_mm512_slli_epi16(bytes, 4), mask);
                          }
@@ -273,8 +273,8 @@ LAMP_INLINE void multiply_fine(const uint8_t *const *high, const uint8_t *const 
   for (int r = 0; r < ROWS; r++) fine_upper[r] = fine_lower[r] = _mm512_setzero_si512();
   const uint8_t *soon = take(feeds.values, 64 * count), *refined = take(feeds.refined, 64 * count);
   for (int t = 0; t < count; t++) {
-    __builtin_prefetch(soon + 64 * t);
-    __builtin_prefetch(refined + 64 * t);
+    ask(soon + 64 * t);
+    ask(refined + 64 * t);
     const __m512i coarse = two_channels<TOGETHER>(high[t] + at, stride);
     const __m512i fine = two_channels<TOGETHER>(residual[t] + at, stride);
     const __m512i above = _mm512_xor_si512(upper_of(coarse, fine), flip);

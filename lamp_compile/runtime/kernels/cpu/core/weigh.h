@@ -131,7 +131,7 @@ LAMP_APART void weigh_cold(const Work &work, const Run &run, const Block &block,
     float *weight = cold.weight[i] + n * SUBTILE;
     if (!empty(feed)) {
       const uint8_t *soon = take(feed, 64 * SOON);
-      for (int k = 0; k < SOON; k++) __builtin_prefetch(soon + 64 * k);
+      for (int k = 0; k < SOON; k++) ask(soon + 64 * k);
     }
 #pragma GCC unroll 2
     for (int h = 0; h < 2; h++)
