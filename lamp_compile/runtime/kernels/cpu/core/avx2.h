@@ -32,7 +32,7 @@ LAMP_INLINE void dots(const uint8_t *plane, int half, const int8_t *q, const int
     const uint8_t *soon = take(feed, KEYS * half);
     for (int i = 0; i < KEYS; i++) {
       __m256i sum[ROWS];
-      for (int c = 0; c < half; c += 64) __builtin_prefetch(soon + i * half + c);
+      for (int c = 0; c < half; c += 64) ask(soon + i * half + c);
       for (int r = 0; r < ROWS; r++) sum[r] = _mm256_setzero_si256();
       for (int c = 0; c < half; c += 32) {
         const __m256i bytes = bytes_of(plane + (j + i) * half + c, half - c);
@@ -67,7 +67,7 @@ LAMP_INLINE void values(const uint8_t *const *tiles, int count, int64_t stride, 
       for (int r = 0; r < ROWS; r++) upper[r] = lower[r] = _mm256_setzero_si256();
       const uint8_t *soon = p % 2 ? nullptr : take(feed, 64 * count);
       for (int t = 0; t < count; t++) {
-        if (soon) __builtin_prefetch(soon + 64 * t);
+        if (soon) ask(soon + 64 * t);
         const __m256i bytes = _mm256_loadu_si256((const __m256i *)(tiles[t] + (c + p) * stride));
         const __m256i high =
             _mm256_sub_epi8(_mm256_xor_si256(_mm256_and_si256(_mm256_srli_epi16(bytes, 4), low), eight), eight);

@@ -32,15 +32,13 @@ LAMP_INLINE __m512i sums_of_16(__m512i *v) {
   return _mm512_add_epi32(_mm512_shuffle_i32x4(v[0], v[1], 0x88), _mm512_shuffle_i32x4(v[0], v[1], 0xdd));
 }
 
-// Nibbles as bytes that a product takes without a sign. Of one plane: (x & 15) ^ 8, a nibble plus 8. Of both: 16 times
-// the high nibble and the residual one, plus 136.
+// Nibbles as bytes that a product takes without a sign. Of one plane, with the highest bit of each nibble flipped: a
+// nibble plus 8. Of both: 16 times the high nibble and the residual one, plus 136. Operations of two operands, where
+// there is a choice: those of three wait for products (Zen 4).
 constexpr int SURPLUS = 8, SURPLUS_BOTH = 136;
-LAMP_INLINE __m512i upper_of(__m512i x) {
-  return _mm512_ternarylogic_epi32(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15), _mm512_set1_epi8(8), 0x6a);
-}
-LAMP_INLINE __m512i lower_of(__m512i x) {
-  return _mm512_ternarylogic_epi32(x, _mm512_set1_epi8(15), _mm512_set1_epi8(8), 0x6a);
-}
+LAMP_INLINE __m512i flipped(__m512i x) { return _mm512_xor_si512(x, _mm512_set1_epi8((char)0x88)); }
+LAMP_INLINE __m512i upper_of(__m512i x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
+LAMP_INLINE __m512i lower_of(__m512i x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 // Bits of `a` above each nibble's border, of `b` below.
 LAMP_INLINE __m512i joined(__m512i a, __m512i b) {
   return _mm512_ternarylogic_epi32(_mm512_set1_epi8((char)0xf0), a, b, 0xca);
@@ -73,7 +71,6 @@ LAMP_INLINE void multiply_keys(const __m512i *nibbles, const int8_t *q, __m512i 
 template <int ROWS, int HALF, bool BOTH>
 LAMP_APART void dots_by_lane(const uint8_t *plane, const uint8_t *residual, const int8_t *q, const int32_t *sum8,
                              Feed &feed, int32_t *out) {
-  const __m512i flip = _mm512_set1_epi8((char)0x88);
   for (int j = 0; j < SUBTILE; j += LANES) {
     __m512i sums[ROWS][4];
     for (int r = 0; r < ROWS; r++)
@@ -88,16 +85,17 @@ LAMP_APART void dots_by_lane(const uint8_t *plane, const uint8_t *residual, cons
       for (int i = 0; i < 4; i++) {
         sixteen_of_four<HALF>(plane + (j + i) * HALF + first, bytes[i]);
         if (BOTH) sixteen_of_four<HALF>(residual + (j + i) * HALF + first, more[i]);
-        for (int n = 0; n < SOON / 4; n += 64) __builtin_prefetch(soon + i * (SOON / 4) + n);
+        for (int b = 0; b < 2 && !BOTH; b++) bytes[i][b] = flipped(bytes[i][b]);
+        for (int n = 0; n < SOON / 4; n += 64) ask(soon + i * (SOON / 4) + n);
       }
 #pragma GCC unroll 2
       for (int b = 0; b < 2; b++) {
         const int8_t *query = q + first + 16 * b;
         for (int i = 0; i < 4; i++)
-          nibbles[i] = BOTH ? _mm512_xor_si512(upper_of(bytes[i][b], more[i][b]), flip) : upper_of(bytes[i][b]);
+          nibbles[i] = BOTH ? flipped(upper_of(bytes[i][b], more[i][b])) : upper_of(bytes[i][b]);
         multiply_keys<ROWS>(nibbles, query, sums);
         for (int i = 0; i < 4; i++)
-          nibbles[i] = BOTH ? _mm512_xor_si512(lower_of(bytes[i][b], more[i][b]), flip) : lower_of(bytes[i][b]);
+          nibbles[i] = BOTH ? flipped(lower_of(bytes[i][b], more[i][b])) : lower_of(bytes[i][b]);
         multiply_keys<ROWS>(nibbles, query + PADDED, sums);
       }
     }
@@ -132,9 +130,9 @@ LAMP_APART void dots_of(const uint8_t *plane, int half, const int8_t *q, const i
       for (int r = 0; r < ROWS; r++) sum[r] = _mm512_setzero_si512();
       for (int b = 0; b < BLOCKS; b++) {
         const uint8_t *at = plane + (j + i) * half + 64 * b;
-        __builtin_prefetch(soon + i * half + 64 * b);
+        ask(soon + i * half + 64 * b);
         const __m512i bytes = b == BLOCKS - 1 ? _mm512_maskz_loadu_epi8(tail, at) : _mm512_loadu_si512(at);
-        const __m512i upper = upper_of(bytes), lower = lower_of(bytes);
+        const __m512i upper = upper_of(flipped(bytes)), lower = lower_of(flipped(bytes));
         for (int r = 0; r < ROWS; r++) {
           add_products(sum[r], upper, query[r][0][b]);
           add_products(sum[r], lower, query[r][1][b]);
@@ -232,12 +230,12 @@ LAMP_APART void values_of(const uint8_t *const *tiles, int count, int64_t stride
                      [&](const int64_t *at, __m512i(*upper)[ROWS], __m512i(*lower)[ROWS]) LAMP_LAMBDA {
                        const __m512i mask = _mm512_set1_epi8((char)0xf0);
                        const uint8_t *soon = take(feed, 128 * MOST_TILES);
-                       for (int t = 128 * count; t < 128 * MOST_TILES; t += 64) __builtin_prefetch(soon + t);
+                       for (int t = 128 * count; t < 128 * MOST_TILES; t += 64) ask(soon + t);
                        for (int t = 0; t < count; t++) {
                          __m512i high[2], low[2];
                          for (int i = 0; i < 2; i++) {
                            const __m512i bytes = two_channels<TOGETHER>(tiles[t] + at[i], stride);
-                           __builtin_prefetch(soon + 128 * t + 64 * i);
+                           ask(soon + 128 * t + 64 * i);
                            high[i] = _mm512_and_si512(bytes, mask);
                            low[i] = _mm512_and_si512(_mm512_slli_epi16(bytes, 4), mask);
                          }
@@ -273,8 +271,8 @@ LAMP_INLINE void multiply_fine(const uint8_t *const *high, const uint8_t *const 
   for (int r = 0; r < ROWS; r++) fine_upper[r] = fine_lower[r] = _mm512_setzero_si512();
   const uint8_t *soon = take(feeds.values, 64 * count), *refined = take(feeds.refined, 64 * count);
   for (int t = 0; t < count; t++) {
-    __builtin_prefetch(soon + 64 * t);
-    __builtin_prefetch(refined + 64 * t);
+    ask(soon + 64 * t);
+    ask(refined + 64 * t);
     const __m512i coarse = two_channels<TOGETHER>(high[t] + at, stride);
     const __m512i fine = two_channels<TOGETHER>(residual[t] + at, stride);
     const __m512i above = _mm512_xor_si512(upper_of(coarse, fine), flip);

@@ -8,6 +8,16 @@ struct Feed {
   const uint8_t *from[ROOM], *to[ROOM];
 };
 
+// Asks for a line. On x86 into the second cache, which has room for several times as many requests under way as the
+// first one, and from which products hardly wait.
+LAMP_INLINE void ask(const void *at) {
+#if defined(__x86_64__) || defined(_M_X64)
+  __builtin_prefetch(at, 0, 2);
+#else
+  __builtin_prefetch(at);
+#endif
+}
+
 // Nothing to ask for; `idle` is any address that may be asked for.
 LAMP_INLINE void clear(Feed &feed, const void *idle) {
   feed.at = feed.end = (const uint8_t *)idle;

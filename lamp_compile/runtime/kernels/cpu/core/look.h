@@ -38,7 +38,7 @@ enum {
   POISON = KEY_SUMS,
   ALIVE,
   REFINED,
-  SUMS
+  SUMS = 16  // rows of a partial result begin at cache lines
 };
 
 // Whether scores of a sub-tile are from both planes in the first pass.
@@ -66,7 +66,7 @@ LAMP_APART void look_at_subtile(Work &work, int r0, int64_t j, const uint8_t *pl
   const Rows &rows = work.rows;
   const bool both = final_at_once(work, j);
   const int64_t key = key_of(work, j);
-  int32_t products[ROWS * SUBTILE];
+  alignas(64) int32_t products[ROWS * SUBTILE];
   if (both)
     fine_dots<ROWS>(plane, residual, (int)call.planes.half_k, rows.q[r0], rows.sum8 + r0, feed, products);
   else

@@ -20,7 +20,7 @@ template <int ROWS>
 LAMP_INLINE void dots(const uint8_t *plane, int half, const int8_t *q, const int32_t *, Feed &feed, int32_t *out) {
   for (int j = 0; j < SUBTILE; j += 4) {
     const uint8_t *soon = take(feed, 4 * half);
-    for (int i = 0; i < 4 * half; i += 64) __builtin_prefetch(soon + i);
+    for (int i = 0; i < 4 * half; i += 64) ask(soon + i);
     int32x4_t sum[ROWS][4];
     for (int r = 0; r < ROWS; r++)
       for (int i = 0; i < 4; i++) sum[r][i] = vdupq_n_s32(0);
@@ -54,7 +54,7 @@ LAMP_INLINE void values(const uint8_t *const *tiles, int count, int64_t stride, 
       if (p >= channels) continue;
       const uint8_t *soon = p % 2 ? nullptr : take(feed, 64 * count);
       for (int t = 0; t < count; t++) {
-        if (soon) __builtin_prefetch(soon + 64 * t);
+        if (soon) ask(soon + 64 * t);
         for (int part = 0; part < 2; part++) {
           const uint8x16_t bytes = vld1q_u8(tiles[t] + (c + p) * stride + 16 * part);
           const int8x16_t upper = upper16(bytes), lower = lower16(bytes);

@@ -17,7 +17,7 @@ LAMP_APART void add_to(const Work &work, int r0, const float *step, const int32_
 template <int ROWS>
 LAMP_APART void add_cold(const Work &work, const Run &run, const Block &block, const Cold &cold, int r0, Feed &feed,
                          float *const *outputs) {
-  uint8_t w[RUN * ROWS * SUBTILE];
+  alignas(64) uint8_t w[RUN * ROWS * SUBTILE];
   float step[ROWS];
   const uint8_t *high[RUN];
   for (int n = 0; n < block.cold_count; n++) high[n] = run.v_high[block.cold[n]];
@@ -31,7 +31,7 @@ LAMP_APART void add_cold(const Work &work, const Run &run, const Block &block, c
       }
   }
   const int half = (int)work.call->planes.half_v;
-  int32_t found[ROWS * MOST_DIM];
+  alignas(64) int32_t found[ROWS * MOST_DIM];
   values<ROWS>(high, block.cold_count, work.call->planes.tile, half, w, feed, found);
   add_to<ROWS>(work, r0, step, found, outputs);
 }
@@ -41,8 +41,9 @@ template <int ROWS>
 static void add_hot(const Work &work, Hot &hot, int r0, Feeds &feeds, float *const *outputs, Vf (*sums)[KEY_SUMS]) {
   if (!hot.count) return;
   const int half = (int)work.call->planes.half_v;
-  uint8_t upper[RUN * ROWS * SUBTILE], lower[RUN * ROWS * SUBTILE], eight[RUN * ROWS * SUBTILE];
-  float step[ROWS], weight[ROWS][RUN_KEYS];
+  alignas(64) uint8_t upper[RUN * ROWS * SUBTILE], lower[RUN * ROWS * SUBTILE], eight[RUN * ROWS * SUBTILE];
+  float step[ROWS];
+  alignas(64) float weight[ROWS][RUN_KEYS];
   Vf inverse[ROWS];
   for (int i = 0; i < ROWS; i++) {
     const int r = r0 + i;
@@ -67,7 +68,7 @@ static void add_hot(const Work &work, Hot &hot, int r0, Feeds &feeds, float *con
           as_bytes(__builtin_convertvector(smaller(x * splat(1.0f / 256.0f) + cut, splat(255.0f)), Vi), eight + at);
       }
     }
-  int32_t found[ROWS * MOST_DIM];
+  alignas(64) int32_t found[ROWS * MOST_DIM];
   fine_values<ROWS>(hot.high, hot.residual, hot.count, work.call->planes.tile, half, upper, lower, eight, feeds, found);
   add_to<ROWS>(work, r0, step, found, outputs);
   hot.count = 0;

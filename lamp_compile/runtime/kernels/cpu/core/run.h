@@ -156,6 +156,6 @@ LAMP_APART void ask_for(const Work &work, const Run &run, Feeds &feeds) {
     if (planes.tile == SUBTILE)
       push(feeds.refined, run.v_residual[t], stored);
     else
-      for (int64_t c = 0; c < planes.half_v; c++) __builtin_prefetch(run.v_residual[t] + c * planes.tile);
+      for (int64_t c = 0; c < planes.half_v; c++) ask(run.v_residual[t] + c * planes.tile);
   }
 }

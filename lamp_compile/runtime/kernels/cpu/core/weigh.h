@@ -10,7 +10,7 @@ struct Block {
 
 // Weights of cold sub-tiles, one after the other, relative to what the rows' factors say.
 struct Cold {
-  float weight[4][RUN_KEYS];  // times the scale of the value
+  alignas(64) float weight[4][RUN_KEYS];  // times the scale of the value
   float most[4];
 };
 
@@ -21,9 +21,9 @@ struct Hot {
   int64_t key[RUN];
   Scales scales[RUN];
   uint32_t v_spoilt[RUN];
-  bool refined[RUN][4];                // by row of the block
-  float factor[RUN][4];                // from the chunk's weights to the row's
-  float difference[RUN][4 * SUBTILE];  // what refinement adds to the scores
+  bool refined[RUN][4];                            // by row of the block
+  float factor[RUN][4];                            // from the chunk's weights to the row's
+  alignas(64) float difference[RUN][4 * SUBTILE];  // what refinement adds to the scores
 };
 
 template <int ROWS>
@@ -56,7 +56,7 @@ LAMP_APART void score_differences(const Work &work, const Run &run, int t, int r
   const LampAttend &call = *work.call;
   const Rows &rows = work.rows;
   const int half = (int)call.planes.half_k;
-  int32_t fine[ROWS * SUBTILE], coarse[ROWS * SUBTILE];
+  alignas(64) int32_t fine[ROWS * SUBTILE], coarse[ROWS * SUBTILE];
   dots<ROWS>(run.k_residual[t], half, rows.q[r0], rows.sum8 + r0, feed, fine);
   if (call.softcap != 0) dots<ROWS>(run.k_high[t], half, rows.q[r0], rows.sum8 + r0, feed, coarse);
   for (int i = 0; i < ROWS; i++)
@@ -94,13 +94,13 @@ LAMP_INLINE void clear(Sums &sums) {
 
 // Sixteen keys of weight p; gives back the weight of their values.
 LAMP_INLINE Vf add_weights(const Scales &scales, int h, Vf p, Sums &sums) {
-  const Vf w = p * scales.v[h], squared = p * p;
+  const Vf w = p * scales.v[h], k = p * scales.k_square[h], both = p * scales.both[h];
   sums.weight += p;
   sums.value_weight += w;
-  sums.soft += p * scales.k_square[h];
-  sums.both_soft += p * scales.both[h];
-  sums.hard += squared * scales.k_square[h];
-  sums.both += squared * scales.both[h];
+  sums.soft += k;
+  sums.both_soft += both;
+  sums.hard += p * k;
+  sums.both += p * both;
   sums.value += w * w;
   sums.most = larger(w, sums.most);
   return w;
@@ -131,7 +131,7 @@ LAMP_APART void weigh_cold(const Work &work, const Run &run, const Block &block,
     float *weight = cold.weight[i] + n * SUBTILE;
     if (!empty(feed)) {
       const uint8_t *soon = take(feed, 64 * SOON);
-      for (int k = 0; k < SOON; k++) __builtin_prefetch(soon + 64 * k);
+      for (int k = 0; k < SOON; k++) ask(soon + 64 * k);
     }
 #pragma GCC unroll 2
     for (int h = 0; h < 2; h++)
