@@ -30,8 +30,9 @@ class LaunchPlan:
     paired_programs: int = 5
     """Of the refinement where two warps share a program: what they leave is less, and a step takes them less time."""
     most_paired: int = 128
-    """Kv heads of all sequences up to which that is so, where few rows share a kv head and each sequence has planes of
-    its own. With more of them there are few programs for each, and these must be able to share evenly."""
+    """Kv heads of all sequences, times blocks of new tokens, up to which that is so: on NVIDIA, where few rows share a
+    kv head and ``refine_warps`` is 1. With more of them there are few programs for each, and these must be able to
+    share evenly."""
     least_subtiles: int = 8
     """Sub-tiles a program of the look-ahead should have at least."""
     most_splits: int = 128

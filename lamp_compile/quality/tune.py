@@ -24,9 +24,9 @@ from lamp_compile.runtime import guard, kernels, layout
 CHOICES: dict[str, tuple[int, ...]] = {
     "programs": (4, 8, 12, 16),
     "stages": (2, 3, 4),
-    "refine_programs": (4, 8, 12, 16),
     "most_paired": (0, 128, 1024),
     "paired_programs": (4, 5, 6),
+    "refine_programs": (4, 8, 12, 16),
     "refine_stages": (2, 3),
     "merge_chunk": (16, 64, 256),
     "most_splits": (64, 128),

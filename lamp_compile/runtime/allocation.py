@@ -55,8 +55,8 @@ def zeros(sizes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], device: torc
 
 def in_large_pages(tensor: Tensor) -> bool:
     """Ask the system to put a tensor that nobody has written to yet into large pages: a decode step goes through planes
-    of more pages than a processor remembers the places of. Advice: where there is none (another system than Linux,
-    large pages switched off, a GPU's tensor, a small one) nothing happens. Whether the system took it."""
+    of more pages than a processor remembers the places of. What the tensor holds is lost. Advice: on another system
+    than Linux, with a GPU's tensor or a small one nothing happens. Whether the system took it."""
     if type(tensor) is not Tensor or tensor.device.type != "cpu":
         return False  # a fake tensor is of another type
     size, madvise = tensor.numel() * tensor.element_size(), _madvise()
@@ -64,7 +64,10 @@ def in_large_pages(tensor: Tensor) -> bool:
         return False
     begin = -(-tensor.data_ptr() // LARGE_PAGE) * LARGE_PAGE
     end = (tensor.data_ptr() + size) // LARGE_PAGE * LARGE_PAGE
-    return bool(madvise(begin, end - begin, mmap.MADV_HUGEPAGE) == 0)
+    taken = bool(madvise(begin, end - begin, mmap.MADV_HUGEPAGE) == 0)
+    if taken:  # what was used before lies in small pages already: given back, it comes in large ones when written to
+        madvise(begin, end - begin, mmap.MADV_DONTNEED)
+    return taken
 
 
 @cache

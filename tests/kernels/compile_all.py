@@ -150,7 +150,7 @@ def compiled(name: str, case: str, recorders: dict[str, offline.Recorder]) -> No
             "kept": text.count("evict_last"),
             "asynchronous": text.count("cp.async.c") + text.count("cp.async.bulk"),
             "shared": made.metadata.shared, "room": SHARED[name],
-            "spilled": offline.spilled(made, offline.TARGETS[name]),
+            "spilled": offline.spilled(made, offline.TARGETS[name]), "registers": kwargs.get("maxnreg"),
         }  # fmt: skip
         print(json.dumps(row), flush=True)
 

@@ -80,5 +80,4 @@ def test_where_two_warps_share_a_program(batch, given, warps, segments):
     planes = (torch.empty(batch, 8, 1024, 32, 64, device="meta"), q, q, torch.empty(1, 1, 1, 64, device="meta"))
     cut = targets.cut(hopper, LaunchPlan(**given), q, planes, 32768, 32, mixed=False)
     assert (cut.warps(64)[1], cut.segments) == (warps, segments)
-    assert targets.cut(hopper, LaunchPlan(), q, planes, 32768, 32, mixed=True).refine_warps == 1
     assert targets.cut(replace(hopper, asm=False), LaunchPlan(), q, planes, 32768, 32, mixed=False).refine_warps == 1

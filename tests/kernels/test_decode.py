@@ -192,6 +192,7 @@ LAUNCHES = {
     "many splits": {"programs": 64, "least_subtiles": 1},
     "joined by two": {"programs": 64, "least_subtiles": 1, "refine_programs": 64, "most_segments": 2},
     "merged by twos": {"programs": 12, "least_subtiles": 2, "merge_chunk": 2},
+    "one warp a program": {"most_paired": 0, "programs": 12, "least_subtiles": 2},
     "few rows a program": {"most_rows": 4, "programs": 64, "least_subtiles": 1},
 }
 

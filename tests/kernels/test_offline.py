@@ -44,8 +44,9 @@ def compiled(name: str) -> list[dict]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_kernel_compiles(name):
-    """Eleven calls for Hopper, in four of them ``prepare_query`` and in the three where programs do not join all rows of
-    a kv head ``guard_step``; three calls elsewhere. Of a predicted step what stands around, in place of ``merge``."""
+    """Eleven calls for Hopper, in four of them ``prepare_query`` and in the three where programs do not join all rows
+    of a kv head ``guard_step``; three calls elsewhere. Of a predicted step what stands around, in place of
+    ``merge``."""
     rows = compiled(name)
     assert len(rows) == (11 * 3 + 9 + 4 + 3 + 2 * 4 if name == "sm_90" else 3 * 3 + 2 + 2 + 4) + 3
     assert {row["kernel"] for row in rows} >= {*READERS, *AROUND, "append_rows", "summarize_row"}
@@ -94,10 +95,11 @@ def test_what_the_look_ahead_notes_stays_in_the_cache(name):
 def test_pages_cost_no_asynchronous_load():
     """Where a sub-tile stands is read a step before its planes are; so are lists of them."""
     rows = {(row["case"], row["kernel"]): row["asynchronous"] for row in compiled("sm_90")}
-    for case in ("paged", "predicted", "predicted, paged"):
+    like = {"paged": "plain", "predicted": "many heads", "predicted, paged": "plain"}
+    for case, other in like.items():
         loops = 2 if "predicted" in case else 1  # of the refinement: what was known before, and what was not
-        assert rows[case, "look_ahead"] == rows["many heads", "look_ahead"], rows
-        assert rows[case, "refine"] == loops * rows["many heads", "refine"], rows
+        assert rows[case, "look_ahead"] == rows[other, "look_ahead"], rows
+        assert rows[case, "refine"] == loops * rows[other, "refine"], rows
 
 
 def test_the_look_ahead_of_one_token_keeps_its_registers():
@@ -105,3 +107,9 @@ def test_the_look_ahead_of_one_token_keeps_its_registers():
     rows = [row for row in compiled("sm_90") if row["kernel"] == "look_ahead" and row["case"] != "tokens"]
     assert len(rows) == 10
     assert all(row["spilled"] == 0 for row in rows), rows
+
+
+def test_programs_of_the_refinement_leave_room_for_each_other():
+    """Five of two warps, or twelve of one."""
+    rows = {(row["case"], row["kernel"]): row["registers"] for row in compiled("sm_90")}
+    assert [rows[case, "refine"] for case in ("plain", "many heads", "dim 256")] == [168, 168, None]

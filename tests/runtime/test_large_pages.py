@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import sys
 from pathlib import Path
 
@@ -28,11 +29,11 @@ def flags_at(address: int) -> list[str]:
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Ranges that the system is asked about, instead of asking it."""
-    found: list[tuple[int, int]] = []
+    """Advice that the system is given, and of which ranges, instead of giving it."""
+    found: list[tuple[int, int, int]] = []
 
     def madvise(begin, size, advice):
-        found.append((begin, size))
+        found.append((advice, begin, size))
         return 0
 
     monkeypatch.setattr(allocation, "_madvise", lambda: madvise)
@@ -53,11 +54,20 @@ def test_large_tensors_are_marked():
 
 def test_only_whole_pages_inside_are_asked_for(asked):
     made = allocation.zeros({"a": ((5 << 20,), torch.uint8), "small": ((1 << 20,), torch.float16)}, torch.device("cpu"))
-    [(begin, size)] = asked
+    [(first, begin, size), (second, *again)] = asked
+    assert (first, second) == (mmap.MADV_HUGEPAGE, mmap.MADV_DONTNEED)  # memory that was used before is given back
+    assert again == [begin, size]
     assert begin % allocation.LARGE_PAGE == size % allocation.LARGE_PAGE == 0
     assert size > 0
     assert made["a"].data_ptr() <= begin
     assert begin + size <= made["a"].data_ptr() + made["a"].numel()
+
+
+def test_what_is_refused_is_not_given_back(monkeypatch):
+    given: list[int] = []
+    monkeypatch.setattr(allocation, "_madvise", lambda: lambda begin, size, advice: given.append(advice) or -1)
+    assert not allocation.in_large_pages(torch.empty(16 << 20, dtype=torch.uint8))
+    assert given == [mmap.MADV_HUGEPAGE]
 
 
 def test_nothing_is_asked_where_there_is_no_memory(asked):

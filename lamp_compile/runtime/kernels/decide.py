@@ -1,7 +1,7 @@
 """Third launch: decide, with the finished log-sum-exp of the same query, which sub-tiles to refine, and list them.
 
 A program decides for CHUNK sub-tiles of a block of rows and kv head. Those of the refinement share what is on the lists
-evenly: what lies in clusters (the newest keys, the first) makes no program longer than the others.
+evenly: what lies in clusters (the newest keys, the first) makes no program more than a step longer than the others.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def levels_of(
     LISTED: tl.constexpr,
 ):  # fmt: skip
     """Of what was ``noted`` of a chunk: which sub-tiles there are, and of them what ``chosen`` says, or levels known
-    before."""
+    before. Also the squared weights of ``chosen``, and these times squared value scales."""
     there = (tile >= lo // BN) & (tile * BN < hi)
     looked = there & (level == 1) & (all_refined == 0)  # level 1: all that live where the gate is not used
     energy, v_peaks = tl.where(looked[:, None], energy, DEAD), tl.where(looked, v_peaks, 0.0)
@@ -126,8 +126,9 @@ def decide(
     """CHUNK sub-tiles of a block of rows. HOT ``[B*G, blocks, subtiles]``: those to refine, ascending, from where the
     chunk begins (``on_lists``); HOT_PLACES where they stand in pages; TAKEN ``[B*G, blocks, chunks, 2]``
     how many they are, and how many programs of the look-ahead left something; NOTED ``[B*G, blocks, chunks, NOTES,
-    GP]`` log2 of the look-ahead's sum, of the sub-tiles that stay at the high plane the sums of ``chosen``, and how
-    many sub-tiles are seen and refined (where all are refined nothing was looked at: none, ``refine`` counts them).
+    GP]`` log2 of the look-ahead's sum, of the sub-tiles that stay at the high plane sums of squared weights and of
+    these times squared value scales, and how many sub-tiles are seen and refined (where all are refined nothing was
+    looked at: none, ``refine`` counts them).
 
     With LISTED, of a head whose LEVELS were known before (COUNTS, ``predict.py``), these decide.
     """
@@ -165,6 +166,7 @@ def decide(
     )  # fmt: skip
     taken = tl.where(all_refined, there.to(tl.int32), hot)
     if TOKENS == 1:  # all in one sum, which over several warps waits for all of them; what is refined is live
+        tl.static_assert(CHUNK < 4096, "two counts share a float")
         counted = tl.where((rows == 0)[None, :], (tokens_live + (taken << 12)).to(tl.float32)[:, None], 0.0)
         sums = tl.sum(tl.join(tl.join(square, value_square), tl.join(counted, tl.zeros_like(counted))), 0)
         squares, counts = tl.split(sums)
@@ -202,8 +204,8 @@ def listed_of(TAKEN, place, chunk, chunks):
 
 @triton.jit
 def shared_by(TAKEN, place, chunks, segments, PACK: tl.constexpr, CHUNKS_P2: tl.constexpr):
-    """Of one block of rows: how many sub-tiles are refined and how many programs of the refinement have something to
-    do: sub-tiles to refine, no more of them than the longest needs for its steps, or partial results to join."""
+    """Of one block of rows: how many sub-tiles are refined; and how many programs of the refinement have something to
+    do: a step (PACK sub-tiles to refine) or more, or partial results to join."""
     count = listed_of(TAKEN, place, 0, chunks)
     for chunk in tl.static_range(1, CHUNKS_P2):
         count += listed_of(TAKEN, place, chunk, chunks)

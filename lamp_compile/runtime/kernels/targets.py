@@ -116,7 +116,7 @@ def cut(
     halves = padded_half(planes[0].shape[4]), padded_half(planes[3].shape[3])
     small, step = rows * pack * max(halves) <= SMALL, pack * subtile * sum(halves)
     programs, refine_programs, refine_warps = launch.programs, launch.refine_programs, launch.refine_warps
-    if small and target.asm and not mixed and crowd <= launch.most_paired and refine_warps == 1:
+    if small and target.asm and crowd <= launch.most_paired and refine_warps == 1:
         refine_programs, refine_warps = launch.paired_programs, 2
     if not small:
         programs, refine_programs = min(FIT, programs), min(FIT, refine_programs)

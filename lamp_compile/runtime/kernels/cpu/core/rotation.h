@@ -18,27 +18,44 @@ LAMP_INLINE Vf double_lanes(Vf x) {
   return x;
 }
 
-// A power of two of channels, at least 16; the matrix is its own transpose.
-LAMP_INLINE void rotate_vectors(int dim, float *x) {
-  Vf v[MOST_DIM / LANES];
-  const int count = dim / LANES;
-  const Vf norm = splat(1.0f / __builtin_sqrtf((float)dim));
-  for (int i = 0; i < count; i++) v[i] = double_lanes(load(x + i * LANES));
-  for (int step = 1; step < count; step *= 2)
-    for (int first = 0; first < count; first += 2 * step)
-      for (int i = first; i < first + step; i++) {
-        const Vf a = v[i], b = v[i + step];
-        v[i] = a + b;
-        v[i + step] = a - b;
-      }
-  for (int i = 0; i < count; i++) store(x + i * LANES, v[i] * norm);
+// COUNT vectors of channels, a power of two; the matrix is its own transpose.
+template <int COUNT>
+LAMP_INLINE void rotate_vectors(float *x) {
+  Vf v[COUNT];
+  const Vf norm = splat(1.0f / __builtin_sqrtf((float)(COUNT * LANES)));
+#pragma GCC unroll 16
+  for (int i = 0; i < COUNT; i++) v[i] = double_lanes(load(x + i * LANES));
+#pragma GCC unroll 4
+  for (int step = 1; step < COUNT; step *= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < COUNT / 2; i++) {
+      const int at = i / step * 2 * step + i % step;
+      const Vf a = v[at], b = v[at + step];
+      v[at] = a + b;
+      v[at + step] = a - b;
+    }
+#pragma GCC unroll 16
+  for (int i = 0; i < COUNT; i++) store(x + i * LANES, v[i] * norm);
 }
 
 // x R in place, or x R^T when `back`.
 LAMP_INLINE void rotate(const LampRotation &kind, int dim, bool back, float *x) {
   if (!kind.base) return;
   const int base = (int)kind.base;
-  if (base == 1 && dim >= LANES) return rotate_vectors(dim, x);
+  if (base == 1) switch (dim) {
+      case 16:
+        return rotate_vectors<1>(x);
+      case 32:
+        return rotate_vectors<2>(x);
+      case 64:
+        return rotate_vectors<4>(x);
+      case 128:
+        return rotate_vectors<8>(x);
+      case 256:
+        return rotate_vectors<16>(x);
+      default:
+        break;
+    }
   for (int step = base; step < dim; step *= 2)
     for (int first = 0; first < dim; first += 2 * step)
       for (int i = first; i < first + step; i++) {

@@ -26,7 +26,8 @@ LAMP_INLINE int block_rows(int left) { return left >= 3 ? 4 : left; }
 LAMP_INLINE void prepare_row(const LampAttend &call, Rows &rows, int r) {
   const int half = (int)call.planes.half_k, dim = 2 * half;
   const int64_t token = rows.first_token + rows.token[r], head = rows.head[r];
-  float x[MOST_DIM + LANES] = {0};
+  float x[MOST_DIM + LANES];
+  store(x + dim, splat(0.0f));  // the last channels may not fill a vector
   read_row(call.q, call.dtype, rows.b * call.q_strides[0] + head * call.q_strides[1] + token * call.q_strides[2], dim,
            x);
   if (call.balance) {
