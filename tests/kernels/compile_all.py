@@ -134,6 +134,14 @@ def appended(value_dim: int = 128) -> None:
     append_rows.append(k, v, stored, None, empty(4, dtype=torch.int64), None, "hadamard")
 
 
+def fenced(text: str) -> bool:
+    """Whether a barrier stands between what a kernel reads behind its wait and the first step of a sum over threads."""
+    behind = text[text.find("griddepcontrol.wait") :]
+    steps = [place for what in ("st.shared", "shfl") if (place := behind.find(what)) >= 0]
+    read = behind[: min(steps, default=0)]
+    return read.rfind("ld.global") < read.rfind("bar.sync")
+
+
 def compiled(name: str, case: str, recorders: dict[str, offline.Recorder]) -> None:
     for kernel, recorder in recorders.items():
         always = (*READERS, *AROUND, "decide", "merge", "append_rows", "summarize_row")
@@ -146,6 +154,7 @@ def compiled(name: str, case: str, recorders: dict[str, offline.Recorder]) -> No
             "target": name, "case": case, "kernel": kernel,
             "int8_products": text.count(".s8.s8.s32") + text.count("v_mfma_i32"),
             "order": [text.find(what) for what in ("griddepcontrol.wait", "griddepcontrol.launch_dep", "st.global")],
+            "fenced": fenced(text),
             "last_product": text.rfind("mma.sync"), "joins": text.find("ld.global.cg"),
             "kept": text.count("evict_last"),
             "asynchronous": text.count("cp.async.c") + text.count("cp.async.bulk"),

@@ -73,6 +73,8 @@ def test_dependent_launches_wait_before_they_write_or_let_others_begin(name):
             assert wait == others == -1, row
         else:
             assert -1 < wait < min(others, write), row
+            if row["kernel"] in ("decide", "merge"):  # all that is read is asked for before the first sum
+                assert row["fenced"], row
             if row["kernel"] == "refine":  # the look-ahead's results are read while the decision is made
                 assert -1 < row["joins"] < wait, row
             if row["kernel"] == "look_ahead":  # programs that wait beside those that read slow these down

@@ -212,8 +212,8 @@ def over_parts(x, PACK: tl.constexpr, GP: tl.constexpr):
 
 @triton.jit
 def everywhere(x, n: tl.constexpr):
-    """``[n]``, few, by way of single numbers, which all threads hold: where x is one dimension of something larger, the
-    compiler would lay that out as x lies in a sum, and move all of it through shared memory to where it is needed."""
+    """The same n numbers, few, each by way of a single one that all threads hold. Broadcast as it is, what a sum gave
+    makes the compiler lay the larger tensor out like the sum, and move all of that through shared memory."""
     index, found = tl.arange(0, n), tl.zeros((n,), x.dtype)
     for i in tl.static_range(n):
         found = tl.where(index == i, tl.sum(tl.where(index == i, x, 0), 0), found)
