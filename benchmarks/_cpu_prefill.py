@@ -11,8 +11,7 @@ import torch
 from _planes import STORE, Shape
 from torch import Tensor
 
-from lamp_compile.runtime import fused_ops as _fused  # noqa: F401 (registers torch.ops.lamp.append)
-from lamp_compile.runtime import guard, layout
+from lamp_compile.runtime import fused_ops, guard, layout
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
 TAU, SHARPNESS = 0.01, 1.5
@@ -67,12 +66,13 @@ def _lamp(q: Tensor, k: Tensor, v: Tensor, stats: Tensor) -> Callable[[], Tensor
     hot = (torch.full((kv_heads,), TAU), torch.zeros(kv_heads), torch.full((kv_heads,), torch.inf))
     options = dict(causal="bottom_right", window=0, scale=None, softcap=0.0, keys=length, rule="energy", query_bits=8,
                    subtile=32, guard_window=16, guard_hold=64, hysteresis=0.5, site="", **STORE)  # fmt: skip
+    settings = [options[name] for name in fused_ops.SETTINGS if name in options]
 
     def run() -> Tensor:
-        torch.ops.lamp.append(k, v, *planes, None, start, None, site="", **STORE)
+        torch.ops.lamp.append.default(k, v, *planes, None, start, None, *STORE.values(), "")
         state = guard.new_state(1, kv_heads)
         none = (None,) * 7
-        out: Tensor = torch.ops.lamp.fused_attention(q, *planes, *hot, state, stats, *none, **options)
+        out: Tensor = torch.ops.lamp.fused_attention.default(q, *planes, *hot, state, stats, *none, *settings)
         return out
 
     return run

@@ -179,7 +179,7 @@ class Lamp:
                 got.append(op.impose(inputs, share, ranked))
                 ops[-1].append(op)
         share = statistics.fmean(got)
-        turns = [ops[index // kinds % len(ops)][index % kinds] for index in range(len(self.sets))]
+        turns = [ops[index % len(ops)][index % kinds] for index in range(len(self.sets))]
         calls = [lambda s=s, op=op: op(s) for s, op in zip(self.sets, turns, strict=True)]
         facts = {"refined_share": share, "wanted_shares": list(shares), "how": ops[0][0].path(self.sets[0])}
         return Way(name, calls, self.sources.shape.bytes_touched(self.sources.case, share), facts)
@@ -227,7 +227,7 @@ class _Burst:
         self.errors: list[float] = []
         self.count, self.failed = 1, ""
         try:
-            self.count = max(1, min(len(way.calls), int(seconds * 1e3 / _quick(way.calls))))
+            self.count = max(1, int(seconds * 1e3 / _quick(way.calls)))
         except Exception as problem:  # noqa: BLE001  (one way that fails must not cost the others)
             self.failed = f"{type(problem).__name__}: {str(problem)[:400]}"
 

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import lamp_compile.runtime.fused_ops  # noqa: F401  (registers torch.ops.lamp)
-from lamp_compile.runtime import guard
+from lamp_compile.runtime import fused_ops, guard
 
 TILE = SUBTILE = 32
 STORE: dict[str, Any] = dict(k_format="nested8", v_format="nested8", rotation="hadamard")
@@ -157,13 +156,15 @@ class Attention:
         self.budget = torch.full((kv_heads,), math.inf, device=device)
         self.state = guard.new_state(batch, kv_heads, device)
         self.stats = guard.new_stats(batch, kv_heads, device)
+        k_high = inputs.planes[0]
+        options = {**SHAPE, "keys": k_high.shape[2] * k_high.shape[3], **STORE, **RULE, **GUARD}
+        self.settings = [options[name] for name in fused_ops.SETTINGS if name in options]
 
     def __call__(self, inputs: Inputs) -> Tensor:
-        k_high = inputs.planes[0]
-        out: Tensor = torch.ops.lamp.fused_attention(
+        """As a compiled graph calls it."""
+        out: Tensor = torch.ops.lamp.fused_attention.default(
             inputs.q, *inputs.planes, self.tau, self.floor, self.budget, self.state, self.stats,
-            None, None, None, None, None, inputs.lengths, None,
-            **SHAPE, keys=k_high.shape[2] * k_high.shape[3], **STORE, **RULE, **GUARD,
+            None, None, None, None, None, inputs.lengths, None, *self.settings,
         )  # fmt: skip
         return out
 

@@ -13,7 +13,7 @@ from lamp_compile.ir import AttentionSite
 from lamp_compile.passes._nodes import OPS, lamp_nodes, outcome, sweep
 from lamp_compile.passes.capture import Program
 from lamp_compile.passes.insert_lookahead import PLANES, SEEN
-from lamp_compile.passes.patterns._dialect import aten, bind
+from lamp_compile.passes.patterns._dialect import aten, bind, settings_of
 from lamp_compile.passes.patterns._values import Emitter, tensor
 from lamp_compile.runtime import kernel_notes, kernels
 
@@ -79,7 +79,7 @@ def _why_not(op: str, inputs: dict[str, Any], why_not: WhyNot) -> str | None:
 
 def _replace(program: Program, op: str, nodes: dict[str, Node], inputs: dict[str, Any]) -> None:
     attend = nodes["attend"]
-    names = [argument.name for argument in OPS[op]._schema.arguments if argument.kwarg_only]
+    names = settings_of(OPS[op]._schema)
     fused = Emitter(attend).call(
         OPS[op], *(inputs[name] for name in INPUTS[op]), **{name: inputs[name] for name in names}
     )

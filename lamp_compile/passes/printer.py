@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from lamp_compile.passes._nodes import OPS, lamp_nodes
-from lamp_compile.passes.patterns._dialect import aten, bind, read, schema_of
+from lamp_compile.passes.patterns._dialect import aten, bind, read, schema_of, settings_of
 from lamp_compile.passes.patterns._values import value
 
 _READABLE = re.compile(r"^l_(self_|kwargs_|args_)?|(?<=_)(modules_|parameters_|buffers_)")
@@ -62,7 +62,7 @@ def _arguments(node: Node) -> tuple[list[str], list[str]]:
         named = [f"{name}={_text(argument)}" for name, argument in node.kwargs.items() if argument is not None]
         return [*map(_text, node.args), *named], []
     given = {name: x for name, x in bind(node).items() if x is not None and name != "site"}
-    attributes = [argument.name for argument in schema_of(node).arguments if argument.kwarg_only]
+    attributes = settings_of(schema_of(node))
     inputs = [f"{name}={_text(x)}" for name, x in given.items() if name not in attributes]
     return inputs, [f"{name}={_text(x)}" for name, x in given.items() if name in attributes and x not in ("", 0, 0.0)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from contextvars import ContextVar
 from functools import cache
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,7 +44,7 @@ def zeros(sizes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], device: torc
     one launch fills all of a dtype."""
     if torch.compiler.is_compiling():
         return {name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in sizes.items()}
-    made = {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in sizes.items()}
+    made = {name: _empty(shape, dtype, device) for name, (shape, dtype) in sizes.items()}
     for tensor in made.values():
         in_large_pages(tensor)
     later = _together.get()
@@ -53,14 +55,32 @@ def zeros(sizes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], device: torc
     return made
 
 
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory of its own, that begins where a large page does if it will lie in such pages: of planes of a few megabytes
+    a quarter would be left outside of them."""
+    small = torch.empty(0, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    if not _may_be_large(small, size):
+        return torch.empty(shape, dtype=dtype, device=device)
+    room = np.empty(size + LARGE_PAGE, dtype=np.uint8)
+    skipped = -room.ctypes.data % LARGE_PAGE
+    # Neither a view nor an offset into its storage: compiled graphs would be guarded by either.
+    memory = torch.from_numpy(room[skipped : skipped + size]).untyped_storage()
+    made: Tensor = small.set_(memory, 0, shape, torch.empty(shape, device="meta").stride())
+    return made
+
+
+def _may_be_large(tensor: Tensor, size: int) -> bool:
+    plain = type(tensor) is Tensor and tensor.device.type == "cpu"  # a fake tensor is of another type
+    return plain and size >= 2 * LARGE_PAGE and _madvise() is not None
+
+
 def in_large_pages(tensor: Tensor) -> bool:
     """Ask the system to put a tensor that nobody has written to yet into large pages: a decode step goes through planes
     of more pages than a processor remembers the places of. What the tensor holds is lost. Advice: on another system
     than Linux, with a GPU's tensor or a small one nothing happens. Whether the system took it."""
-    if type(tensor) is not Tensor or tensor.device.type != "cpu":
-        return False  # a fake tensor is of another type
     size, madvise = tensor.numel() * tensor.element_size(), _madvise()
-    if size < 2 * LARGE_PAGE or madvise is None:
+    if not _may_be_large(tensor, size):
         return False
     begin = -(-tensor.data_ptr() // LARGE_PAGE) * LARGE_PAGE
     end = (tensor.data_ptr() + size) // LARGE_PAGE * LARGE_PAGE

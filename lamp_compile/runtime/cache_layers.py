@@ -221,9 +221,8 @@ class NestedLayer(GrowableLayer):
             kernels.append(k, v, self.planes, self.balance, positions, table, plan.rotation)
             return
         torch.ops.lamp.append(
-            k, v, *self.planes, self.balance, positions, table,
-            k_format=plan.k_format, v_format=plan.v_format, rotation=plan.rotation, site=self.name,
-        )  # fmt: skip
+            k, v, *self.planes, self.balance, positions, table, plan.k_format, plan.v_format, plan.rotation, self.name
+        )
 
     def _expects(self, k: Tensor, v: Tensor) -> bool:
         """Whether these are plain tensors of the sizes, dtype and device that the layer was laid out for, and nobody

@@ -3,6 +3,8 @@
 ``append`` stores new rows in the planes; ``fused_attention`` is ``look_ahead``, ``select``, ``attend`` and ``guard`` in
 one, and writes the guard's state back itself. Where a kernel exists (``runtime/kernels``) it runs; the implementations
 here are the reference. Shape letters and liveness as in ``runtime/ops.py``.
+
+Their settings may be given by position: a graph's call then takes half as long to dispatch as with names.
 """
 
 from __future__ import annotations
@@ -18,15 +20,23 @@ SCHEMAS = {
     # positions: where each sequence's first new row goes, int64 [1] or [B]; below 0 = this sequence takes nothing.
     "append": (
         "(Tensor k, Tensor v, Tensor(a!) k_high, Tensor(b!) k_residual, Tensor(c!) k_scale, Tensor(d!) v_high, "
-        "Tensor(e!) v_residual, Tensor(f!) v_scale, Tensor? balance, Tensor positions, Tensor? block_table, *, "
+        "Tensor(e!) v_residual, Tensor(f!) v_scale, Tensor? balance, Tensor positions, Tensor? block_table, "
         "str k_format, str v_format, str rotation, str site) -> ()"
     ),
     "fused_attention": (
         f"(Tensor q, {ops._PLANES}, Tensor tau, Tensor floor, Tensor budget, Tensor(a!) state, Tensor(b!) stats, "
-        f"Tensor? balance, {ops._LIVE}, *, {ops._SHAPE}, {ops._STORE}, str rule, int query_bits, int subtile, "
+        f"Tensor? balance, {ops._LIVE}, {ops._SHAPE}, {ops._STORE}, str rule, int query_bits, int subtile, "
         "int guard_window, int guard_hold, float hysteresis, str site, str launch='') -> Tensor"
     ),
 }
+
+
+TENSORS = kernels.TENSORS
+SETTINGS = (
+    "causal", "window", "scale", "softcap", "keys", "k_format", "v_format", "rotation", "rule", "query_bits", "subtile",
+    "guard_window", "guard_hold", "hysteresis", "site", "launch",
+)  # fmt: skip
+"""What comes behind the tensors of ``lamp::fused_attention``, in order."""
 
 
 def _append(
@@ -41,7 +51,6 @@ def _append(
     balance: Tensor | None,
     positions: Tensor,
     block_table: Tensor | None,
-    *,
     k_format: str,
     v_format: str,
     rotation: str,
@@ -91,24 +100,26 @@ def inference_only(out: Tensor, q: Tensor) -> Tensor:
     return marked
 
 
-def _fused_attention(q: Tensor, *args: Any, **options: Any) -> Tensor:
-    again = kernels.attend_again(q, args, options)
+def _fused_attention(q: Tensor, *args: Any) -> Tensor:
+    again = kernels.attend_again(q, args)
     if again is not None:
         return again
-    planes, hot, balance, seen = args[:6], args[6:11], args[11], args[12:]
+    planes, hot, balance, seen = args[:6], args[6:11], args[11], args[12:TENSORS]
+    options = dict(zip(SETTINGS, args[TENSORS:], strict=False))  # defaults are left out by the dispatcher
     state, stats = hot[3:]
     if kernels.why_not_attend(q, planes, state, options) is None:
         ops.check_attention(q, planes, (*hot, balance), seen, options)
         return kernels.attend(q, planes, hot, balance, seen, options)
-    out, new_state, new_stats = torch.ops.lamp.attention.cached(q, *args, **options)
+    out, new_state, new_stats = torch.ops.lamp.attention.cached(q, *args[:TENSORS], **options)
     state.copy_(new_state)
     stats.copy_(new_stats)
     result: Tensor = out
     return result
 
 
-def _fake_fused(q: Tensor, *args: Any, v_format: str, **kwargs: Any) -> Tensor:
-    return ops._fake_attend(q, *args, v_format=v_format)[0]
+def _fake_fused(q: Tensor, *args: Any) -> Tensor:
+    settings = dict(zip(SETTINGS, args[TENSORS:], strict=False))
+    return ops._fake_attend(q, *args[:TENSORS], v_format=settings["v_format"])[0]
 
 
 _IMPLEMENTATIONS: dict[str, tuple[Any, Any]] = {

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from lamp_compile.errors import InputError
-from lamp_compile.runtime import fused_ops as _fused  # noqa: F401 (registers torch.ops.lamp.fused_attention)
-from lamp_compile.runtime import guard, kernels
+from lamp_compile.runtime import fused_ops, guard, kernels
 from lamp_compile.runtime.kernels import cpu
 from lamp_compile.runtime.kernels.cpu import _again
 from tests.kernels import calls
@@ -36,8 +35,8 @@ def step(**given: Any) -> Call:
 
 def again(call: Call) -> Tensor | None:
     """By the short way alone."""
-    args = (*call.planes, *call.hot, call.balance, *call.seen)
-    return kernels.attend_again(call.q, args, call.options)
+    settings = [call.options[name] for name in fused_ops.SETTINGS if name in call.options]
+    return kernels.attend_again(call.q, (*call.planes, *call.hot, call.balance, *call.seen, *settings))
 
 
 def fresh(call: Call) -> Call:

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from lamp_compile.errors import InputError
-from lamp_compile.runtime import fused_ops as _fused  # noqa: F401 (registers torch.ops.lamp.fused_attention)
-from lamp_compile.runtime import kernels
+from lamp_compile.runtime import fused_ops, kernels
 from tests.kernels import calls
 
 OPTIONS = {"k_format": "nested8", "v_format": "nested8", "rule": "energy", "query_bits": 8, "subtile": 32}
@@ -171,6 +170,24 @@ def test_bad_input_is_refused_before_any_kernel(index, bad, monkeypatch):
 def test_opcheck_of_fused_attention():
     call, arguments, _ = on_cpu()
     torch.library.opcheck(torch.ops.lamp.fused_attention.default, arguments, call.options)
+
+
+def test_settings_come_in_the_order_of_the_schema():
+    arguments = torch.ops.lamp.fused_attention.default._schema.arguments[1:]
+    tensors, settings = arguments[: fused_ops.TENSORS], arguments[fused_ops.TENSORS :]
+    assert all("Tensor" in str(argument.type) for argument in tensors)
+    assert tuple(argument.name for argument in settings) == fused_ops.SETTINGS
+
+
+@pytest.mark.parametrize("launch", [{}, {"launch": "{}"}])
+def test_settings_by_position_and_by_name_are_the_same(launch):
+    call, arguments, (state, _) = on_cpu()
+    _, others, (other_state, _) = on_cpu()
+    options = {**call.options, **launch}
+    settings = [options[name] for name in fused_ops.SETTINGS if name in options]
+    by_name = torch.ops.lamp.fused_attention(*arguments, **options)
+    assert torch.equal(torch.ops.lamp.fused_attention(*others, *settings), by_name)
+    assert torch.equal(state, other_state)
 
 
 def test_opcheck_of_append():

@@ -63,6 +63,18 @@ def test_only_whole_pages_inside_are_asked_for(asked):
     assert begin + size <= made["a"].data_ptr() + made["a"].numel()
 
 
+def test_large_planes_begin_where_a_page_does(asked):
+    """Neither views nor offsets: compiled graphs are guarded by both, and every cache would be compiled for anew."""
+    sizes = {"odd": ((3, 5 << 19, 2), torch.float16), "bytes": ((5 << 20,), torch.uint8)}
+    for tensor in allocation.zeros(sizes, torch.device("cpu")).values():
+        assert tensor.data_ptr() % allocation.LARGE_PAGE == 0
+        assert tensor.storage_offset() == 0
+        assert tensor._base is None
+        assert tensor.is_contiguous()
+        assert tensor.count_nonzero() == 0
+    assert [size for advice, _, size in asked if advice == mmap.MADV_HUGEPAGE] == [30 << 20, 4 << 20]
+
+
 def test_what_is_refused_is_not_given_back(monkeypatch):
     given: list[int] = []
     monkeypatch.setattr(allocation, "_madvise", lambda: lambda begin, size, advice: given.append(advice) or -1)

@@ -213,6 +213,11 @@ def schema_of(node: Node) -> torch.FunctionSchema:
     return node.target._schema
 
 
+def settings_of(schema: torch.FunctionSchema) -> list[str]:
+    """The arguments of an operator that are no tensors."""
+    return [argument.name for argument in schema.arguments if "Tensor" not in str(argument.type)]
+
+
 def bind(node: Node) -> dict[str, Any]:
     """All arguments of a ``lamp::`` node by name, defaults filled in."""
     arguments = schema_of(node).arguments

@@ -26,6 +26,8 @@ SPANS = (4, 8, 16, 32)
 """Keys per summary of a look-ahead network that Triton's kernels take."""
 MOST_RANK = 64
 """And numbers per summary."""
+TENSORS = cpu.TENSORS
+"""Arguments of ``lamp::fused_attention`` behind the query that are tensors or None."""
 MOST_HEADS = 65535
 """Sequences times kv heads: one axis of a grid."""
 OLDEST = (8, 0)
@@ -202,12 +204,10 @@ def attend(
         return decode.decode(q, planes, hot, balance, seen, options).out
 
 
-def attend_again(q: Tensor, args: tuple[Any, ...], options: Mapping[str, Any]) -> Tensor | None:
+def attend_again(q: Tensor, args: tuple[Any, ...]) -> Tensor | None:
     """``lamp::fused_attention`` where the call before it on these very planes was the same but for the numbers in the
-    query and the lengths; else None. ``args``: the tensors behind the query."""
-    if why_not_device("cpu") is not None:
-        return None
-    return cpu.attend_again(q, args, options)
+    query and the lengths; else None. ``args``: what comes behind the query, ``TENSORS`` tensors and the settings."""
+    return None if why_not_device("cpu") else cpu.attend_again(q, args)
 
 
 def attend_predicted(

@@ -37,6 +37,8 @@ RULES = {"energy": 0, "lamp_strict": 1, "lamp_relaxed": 2}
 CAUSAL = {"": 0, "top_left": 1, "bottom_right": 2}
 MOST_GROUP = 64
 """Query heads that share a kv head, at most (``MOST_ROWS`` of ``core/rows.h``)."""
+MOST_REPEATED = 32
+"""New tokens of a call that is kept, at most: with more it is a prompt's, which does not come again."""
 MOST_RANK = 64
 """Numbers per summary of a look-ahead network, at most (``core/predict.h``)."""
 GROUPS = (1, 2, 4, 8, 16, 32)
@@ -93,7 +95,7 @@ def attend(
         hot: tau, floor, budget, state, stats.
         balance: ``[G, D]``, ``[B, G, D]`` or None.
         seen: mask, bias, sinks, start, lengths, block table.
-        options: The keyword arguments of ``lamp::fused_attention``.
+        options: The settings of ``lamp::fused_attention`` by name, in its order.
         details: Also write log-sum-exp and certificate; without, they are empty.
         predicted: Of a look-ahead network, which decides then: summaries, history and trust (the latter two are written
             in place); and query, query_bias, age, extra, limit, margin.
@@ -133,11 +135,12 @@ def attend(
         failed = _library.load().lamp_attend_predicted(_library.pointer(call), _library.pointer(gate))
     if failed:
         raise MemoryError(f"no memory for the scores of {heads // planes[0].shape[1]} x {options['keys']} keys")
-    if predicted is None and not details and q is given:
-        _again.keep(q, (*planes, *hot, first_balance, *seen), options, call, out)
+    if predicted is None and not details and q is given and queries <= MOST_REPEATED:
+        _again.keep(q, (*planes, *hot, first_balance, *seen), tuple(options.values()), call, out)
     return Result(out, lse, certificate)
 
 
+TENSORS = _again.TENSORS
 attend_again, append_again = _again.attend, _again.append
 
 

@@ -2,14 +2,16 @@
 kept, and only what differs from step to step is filled in. To check and fill in everything takes longer than a short
 context.
 
-Kept per plane of keys, and attention per guard state, while they live; every call makes sure that all tensors are those
-it was made for.
+Kept per plane of keys, and attention per guard state, while all of its tensors live; every call makes sure that all
+are those it was made for. Since that call the whole model has gone through the caches: facts of many tensors are
+compared by one hash, because each number kept as an object would be waited for.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -19,75 +21,60 @@ from lamp_compile.runtime.kernels.cpu import _library
 
 STATIC = 12
 """Arguments of ``lamp::fused_attention`` behind q that stay: planes, tau, floor, budget, state, stats, balance."""
-V_HIGH, STATE = 3, 9
-"""The high plane of the values, and the state of the guard, among them."""
+STATE = 9
+"""The state of the guard among them."""
 SHOWN = ("mask", "bias", "sinks", "start", "lengths", "table")
 """The arguments behind those: what is seen, which may be other tensors in every step."""
+TENSORS = STATIC + len(SHOWN)
 _known: dict[tuple[int, int], _Kept] = {}
 _stored: dict[int, _Kept] = {}
+_settings: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+
+_place, _dense, _steps = Tensor.data_ptr, Tensor.is_contiguous, Tensor.stride
+_shape, _dtype, _is_cpu = (attrgetter(name) for name in ("shape", "dtype", "is_cpu"))
 
 
-def _like(x: Tensor | None) -> Any:
-    return None if x is None else (x.shape, x.stride(), x.dtype, x.is_cpu)
-
-
-class _Tensor:
-    """A tensor that must still be what it was."""
-
-    __slots__ = ("dtype", "given", "place", "shape", "steps")
-
-    def __init__(self, x: Tensor, at_end: Callable[[Any], object] | None = None) -> None:
-        self.given, self.place, self.dtype = weakref.ref(x, at_end), x.data_ptr(), x.dtype
-        self.shape, self.steps = x.shape, x.stride()
-
-    def holds(self, x: Any) -> bool:
-        same = self.given() is x
-        return (
-            same
-            and x.data_ptr() == self.place
-            and bool(x.shape == self.shape)
-            and x.stride() == self.steps
-            and x.dtype is self.dtype
-        )
+def _facts(static: tuple[Tensor | None, ...], moving: tuple[Tensor | None, ...]) -> int:
+    """A hash, of 64 bits: of tensors that stay, which they are, where and of what shape; of others shape, steps and
+    dtype."""
+    still, other = [x for x in static if x is not None], [x for x in moving if x is not None]
+    return hash((
+        *map(id, static), *map(_place, still), *map(_dense, still), *map(_shape, still),
+        *(x is None for x in moving), *map(_shape, other), *map(_steps, other), *map(_dtype, other),
+        *map(_is_cpu, other),
+    ))  # fmt: skip
 
 
 class _Kept:
-    """One call: its tensors, its options, and the structure that the core was given."""
+    """One call: facts of its tensors, its settings, and the structure that the core was given, which is used again: two
+    threads that attend with the same guard state, or store in the same planes, would be in each other's way anyhow."""
 
-    __slots__ = ("call", "given", "moving", "options", "shown", "static")
+    __slots__ = ("argument", "call", "facts", "given", "settings", "shape", "watched")
 
     def __init__(
-        self, moving: dict[str, Tensor], static: tuple[Tensor | None, ...], shown: dict[str, Tensor | None],
-        options: Any, call: Any, at_end: Callable[[Any], object], owners: tuple[int, ...],
+        self, static: tuple[Tensor | None, ...], moving: dict[str, Tensor | None], settings: tuple[Any, ...],
+        call: Any, shape: tuple[int, ...], forget: Callable[[Any], object],
     ) -> None:  # fmt: skip
-        """Of ``moving`` and ``shown`` other tensors may come in every step, with other numbers. ``at_end`` is called
-        when an owner among ``static`` is gone, the planes or the guard's state; nothing of it is left with the other,
-        of which a slot's pages outlive many states."""
-        self.static = tuple(
-            None if x is None else _Tensor(x, at_end if at in owners else None) for at, x in enumerate(static)
-        )
-        self.moving, self.shown = [_like(x) for x in moving.values()], [_like(x) for x in shown.values()]
-        self.given = [name for name, x in (*moving.items(), *shown.items()) if x is not None]
-        self.options, self.call = options, bytes(call)
+        """``moving``: in every step other tensors may come, with other numbers. ``shape``: of the output. ``forget`` is
+        called when one of ``static`` is gone, so that none of another address is taken for it."""
+        self.watched = [weakref.ref(x, forget) for x in static if x is not None]
+        self.facts, self.shape = _facts(static, tuple(moving.values())), shape
+        self.call, self.argument = call, _library.pointer(call)
+        self.given = [name if x is not None else "" for name, x in moving.items()]
+        self.settings = _settings.setdefault(settings, settings)  # one object for all layers that have the same
 
     def holds(
-        self, moving: tuple[Tensor, ...], static: tuple[Any, ...], shown: tuple[Any, ...], options: Any
+        self, static: tuple[Any, ...], moving: tuple[Tensor | None, ...], settings: tuple[Any, ...]
     ) -> bool:  # fmt: skip
-        """Whether this call is that one again, but for the numbers in what moves and in what is shown."""
-        for was, x in zip(self.static, static, strict=True):
-            if was is not x and (was is None or not was.holds(x)):
-                return False
-        return (
-            all(_like(x) == was for x, was in zip(moving, self.moving, strict=True))
-            and all(_like(x) == was for x, was in zip(shown, self.shown, strict=True))
-            and bool(options == self.options)
-        )
+        """Whether this call is that one again, but for the numbers in what moves."""
+        return settings == self.settings and _facts(static, moving) == self.facts
 
-    def filled(self, structure: type[Any], tensors: tuple[Tensor | None, ...]) -> Any:
-        """What the core is given with these tensors, in the order of ``moving`` and ``shown``."""
-        call = structure.from_buffer_copy(self.call)
-        for name, x in zip(self.given, (x for x in tensors if x is not None), strict=True):
-            setattr(call, name, x.data_ptr())
+    def fill(self, moving: tuple[Any, ...]) -> Any:
+        """What the core is given with these tensors, to be filled further."""
+        call = self.call
+        for name, x in zip(self.given, moving, strict=True):
+            if name:
+                setattr(call, name, x.data_ptr())
         call.threads = torch.get_num_threads()
         return call
 
@@ -104,37 +91,37 @@ def _as_they_are(args: tuple[Any, ...], heads: int) -> bool:
     )
 
 
-def keep(q: Tensor, args: tuple[Any, ...], options: Mapping[str, Any], call: Any, out: Tensor) -> None:
+def keep(q: Tensor, args: tuple[Any, ...], settings: tuple[Any, ...], call: Any, out: Tensor) -> None:
     """Keep a call that has passed all checks and worked.
 
     Args:
         q: ``[B, H, S, D]``.
         args: The other tensors of ``lamp::fused_attention``, in order.
-        options: Its keyword arguments.
+        settings: What comes behind them.
         call: What the core was given.
         out: What it wrote.
     """
     if not _as_they_are(args, q.shape[1]):
         return
-    key = (id(args[0]), id(args[STATE]))
-    forget = _known.pop
+    key, drop = (id(args[0]), id(args[STATE])), _known.pop
 
-    def at_end(_: Any) -> None:
-        forget(key, None)
+    def forget(_: Any) -> None:
+        drop(key, None)
 
-    shown = dict(zip(SHOWN, args[STATIC:], strict=True))
-    _known[key] = _Kept({"q": q}, args[:STATIC], shown, dict(options), call, at_end, (0, STATE))
+    moving = {"q": q, **dict(zip(SHOWN, args[STATIC:], strict=True))}
+    _known[key] = _Kept(args[:STATIC], moving, settings, call, tuple(out.shape), forget)
 
 
-def attend(q: Tensor, args: tuple[Any, ...], options: Mapping[str, Any]) -> Tensor | None:
-    """The output ``[B, H, S, Dv]``, or None where there was no such call before; arguments as of ``keep``."""
+def attend(q: Tensor, args: tuple[Any, ...]) -> Tensor | None:
+    """The output ``[B, H, S, Dv]``, or None where there was no such call before. ``args``: the tensors behind the
+    query, and the settings."""
     kept = _known.get((id(args[0]), id(args[STATE])))
-    if kept is None or not kept.holds((q,), args[:STATIC], args[STATIC:], options):
+    moving = (q, *args[STATIC:TENSORS])
+    if kept is None or not kept.holds(args[:STATIC], moving, args[TENSORS:]):
         return None
-    call = kept.filled(_library.Attend, (q, *args[STATIC:]))
-    out = q.new_empty(*q.shape[:3], 2 * args[V_HIGH].shape[3])
-    call.out = out.data_ptr()
-    return None if _library.load().lamp_attend(_library.pointer(call)) else out
+    out = q.new_empty(kept.shape)
+    kept.fill(moving).out = out.data_ptr()
+    return None if _library.load().lamp_attend(kept.argument) else out
 
 
 def keep_stored(
@@ -147,13 +134,13 @@ def keep_stored(
     dense = balance is None or (balance.dtype is torch.float32 and balance.is_contiguous())
     if not straight or not dense or not (table is None or (table.dtype is torch.int32 and table.is_contiguous())):
         return
-    key, forget = id(planes[0]), _stored.pop
+    key, drop = id(planes[0]), _stored.pop
 
-    def at_end(_: Any) -> None:
-        forget(key, None)
+    def forget(_: Any) -> None:
+        drop(key, None)
 
-    shown = {"positions": positions, "table": table}
-    _stored[key] = _Kept({"k": k, "v": v}, (*planes, balance), shown, rotation, call, at_end, (0,))
+    moving = {"k": k, "v": v, "positions": positions, "table": table}
+    _stored[key] = _Kept((*planes, balance), moving, (rotation,), call, (), forget)
 
 
 def append(
@@ -162,7 +149,8 @@ def append(
 ) -> bool:  # fmt: skip
     """Whether k ``[B, G, 1, D]`` and v ``[B, G, 1, Dv]`` are stored now: there was such a call before, and they fit."""
     kept = _stored.get(id(planes[0]))
-    if kept is None or not kept.holds((k, v), (*planes, balance), (positions, table), rotation):
+    moving = (k, v, positions, table)
+    if kept is None or not kept.holds((*planes, balance), moving, (rotation,)):
         return False
-    call = kept.filled(_library.Append, (k, v, positions, table))
-    return not _library.load().lamp_append(_library.pointer(call))
+    kept.fill(moving)
+    return not _library.load().lamp_append(kept.argument)

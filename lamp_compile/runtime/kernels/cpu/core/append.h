@@ -28,10 +28,8 @@ LAMP_INLINE void round_row(const float *x, int dim, Row &row) {
   const Vf scale = splat(half_to_float(row.scale));
   const int half = dim / 2;
   for (int c = 0; c < half; c += LANES) {
-    float behind[LANES] = {0};
-    for (int i = 0; i < LANES && c + i < half; i++) behind[i] = x[half + c + i];
     const Vi upper = __builtin_convertvector(steps_of(load(x + c), scale), Vi);
-    const Vi lower = __builtin_convertvector(steps_of(load(behind), scale), Vi);
+    const Vi lower = __builtin_convertvector(steps_of(load(x + half + c), scale), Vi);
     const Vi high_upper = (upper + splat(8)) >> 4, high_lower = (lower + splat(8)) >> 4;
     const Vi low_upper = upper - (high_upper << 4), low_lower = lower - (high_lower << 4);
     const Vb high = __builtin_convertvector((high_upper & splat(15)) << 4 | (high_lower & splat(15)), Vb);

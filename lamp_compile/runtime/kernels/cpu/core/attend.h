@@ -6,7 +6,7 @@ constexpr int64_t SCRATCH = 1 << 24;  // bytes of scores that one piece of work 
 struct Plan {
   const LampAttend *call;
   const LampPredict *gate;  // of a network that predicts, or null
-  int64_t pieces, tokens, per_head, bytes, segments;
+  int64_t pieces, tokens, per_head, bytes, segments, span;
   char *scratch;
   Evidence *evidence;  // [B * G][group * S]
   int64_t *counts;     // [pieces][2]
@@ -16,13 +16,16 @@ struct Sizes {
   int64_t z, most, weight, alive, partial, ahead, all;
 };
 
+// Rows of scores begin at different places of the caches' sets.
+LAMP_INLINE int64_t pitch_of(int64_t span) { return span + LANES; }
+
 LAMP_INLINE Sizes sizes_of(const LampAttend &call, const LampPredict *gate, int64_t rows, int64_t tokens,
-                           int64_t segments) {
+                           int64_t segments, int64_t span) {
   const int64_t width = 2 * call.planes.half_v + SUMS, stride = rows + 4;
   Sizes s;
-  s.z = aligned(4 * rows * segments * SEGMENT);
+  s.z = aligned(4 * rows * pitch_of(span));
   s.most = aligned(4 * segments * (SEGMENT / CHUNK) * stride + 4 * LANES);
-  s.weight = aligned(4 * segments * (SEGMENT / SUBTILE) * rows + 4 * LANES);
+  s.weight = aligned(4 * (span / SUBTILE) * rows + 4 * LANES);
   s.alive = aligned(segments * (SEGMENT / SUBTILE) * tokens);
   s.partial = aligned(4 * segments * rows * width);
   s.ahead = gate ? ahead_sizes(call, *gate).all : 0;
@@ -42,9 +45,9 @@ static Work &open_work(const Plan &plan, int64_t piece, char *memory) {
   rows.first_token = (int)(piece % plan.per_head * plan.tokens);
   rows.tokens = (int)(call.queries - rows.first_token < plan.tokens ? call.queries - rows.first_token : plan.tokens);
   prepare_rows(call, rows);
-  const Sizes s = sizes_of(call, plan.gate, plan.tokens * rows.group, plan.tokens, plan.segments);
+  const Sizes s = sizes_of(call, plan.gate, plan.tokens * rows.group, plan.tokens, plan.segments, plan.span);
   char *at = memory + aligned(sizeof(Work));
-  work.span = plan.segments * SEGMENT;
+  work.span = plan.span, work.pitch = pitch_of(plan.span);
   work.stride = rows.count + 4;
   work.z = (float *)at, at += s.z;
   work.most = (float *)at, at += s.most;
@@ -148,14 +151,15 @@ static int attend(const LampAttend *given, const LampPredict *gate) {
   const int64_t room = call.planes.pages * call.planes.tile;
   int64_t keys = call.keys < room ? call.keys : room;
   if (call.window && call.window + call.queries + SEGMENT < keys) keys = call.window + call.queries + SEGMENT;
-  Plan plan = {given, gate, 0, 0, 0, 0, 0, nullptr, nullptr, nullptr};
+  Plan plan = {given, gate, 0, 0, 0, 0, 0, 0, nullptr, nullptr, nullptr};
   plan.segments = keys > 0 ? (keys + SEGMENT - 1) / SEGMENT : 1;
+  plan.span = keys > 0 ? (keys + CHUNK - 1) / CHUNK * CHUNK : CHUNK;
   plan.tokens = MOST_ROWS / group;
-  while (plan.tokens > 1 && 4 * plan.tokens * group * plan.segments * SEGMENT > SCRATCH) plan.tokens /= 2;
+  while (plan.tokens > 1 && 4 * plan.tokens * group * plan.span > SCRATCH) plan.tokens /= 2;
   if (plan.tokens > call.queries) plan.tokens = call.queries;
   plan.per_head = (call.queries + plan.tokens - 1) / plan.tokens;
   plan.pieces = heads * plan.per_head;
-  plan.bytes = sizes_of(call, gate, plan.tokens * group, plan.tokens, plan.segments).all;
+  plan.bytes = sizes_of(call, gate, plan.tokens * group, plan.tokens, plan.segments, plan.span).all;
   // Waking threads costs more than a few thousand keys.
   const int64_t work = plan.pieces * keys * plan.tokens * group;
   const int64_t threads = work < 8192 ? 1 : call.threads;

@@ -17,9 +17,11 @@ LAMP_INLINE bool finish_row(Work &work, int r, int64_t segments, Evidence &evide
   const int64_t place = (rows.b * call.heads + head) * call.queries + token;
   static_assert(SUMS <= LANES, "one vector behind the output holds the sums");
   float x[MOST_DIM + LANES];
-  for (int c = 0; c < width; c++) x[c] = 0;
-  for (int64_t s = 0; s < segments; s++)
-    for (int c = 0; c < width; c++) x[c] += work.partial[(s * rows.count + r) * width + c];
+  for (int c = 0; c < width; c += LANES) {  // what is read behind a row goes to x behind its sums, and is left out
+    Vf sum = splat(0.0f);
+    for (int64_t s = 0; s < segments; s++) sum += load(work.partial + (s * rows.count + r) * width + c);
+    store(x + c, sum);
+  }
   const float *sums = x + value_dim;
   const float before = work.lse[r];
   const bool seen = before != -__builtin_inff();
@@ -42,8 +44,9 @@ LAMP_INLINE bool finish_row(Work &work, int r, int64_t segments, Evidence &evide
       (hard * sums[BOTH_HARD] * two + soft * sums[BOTH_SOFT] * one) * v_square,
   };
   const float correction = sums[CORRECTION];
-  for (int c = 0; c < value_dim; c++) x[c] = seen ? (x[c] + correction) * inverse : 0.0f;
-  for (int c = value_dim; c < value_dim + LANES; c++) x[c] = 0;
+  for (int c = 0; c < value_dim; c += LANES)
+    store(x + c, seen ? (load(x + c) + splat(correction)) * splat(inverse) : splat(0.0f));
+  store(x + value_dim, splat(0.0f));
   rotate(call.rotate_v, value_dim, true, x);
   Vf squares = splat(0.0f);
   for (int c = 0; c < value_dim; c += LANES) squares += load(x + c) * load(x + c);

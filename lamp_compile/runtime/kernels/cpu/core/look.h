@@ -5,9 +5,10 @@
 struct Work {
   const LampAttend *call;
   Rows rows;
-  int64_t span;              // keys from rows.from on that there is room for: whole segments
+  int64_t span;              // keys from rows.from on that there is room for: whole chunks
+  int64_t pitch;             // from a row of scores to the next
   int stride;                // rows.count, padded
-  float *z;                  // [count][span]: 2^(score - chunk's maximum)
+  float *z;                  // [count][pitch]: 2^(score - chunk's maximum)
   float *most, *sum;         // [span / CHUNK][stride]: of each chunk
   float *weight;             // [count][span / SUBTILE]: the rule's statistic, relative to the chunk's maximum
   uint8_t *alive;            // [span / SUBTILE][tokens]: whether a token sees any key
@@ -76,7 +77,7 @@ LAMP_APART void look_at_subtile(Work &work, int r0, int64_t j, const uint8_t *pl
     alive[rows.token[r0]] = 1;
     for (int i = 0; i < ROWS && r0 + i < rows.count; i++) {
       const int r = r0 + i;
-      float *z = work.z + r * work.span + (j - rows.from);
+      float *z = work.z + r * work.pitch + (j - rows.from);
       const Vf mean = splat(both ? 0.0f : rows.half_sum[r] * (1.0f / 16.0f));
       const Vf coefficient = splat(rows.coefficient[r] * (both ? 1.0f : 16.0f));
       Vf largest = most[r];
@@ -97,7 +98,7 @@ LAMP_APART void look_at_subtile(Work &work, int r0, int64_t j, const uint8_t *pl
       if (seen) alive[token] = 1;
       known = token;
     }
-    float *z = work.z + r * work.span + (j - rows.from);
+    float *z = work.z + r * work.pitch + (j - rows.from);
     // 16 times the high nibble, and the -1/2 that the residual nibble averages.
     const Vf unit = splat(both ? 1.0f : 16.0f), mean = splat(both ? 0.0f : rows.half_sum[r] / 16.0f);
     const Vf coefficient = splat(rows.coefficient[r]) * unit;
@@ -129,7 +130,7 @@ LAMP_APART void weigh_chunk(Work &work, int64_t chunk, int64_t keys, int r, floa
   constexpr int SUBTILES = CHUNK / SUBTILE;
   static_assert(SUBTILES == LANES, "a chunk's sub-tiles fill a vector");
   const int64_t first = chunk * CHUNK;
-  float *z = work.z + r * work.span + first;
+  float *z = work.z + r * work.pitch + first;
   if (!(most > -__builtin_inff())) most = 0;  // nothing seen, or NaN alone
   const Vf top = splat(most);
   const int count = (int)((keys + SUBTILE - 1) / SUBTILE);

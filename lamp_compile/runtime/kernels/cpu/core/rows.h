@@ -55,13 +55,12 @@ LAMP_INLINE void prepare_row(const LampAttend &call, Rows &rows, int r) {
   }
   __builtin_memcpy(rows.q[r], rounded, half);
   __builtin_memcpy(rows.q[r] + PADDED, rounded + half, half);
-  int32_t sum = 0, square = 0;
-  for (int i = 0; i < LANES; i++) sum += sums[i], square += squares[i];
+  const float sum = total(floats(sums)), square = total(floats(squares));  // whole numbers below 2^24
   rows.step[r] = step;
   rows.coefficient[r] = step * call.scale * LOG2E;
-  rows.half_sum[r] = 0.5f * (float)sum;
-  rows.sum8[r] = 8 * sum;
-  rows.norm[r] = step * step * (float)square;
+  rows.half_sum[r] = 0.5f * sum;
+  rows.sum8[r] = 8 * (int32_t)sum;
+  rows.norm[r] = step * step * square;
   rows.rounding[r] = step * step / 12.0f;
 }
 

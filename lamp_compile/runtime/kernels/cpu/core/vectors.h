@@ -188,7 +188,10 @@ LAMP_INLINE void read_row(const void *from, int64_t dtype, int64_t first, int co
     __builtin_memcpy(to, (const float *)from + first, sizeof(float) * count);
   } else {
     const uint16_t *row = (const uint16_t *)from + first;
-    for (int i = 0; i < count; i++) to[i] = dtype == LAMP_BFLOAT16 ? bfloat_to_float(row[i]) : half_to_float(row[i]);
+    if (dtype == LAMP_BFLOAT16)
+      for (int i = 0; i < count; i++) to[i] = bfloat_to_float(row[i]);
+    else
+      for (int i = 0; i < count; i++) to[i] = half_to_float(row[i]);
   }
 }
 LAMP_INLINE void write_row(void *to, int64_t dtype, int64_t first, int count, const float *from) {
@@ -196,6 +199,9 @@ LAMP_INLINE void write_row(void *to, int64_t dtype, int64_t first, int count, co
     __builtin_memcpy((float *)to + first, from, sizeof(float) * count);
   } else {
     uint16_t *row = (uint16_t *)to + first;
-    for (int i = 0; i < count; i++) row[i] = dtype == LAMP_BFLOAT16 ? float_to_bfloat(from[i]) : float_to_half(from[i]);
+    if (dtype == LAMP_BFLOAT16)
+      for (int i = 0; i < count; i++) row[i] = float_to_bfloat(from[i]);
+    else
+      for (int i = 0; i < count; i++) row[i] = float_to_half(from[i]);
   }
 }

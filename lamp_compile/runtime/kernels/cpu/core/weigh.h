@@ -122,7 +122,7 @@ LAMP_INLINE void add_sums(const Sums &sums, Vf factor, Vf noise, Vf *to) {
 template <int COUNT, bool PLAIN>
 LAMP_APART void weigh_cold(const Work &work, const Run &run, const Block &block, int i, int r, Cold &cold, Feed &feed,
                            Vf (*to)[KEY_SUMS], float *const *outputs) {
-  const float *z = work.z + r * work.span + (run.first - work.rows.from);
+  const float *z = work.z + r * work.pitch + (run.first - work.rows.from);
   constexpr int SOON = 2 * COUNT;
   Sums sums[COUNT];
   for (int k = 0; k < COUNT; k++) clear(sums[k]);
@@ -137,7 +137,7 @@ LAMP_APART void weigh_cold(const Work &work, const Run &run, const Block &block,
     for (int h = 0; h < 2; h++)
 #pragma GCC unroll 2
       for (int k = 0; k < COUNT; k++) {
-        const Vf p = load(z + k * work.span + t * SUBTILE + h * LANES);
+        const Vf p = load(z + k * work.pitch + t * SUBTILE + h * LANES);
         const bool mine = PLAIN || !block.refined[t][i + k];
         store(weight + k * RUN_KEYS + h * LANES, mine ? add_weights(run.scales[t], h, p, sums[k]) : splat(0.0f));
         if (!PLAIN && mine && run.v_spoilt[t] && spoilt(run.v_spoilt[t], h, p * splat(run.factor[r + k])))
@@ -155,7 +155,7 @@ LAMP_APART void weigh_cold(const Work &work, const Run &run, const Block &block,
 
 // Weights of row r, the i-th of its block, in refined sub-tiles, times the scale of the value; gives back the largest.
 LAMP_APART float weigh_hot(const Work &work, const Hot &hot, int i, int r, float *weight, Vf *to, float &poison) {
-  const float *z = work.z + r * work.span - work.rows.from;
+  const float *z = work.z + r * work.pitch - work.rows.from;
   Sums sums[2];  // in two parts, so that additions need not wait for each other
   for (Sums &part : sums) clear(part);
   for (int n = 0; n < hot.count; n++)
