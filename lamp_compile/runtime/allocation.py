@@ -20,6 +20,8 @@ from lamp_compile.errors import CacheError
 T = TypeVar("T")
 LARGE_PAGE = 2 << 20
 """Bytes of the pages that ``in_large_pages`` asks for, as x86-64 and most of AArch64 have them."""
+LINE = 64
+"""Bytes of a cache line: where tensors in a row begin."""
 
 
 def allocate(make: Callable[[], T], what: str, *, where: str, fix: str) -> T:
@@ -40,13 +42,13 @@ def allocate(make: Callable[[], T], what: str, *, where: str, fix: str) -> T:
 
 
 def zeros(sizes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], device: torch.device) -> dict[str, Tensor]:
-    """Tensors of zeros by name, each with memory of its own, in large pages where the system has them; outside graphs
-    one launch fills all of a dtype."""
+    """Tensors of zeros by name, none of which shares a storage with another, in large pages where the system has them;
+    outside graphs one launch fills all of a dtype."""
     if torch.compiler.is_compiling():
         return {name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in sizes.items()}
-    made = {name: _empty(shape, dtype, device) for name, (shape, dtype) in sizes.items()}
-    for tensor in made.values():
-        in_large_pages(tensor)
+    made = _side_by_side(sizes, device)
+    if made is None:
+        made = {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in sizes.items()}
     later = _together.get()
     if later is None:
         zero(made.values())
@@ -55,38 +57,43 @@ def zeros(sizes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], device: torc
     return made
 
 
-def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory of its own, that begins where a large page does if it will lie in such pages: of planes of a few megabytes
-    a quarter would be left outside of them."""
-    small = torch.empty(0, dtype=dtype, device=device)
-    size = math.prod(shape) * dtype.itemsize
-    if not _may_be_large(small, size):
-        return torch.empty(shape, dtype=dtype, device=device)
-    room = np.empty(size + LARGE_PAGE, dtype=np.uint8)
-    skipped = -room.ctypes.data % LARGE_PAGE
-    # Neither a view nor an offset into its storage: compiled graphs would be guarded by either.
-    memory = torch.from_numpy(room[skipped : skipped + size]).untyped_storage()
-    made: Tensor = small.set_(memory, 0, shape, torch.empty(shape, device="meta").stride())
+def _side_by_side(
+    sizes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], device: torch.device
+) -> dict[str, Tensor] | None:  # fmt: skip
+    """Memory for all of them in a row, the smallest first, that begins where a large page does; None where it is not
+    worth it or cannot be had. Large pages hold what is small, too, and what lies at the borders of what is not."""
+    bytes_of = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in sizes.items()}
+    places, total = {}, 0
+    for name in sorted(bytes_of, key=bytes_of.__getitem__):
+        places[name] = total
+        total += -(-bytes_of[name] // LINE) * LINE
+    plain = type(torch.empty(0, device=device)) is Tensor  # a fake tensor is of another type
+    if not plain or device.type != "cpu" or total < 2 * LARGE_PAGE or _madvise() is None:
+        return None
+    room = np.empty(total + LARGE_PAGE, dtype=np.uint8)
+    begin = -room.ctypes.data % LARGE_PAGE
+    in_large_pages(room.ctypes.data + begin, total)
+    made = {}
+    for name, (shape, dtype) in sizes.items():
+        at = begin + places[name]
+        memory = torch.from_numpy(room[at : at + bytes_of[name]]).untyped_storage()
+        # Neither views nor offsets into a storage: compiled graphs would be guarded by either.
+        steps = torch.empty(shape, device="meta").stride()
+        made[name] = torch.empty(0, dtype=dtype).set_(memory, 0, shape, steps)
     return made
 
 
-def _may_be_large(tensor: Tensor, size: int) -> bool:
-    plain = type(tensor) is Tensor and tensor.device.type == "cpu"  # a fake tensor is of another type
-    return plain and size >= 2 * LARGE_PAGE and _madvise() is not None
-
-
-def in_large_pages(tensor: Tensor) -> bool:
-    """Ask the system to put a tensor that nobody has written to yet into large pages: a decode step goes through planes
-    of more pages than a processor remembers the places of. What the tensor holds is lost. Advice: on another system
-    than Linux, with a GPU's tensor or a small one nothing happens. Whether the system took it."""
-    size, madvise = tensor.numel() * tensor.element_size(), _madvise()
-    if not _may_be_large(tensor, size):
+def in_large_pages(begin: int, size: int) -> bool:
+    """Ask the system to put memory that nobody has written to yet into large pages, as many as lie inside: a decode
+    step goes through planes of more pages than a processor remembers the places of. What the memory holds is lost.
+    Advice: on another system than Linux nothing happens. Whether the system took it."""
+    madvise = _madvise()
+    first, end = -(-begin // LARGE_PAGE) * LARGE_PAGE, (begin + size) // LARGE_PAGE * LARGE_PAGE
+    if madvise is None or end <= first:
         return False
-    begin = -(-tensor.data_ptr() // LARGE_PAGE) * LARGE_PAGE
-    end = (tensor.data_ptr() + size) // LARGE_PAGE * LARGE_PAGE
-    taken = bool(madvise(begin, end - begin, mmap.MADV_HUGEPAGE) == 0)
+    taken = bool(madvise(first, end - first, mmap.MADV_HUGEPAGE) == 0)
     if taken:  # what was used before lies in small pages already: given back, it comes in large ones when written to
-        madvise(begin, end - begin, mmap.MADV_DONTNEED)
+        madvise(first, end - first, mmap.MADV_DONTNEED)
     return taken
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -45,51 +46,80 @@ def test_large_tensors_are_marked():
     if not SMAPS.exists() or "VmFlags" not in SMAPS.read_text(encoding="utf-8"):
         pytest.skip("this system does not say how memory is marked")
     made = allocation.zeros({"plane": ((16 << 20,), torch.uint8)}, torch.device("cpu"))["plane"]
-    middle = made.data_ptr() + made.numel() // 2
-    if not allocation.in_large_pages(torch.empty(16 << 20, dtype=torch.uint8)):
+    other = torch.empty(16 << 20, dtype=torch.uint8)
+    if not allocation.in_large_pages(other.data_ptr(), other.numel()):
         pytest.skip("this system has no large pages to ask for")
-    assert "hg" in flags_at(middle)
+    assert "hg" in flags_at(made.data_ptr() + made.numel() // 2)
     assert made.count_nonzero() == 0
 
 
-def test_only_whole_pages_inside_are_asked_for(asked):
-    made = allocation.zeros({"a": ((5 << 20,), torch.uint8), "small": ((1 << 20,), torch.float16)}, torch.device("cpu"))
+CPU = torch.device("cpu")
+LAYER = {
+    "plane": ((3, 5 << 19), torch.uint8),
+    "scale": ((3, 1000), torch.float16),
+    "nothing": ((3, 0, 5), torch.uint8),
+    "odd": ((3, 5 << 18, 2), torch.float16),
+    "counts": ((7,), torch.int64),
+}
+
+
+def test_a_layer_lies_in_one_row_of_large_pages(asked):
+    made = allocation.zeros(LAYER, CPU)
     [(first, begin, size), (second, *again)] = asked
     assert (first, second) == (mmap.MADV_HUGEPAGE, mmap.MADV_DONTNEED)  # memory that was used before is given back
     assert again == [begin, size]
     assert begin % allocation.LARGE_PAGE == size % allocation.LARGE_PAGE == 0
-    assert size > 0
-    assert made["a"].data_ptr() <= begin
-    assert begin + size <= made["a"].data_ptr() + made["a"].numel()
+    ends = [(x.data_ptr(), x.data_ptr() + x.nbytes) for x in made.values() if x.nbytes]
+    assert min(ends)[0] == begin
+    assert 0 <= max(end for _, end in ends) - (begin + size) < allocation.LARGE_PAGE
+    for (_, end), (next_begin, _) in pairwise(sorted(ends)):
+        assert end <= next_begin < end + allocation.LINE
 
 
-def test_large_planes_begin_where_a_page_does(asked):
+def test_what_is_made_is_what_graphs_expect(asked):
     """Neither views nor offsets: compiled graphs are guarded by both, and every cache would be compiled for anew."""
-    sizes = {"odd": ((3, 5 << 19, 2), torch.float16), "bytes": ((5 << 20,), torch.uint8)}
-    for tensor in allocation.zeros(sizes, torch.device("cpu")).values():
-        assert tensor.data_ptr() % allocation.LARGE_PAGE == 0
+    made = allocation.zeros(LAYER, CPU)
+    for name, (shape, dtype) in LAYER.items():
+        tensor = made[name]
+        assert (tensor.shape, tensor.dtype) == (shape, dtype)
+        assert tensor.is_contiguous()
         assert tensor.storage_offset() == 0
         assert tensor._base is None
-        assert tensor.is_contiguous()
-        assert tensor.count_nonzero() == 0
-    assert [size for advice, _, size in asked if advice == mmap.MADV_HUGEPAGE] == [30 << 20, 4 << 20]
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+        assert tensor.data_ptr() % allocation.LINE == 0
+        tensor.fill_(1)  # which must be seen in no other
+    assert all(bool((x == 1).all()) for x in made.values())
+    assert len({x.untyped_storage().data_ptr() for x in made.values() if x.nbytes}) == len(made) - 1
+
+
+def test_one_of_them_keeps_the_memory(asked):
+    scale = allocation.zeros(LAYER, CPU)["scale"]
+    others = [torch.ones(16 << 20, dtype=torch.uint8) for _ in range(3)]
+    assert scale.count_nonzero() == 0
+    assert len(others) == 3
+
+
+def test_small_ones_are_left_to_torch(asked):
+    made = allocation.zeros({"a": ((3 << 20,), torch.uint8), "b": ((1 << 10,), torch.float16)}, CPU)
+    assert asked == []
+    assert made["a"].count_nonzero() == made["b"].count_nonzero() == 0
 
 
 def test_what_is_refused_is_not_given_back(monkeypatch):
     given: list[int] = []
     monkeypatch.setattr(allocation, "_madvise", lambda: lambda begin, size, advice: given.append(advice) or -1)
-    assert not allocation.in_large_pages(torch.empty(16 << 20, dtype=torch.uint8))
+    assert not allocation.in_large_pages(16 << 20, 16 << 20)
     assert given == [mmap.MADV_HUGEPAGE]
 
 
 def test_nothing_is_asked_where_there_is_no_memory(asked):
     with torch._subclasses.FakeTensorMode():
-        allocation.zeros({"plane": ((16 << 20,), torch.uint8)}, torch.device("cpu"))
-    allocation.zeros({"plane": ((16 << 20,), torch.uint8)}, torch.device("meta"))
+        allocation.zeros(LAYER, CPU)
+    allocation.zeros(LAYER, torch.device("meta"))
     assert asked == []
 
 
 def test_systems_without_such_advice(monkeypatch):
     monkeypatch.setattr(allocation, "_madvise", lambda: None)
-    made = allocation.zeros({"plane": ((16 << 20,), torch.uint8)}, torch.device("cpu"))
-    assert made["plane"].count_nonzero() == 0
+    assert not allocation.in_large_pages(16 << 20, 16 << 20)
+    assert allocation.zeros(LAYER, CPU)["plane"].count_nonzero() == 0
