@@ -3,6 +3,7 @@ and values that no cache holds together, whose outputs are known."""
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -210,11 +211,12 @@ def measure(
     ways: Sequence[Way], wanted: Sequence[dict[int, Tensor]], rounds: int, seconds: float
 ) -> list[dict[str, Any]]:
     """Rows: in every round each way calls for about ``seconds`` (once at least), and every output is checked. The order
-    turns from round to round. ``wanted``: of each source, the exact outputs of some sequences."""
+    is another one in every round, so that none always follows the same. ``wanted``: of each source, the exact outputs
+    of some sequences."""
     bursts = [_Burst(way, wanted, seconds) for way in ways]
     for turn in range(rounds):
-        for index in range(len(bursts)):
-            bursts[(index + turn) % len(bursts)].run()
+        for burst in random.Random(turn).sample(bursts, len(bursts)):
+            burst.run()
     return [burst.row() for burst in bursts]
 
 
