@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -41,14 +41,20 @@ def allocate(make: Callable[[], T], what: str, *, where: str, fix: str) -> T:
     raise CacheError(f"{what}: out of memory ({reason})", where=where, fix=fix)
 
 
-def zeros(sizes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], device: torch.device) -> dict[str, Tensor]:
+Sizes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def zeros(sizes: Sizes, device: torch.device, apart: Collection[str] = ()) -> dict[str, Tensor]:
     """Tensors of zeros by name, none of which shares a storage with another, in large pages where the system has them;
-    outside graphs one launch fills all of a dtype."""
+    outside graphs one launch fills all of a dtype. On a CPU any of them may keep the memory of all, but for those named
+    in ``apart``."""
     if torch.compiler.is_compiling():
         return {name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in sizes.items()}
-    made = _side_by_side(sizes, device)
-    if made is None:
-        made = {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in sizes.items()}
+    row = _side_by_side({name: size for name, size in sizes.items() if name not in apart}, device) or {}
+    made = {
+        name: row[name] if name in row else torch.empty(shape, dtype=dtype, device=device)
+        for name, (shape, dtype) in sizes.items()
+    }
     later = _together.get()
     if later is None:
         zero(made.values())
@@ -57,9 +63,7 @@ def zeros(sizes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], device: torc
     return made
 
 
-def _side_by_side(
-    sizes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], device: torch.device
-) -> dict[str, Tensor] | None:  # fmt: skip
+def _side_by_side(sizes: Sizes, device: torch.device) -> dict[str, Tensor] | None:
     """Memory for all of them in a row, the smallest first, that begins where a large page does; None where it is not
     worth it or cannot be had. Large pages hold what is small, too, and what lies at the borders of what is not."""
     bytes_of = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in sizes.items()}

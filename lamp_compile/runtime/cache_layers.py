@@ -174,6 +174,7 @@ class NestedLayer(GrowableLayer):
                 "stats": ((batch, kv_heads, guard.STATS_FIELDS), torch.int64),
             },
             self.device,
+            apart=("state", "stats"),  # the ledger reads them when the cache is gone
         )
 
     def exact_rows(self) -> tuple[Tensor, Tensor]:

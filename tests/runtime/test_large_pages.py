@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import lamp_compile
+from lamp_compile.quality import load
 from lamp_compile.runtime import allocation
+from lamp_compile.runtime.cache_layers import PLANES
 
 SMAPS = Path("/proc/self/smaps")
 
@@ -90,6 +93,26 @@ def test_what_is_made_is_what_graphs_expect(asked):
         tensor.fill_(1)  # which must be seen in no other
     assert all(bool((x == 1).all()) for x in made.values())
     assert len({x.untyped_storage().data_ptr() for x in made.values() if x.nbytes}) == len(made) - 1
+
+
+def test_what_outlives_the_others_lies_apart(asked):
+    made = allocation.zeros(LAYER, CPU, apart=("counts",))
+    [(_, begin, size), _] = asked
+    assert not begin <= made["counts"].data_ptr() < begin + size + allocation.LARGE_PAGE
+    assert list(made) == list(LAYER)
+
+
+def test_statistics_of_a_dead_cache_keep_no_planes(nano):
+    """The ledger holds on to them until somebody reads."""
+    model = load.load_model(nano)
+    fast = lamp_compile.compile(model, mode="eager")
+    cache = fast.lamp.cache(32768)
+    fast(torch.zeros(1, 4, dtype=torch.int64), past_key_values=cache)
+    for layer in cache.layers:
+        planes = [getattr(layer, name) for name in PLANES]
+        begin, end = min(x.data_ptr() for x in planes), max(x.data_ptr() + x.nbytes for x in planes)
+        assert end - begin < sum(x.nbytes for x in planes) + len(planes) * allocation.LINE, "they are not in one row"
+        assert not any(begin <= x.data_ptr() < end for x in (layer.state, layer.stats))
 
 
 def test_one_of_them_keeps_the_memory(asked):
