@@ -104,6 +104,8 @@ def test_what_outlives_the_others_lies_apart(asked):
 
 def test_statistics_of_a_dead_cache_keep_no_planes(nano):
     """The ledger holds on to them until somebody reads."""
+    if allocation._madvise() is None:
+        pytest.skip("planes lie in a row only where there are large pages")
     model = load.load_model(nano)
     fast = lamp_compile.compile(model, mode="eager")
     cache = fast.lamp.cache(32768)
@@ -112,6 +114,7 @@ def test_statistics_of_a_dead_cache_keep_no_planes(nano):
         planes = [getattr(layer, name) for name in PLANES]
         begin, end = min(x.data_ptr() for x in planes), max(x.data_ptr() + x.nbytes for x in planes)
         assert end - begin < sum(x.nbytes for x in planes) + len(planes) * allocation.LINE, "they are not in one row"
+        assert begin % allocation.LARGE_PAGE == 0, "something smaller lies before them"
         assert not any(begin <= x.data_ptr() < end for x in (layer.state, layer.stats))
 
 
