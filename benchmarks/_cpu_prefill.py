@@ -66,7 +66,7 @@ def _lamp(q: Tensor, k: Tensor, v: Tensor, stats: Tensor) -> Callable[[], Tensor
     hot = (torch.full((kv_heads,), TAU), torch.zeros(kv_heads), torch.full((kv_heads,), torch.inf))
     options = dict(causal="bottom_right", window=0, scale=None, softcap=0.0, keys=length, rule="energy", query_bits=8,
                    subtile=32, guard_window=16, guard_hold=64, hysteresis=0.5, site="", **STORE)  # fmt: skip
-    settings = [options[name] for name in fused_ops.SETTINGS if name in options]
+    settings = fused_ops.settings(options)
 
     def run() -> Tensor:
         torch.ops.lamp.append.default(k, v, *planes, None, start, None, *STORE.values(), "")

@@ -158,7 +158,7 @@ class Attention:
         self.stats = guard.new_stats(batch, kv_heads, device)
         k_high = inputs.planes[0]
         options = {**SHAPE, "keys": k_high.shape[2] * k_high.shape[3], **STORE, **RULE, **GUARD}
-        self.settings = [options[name] for name in fused_ops.SETTINGS if name in options]
+        self.settings = fused_ops.settings(options)
 
     def __call__(self, inputs: Inputs) -> Tensor:
         """As a compiled graph calls it."""

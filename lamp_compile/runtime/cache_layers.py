@@ -18,7 +18,7 @@ from lamp_compile.runtime import checks, formats, guard, kernels, layout, prompt
 from lamp_compile.runtime.allocation import zeros
 from lamp_compile.runtime.attend_in_parts import attend_in_parts
 from lamp_compile.runtime.controls import SiteControls
-from lamp_compile.runtime.fused_ops import inference_only  # importing it registers torch.ops.lamp
+from lamp_compile.runtime.fused_ops import inference_only, settings  # importing it registers torch.ops.lamp
 from lamp_compile.runtime.growable_layer import GrowableLayer
 from lamp_compile.runtime.ledger import Ledger
 from lamp_compile.runtime.plane_handle import PlaneHandle
@@ -291,7 +291,7 @@ class NestedLayer(GrowableLayer):
             out, state, stats = torch.ops.lamp.attention.cached(q, *self.planes, *hot, self.balance, *seen, **options)
         else:
             return inference_only(
-                torch.ops.lamp.fused_attention(q, *self.planes, *hot, self.balance, *seen, **options), q
+                torch.ops.lamp.fused_attention(q, *self.planes, *hot, self.balance, *seen, *settings(options)), q
             )
         self.state.copy_(state)
         self.stats.copy_(stats)

@@ -9,6 +9,7 @@ Their settings may be given by position: a graph's call then takes half as long 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -37,6 +38,11 @@ SETTINGS = (
     "guard_window", "guard_hold", "hysteresis", "site", "launch",
 )  # fmt: skip
 """What comes behind the tensors of ``lamp::fused_attention``, in order."""
+
+
+def settings(options: Mapping[str, Any]) -> list[Any]:
+    """These by position, of some by name. Without ``launch`` it is the default."""
+    return [options[name] for name in SETTINGS if name in options]
 
 
 def _append(
@@ -118,8 +124,8 @@ def _fused_attention(q: Tensor, *args: Any) -> Tensor:
 
 
 def _fake_fused(q: Tensor, *args: Any) -> Tensor:
-    settings = dict(zip(SETTINGS, args[TENSORS:], strict=False))
-    return ops._fake_attend(q, *args[:TENSORS], v_format=settings["v_format"])[0]
+    given = dict(zip(SETTINGS, args[TENSORS:], strict=False))
+    return ops._fake_attend(q, *args[:TENSORS], v_format=given["v_format"])[0]
 
 
 _IMPLEMENTATIONS: dict[str, tuple[Any, Any]] = {

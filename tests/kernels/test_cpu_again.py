@@ -35,7 +35,7 @@ def step(**given: Any) -> Call:
 
 def again(call: Call) -> Tensor | None:
     """By the short way alone."""
-    settings = [call.options[name] for name in fused_ops.SETTINGS if name in call.options]
+    settings = fused_ops.settings(call.options)
     return kernels.attend_again(call.q, (*call.planes, *call.hot, call.balance, *call.seen, *settings))
 
 
@@ -172,7 +172,15 @@ def test_switched_off_it_is_not_taken(monkeypatch):
     assert again(first) is None
 
 
+@pytest.mark.parametrize(("tokens", "kept"), [(cpu.MOST_REPEATED, True), (cpu.MOST_REPEATED + 1, False)])
+def test_a_prompt_is_not_kept(tokens, kept):
+    call = step(tokens=tokens)
+    run(call)
+    assert (again(call) is not None) == kept
+
+
 def test_nothing_is_kept_of_planes_that_are_gone():
+    gc.collect()  # what other tests left
     before = len(_again._known)
     call = step()
     run(call)

@@ -184,7 +184,7 @@ def test_settings_by_position_and_by_name_are_the_same(launch):
     call, arguments, (state, _) = on_cpu()
     _, others, (other_state, _) = on_cpu()
     options = {**call.options, **launch}
-    settings = [options[name] for name in fused_ops.SETTINGS if name in options]
+    settings = fused_ops.settings(options)
     by_name = torch.ops.lamp.fused_attention(*arguments, **options)
     assert torch.equal(torch.ops.lamp.fused_attention(*others, *settings), by_name)
     assert torch.equal(state, other_state)

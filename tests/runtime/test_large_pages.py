@@ -120,9 +120,8 @@ def test_statistics_of_a_dead_cache_keep_no_planes(nano):
 
 def test_one_of_them_keeps_the_memory(asked):
     scale = allocation.zeros(LAYER, CPU)["scale"]
-    others = [torch.ones(16 << 20, dtype=torch.uint8) for _ in range(3)]
+    _others = [torch.ones(16 << 20, dtype=torch.uint8) for _ in range(3)]  # where it would be, were it free
     assert scale.count_nonzero() == 0
-    assert len(others) == 3
 
 
 def test_small_ones_are_left_to_torch(asked):
