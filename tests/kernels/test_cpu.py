@@ -31,7 +31,7 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-# Fewer pieces of work than threads, of several segments each: those go side by side. Otherwise whole pieces do.
+# Pieces of several segments are shared by threads that have nothing left, also where there are fewer pieces than threads.
 CUTS = {
     "one head, long": {"heads": 4, "kv_heads": 1, "batch": 1, "keys": 3 * SEGMENT + 77},
     "three heads, long": {"heads": 3, "kv_heads": 3, "batch": 1, "keys": 2 * SEGMENT + 5},

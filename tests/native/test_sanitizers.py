@@ -67,8 +67,20 @@ def test_operators_of_onnxruntime_refuse_what_does_not_fit(addresses: Path) -> N
     assert refused > 500
 
 
-def test_threads_do_not_race(tmp_path: Path) -> None:
-    fuzz(made(tmp_path, "thread"), "thread")
+@pytest.fixture(scope="module")
+def races(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Likewise, to watch threads."""
+    return tmp_path_factory.mktemp("thread")
+
+
+def test_threads_do_not_race(races: Path) -> None:
+    fuzz(made(races, "thread"), "thread")
+
+
+def test_threads_share_segments(races: Path) -> None:
+    """Each goes to one thread, the owner's come first to last, and those with nothing else to do take some."""
+    said = run([str(made(races, "thread", "segments")), "200", "4"])
+    assert "200 rounds" in said
 
 
 def test_neon_under_an_emulator(tmp_path: Path) -> None:

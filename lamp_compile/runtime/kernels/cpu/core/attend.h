@@ -7,9 +7,12 @@ struct Plan {
   const LampAttend *call;
   const LampPredict *gate;  // of a network that predicts, or null
   int64_t pieces, tokens, per_head, bytes, segments, span;
+  int64_t memories;  // for pieces that are worked on at one time
   char *scratch;
-  Evidence *evidence;  // [B * G][group * S]
-  int64_t *counts;     // [pieces][2]
+  Shared *shared;       // of each memory
+  Evidence *evidence;   // [B * G][group * S]
+  int64_t *counts;      // [pieces][2]
+  int64_t *unfinished;  // pieces
 };
 
 struct Sizes {
@@ -98,51 +101,57 @@ static void join_and_audit(Work &work) {
   work.ahead = nullptr;  // once, however often a piece is gone through
 }
 
-static void work_through(Work &work) {
+static void work_through(Work &work, Shared &shared) {
   const int64_t segments = segments_of(work);
-  look_at_segments(work, 0, segments);
+  offer(shared.looks, segments);
+  for (int64_t at; (at = take_segment(shared.looks, false)) >= 0; done_with_one(shared.looks))
+    look_at_segments(work, at, at + 1);
+  wait_for(shared.looks, segments);
   join_and_audit(work);
-  refine_segments(work, 0, segments);
+  offer(shared.refines, segments);
+  for (int64_t at; (at = take_segment(shared.refines, false)) >= 0;) refine_segments(work, at, &shared.refines);
+  wait_for(shared.refines, segments);
 }
 
-// Scores in the thousands: where every score comes from both planes at once, none moves.
-static void finish_or_repeat(const Plan &plan, int64_t piece, Work &work) {
-  if (finish_piece(plan, piece, work)) return;
-  work.level = 1;
-  work_through(work);
-  finish_piece(plan, piece, work);
+// One piece, in the memory of the thread that takes it, or, where there are more threads than pieces, in its own.
+static void piece_task(void *data, int64_t piece, int64_t thread) {
+  const Plan &plan = *(const Plan *)data;
+  const int64_t at = plan.memories == plan.pieces ? piece : thread;
+  Work &work = open_work(plan, piece, plan.scratch + at * plan.bytes);
+  work_through(work, plan.shared[at]);
+  if (!finish_piece(plan, piece, work)) {
+    // Scores in the thousands: where every score comes from both planes at once, none moves.
+    work.level = 1;
+    work_through(work, plan.shared[at]);
+    finish_piece(plan, piece, work);
+  }
+  __atomic_sub_fetch(plan.unfinished, 1, __ATOMIC_RELEASE);
 }
 
-// Whole pieces, each by one thread in that thread's memory.
-static void whole_piece(void *data, int64_t piece, int64_t thread) {
-  const Plan &plan = *(const Plan *)data;
-  Work &work = open_work(plan, piece, plan.scratch + thread * plan.bytes);
-  work_through(work);
-  finish_or_repeat(plan, piece, work);
+// A segment of what another thread is at; false where there is none.
+static bool help_with(const Plan &plan, int64_t at) {
+  Work &work = *(Work *)(plan.scratch + at * plan.bytes);
+  Shared &shared = plan.shared[at];
+  int64_t segment = take_segment(shared.looks, true);
+  if (segment >= 0) {
+    look_at_segments(work, segment, segment + 1);
+    done_with_one(shared.looks);
+    return true;
+  }
+  segment = take_segment(shared.refines, true);
+  if (segment < 0) return false;
+  refine_segments(work, segment, nullptr);
+  done_with_one(shared.refines);
+  return true;
 }
 
-// Or, where there are fewer pieces than threads would like, all segments of all pieces side by side.
-LAMP_INLINE Work &work_of(const Plan &plan, int64_t piece) { return *(Work *)(plan.scratch + piece * plan.bytes); }
-static void open_piece(void *data, int64_t piece, int64_t) {
+static void help_others(void *data, int64_t thread) {
   const Plan &plan = *(const Plan *)data;
-  open_work(plan, piece, plan.scratch + piece * plan.bytes);
-}
-static void look_task(void *data, int64_t task, int64_t) {
-  const Plan &plan = *(const Plan *)data;
-  Work &work = work_of(plan, task / plan.segments);
-  const int64_t segment = task % plan.segments;
-  if (segment < segments_of(work)) look_at_segments(work, segment, segment + 1);
-}
-static void join_piece(void *data, int64_t piece, int64_t) { join_and_audit(work_of(*(const Plan *)data, piece)); }
-static void refine_task(void *data, int64_t task, int64_t) {
-  const Plan &plan = *(const Plan *)data;
-  Work &work = work_of(plan, task / plan.segments);
-  const int64_t segment = task % plan.segments;
-  if (segment < segments_of(work)) refine_segments(work, segment, segment + 1);
-}
-static void close_piece(void *data, int64_t piece, int64_t) {
-  const Plan &plan = *(const Plan *)data;
-  finish_or_repeat(plan, piece, work_of(plan, piece));
+  for (int64_t times = 0; __atomic_load_n(plan.unfinished, __ATOMIC_ACQUIRE) > 0; times++) {
+    for (int64_t i = 1; i <= plan.memories; i++)
+      while (help_with(plan, (thread + i) % plan.memories)) times = 0;
+    rest(times);
+  }
 }
 
 static int attend(const LampAttend *given, const LampPredict *gate) {
@@ -151,7 +160,8 @@ static int attend(const LampAttend *given, const LampPredict *gate) {
   const int64_t room = call.planes.pages * call.planes.tile;
   int64_t keys = call.keys < room ? call.keys : room;
   if (call.window && call.window + call.queries + SEGMENT < keys) keys = call.window + call.queries + SEGMENT;
-  Plan plan = {given, gate, 0, 0, 0, 0, 0, 0, nullptr, nullptr, nullptr};
+  Plan plan = {};
+  plan.call = given, plan.gate = gate;
   plan.segments = keys > 0 ? (keys + SEGMENT - 1) / SEGMENT : 1;
   plan.span = keys > 0 ? (keys + CHUNK - 1) / CHUNK * CHUNK : CHUNK;
   plan.tokens = MOST_ROWS / group;
@@ -163,23 +173,19 @@ static int attend(const LampAttend *given, const LampPredict *gate) {
   // Waking threads costs more than a few thousand keys.
   const int64_t work = plan.pieces * keys * plan.tokens * group;
   const int64_t threads = work < 8192 ? 1 : call.threads;
-  const bool split = threads > 1 && plan.segments > 1 && plan.pieces < 2 * threads && plan.pieces % threads;
-  const int64_t memories = split ? plan.pieces : threads;
+  plan.memories = plan.pieces < threads ? plan.pieces : threads;
   const int64_t evidence = aligned(sizeof(Evidence) * heads * group * call.queries);
-  char *memory = scratch(memories * plan.bytes + evidence + aligned(16 * plan.pieces));
+  const int64_t shared = sizeof(Shared) * plan.memories, counts = aligned(8 * (2 * plan.pieces + 1));
+  char *memory = scratch(plan.memories * plan.bytes + shared + evidence + counts);
   if (!memory) return -1;
   plan.scratch = memory;
-  plan.evidence = (Evidence *)(memory + memories * plan.bytes);
-  plan.counts = (int64_t *)(memory + memories * plan.bytes + evidence);
-  if (split) {
-    run(open_piece, &plan, plan.pieces, threads);
-    run(look_task, &plan, plan.pieces * plan.segments, threads);
-    run(join_piece, &plan, plan.pieces, 1);
-    run(refine_task, &plan, plan.pieces * plan.segments, threads);
-    run(close_piece, &plan, plan.pieces, threads);
-  } else {
-    run(whole_piece, &plan, plan.pieces, threads);
-  }
+  plan.shared = (Shared *)(memory + plan.memories * plan.bytes);
+  plan.evidence = (Evidence *)((char *)plan.shared + shared);
+  plan.counts = (int64_t *)((char *)plan.evidence + evidence);
+  plan.unfinished = plan.counts + 2 * plan.pieces;
+  __builtin_memset(plan.shared, 0, shared);  // nothing to take
+  *plan.unfinished = plan.pieces;
+  run(piece_task, &plan, plan.pieces, threads, plan.segments > 1 ? help_others : nullptr);
   for (int64_t bg = 0; bg < heads; bg++) {
     int64_t alive = 0, refined = 0;
     for (int64_t i = bg * plan.per_head; i < (bg + 1) * plan.per_head; i++) {

@@ -116,14 +116,15 @@ struct Job {
     std::atomic<int64_t> next{0};
   };
   Task task;
+  Help help;
   void *data;
   int64_t count, shares;
   std::atomic<uint64_t> taken{0};
   std::atomic<int64_t> late{0};
   Share share[SEATS];
 
-  Job(Task given, void *with, int64_t tasks, int64_t threads)
-      : task(given), data(with), count(tasks), shares(threads < SEATS ? threads : SEATS) {}
+  Job(Task given, void *with, int64_t tasks, int64_t threads, Help then)
+      : task(given), help(then), data(with), count(tasks), shares(threads < SEATS ? threads : SEATS) {}
 
   int64_t sit() {
     for (int64_t i = 0; i < shares; i++) {
@@ -143,6 +144,7 @@ void take_tasks(void *data) {
     const int64_t begin = share * job.count / job.shares;
     for (int64_t at; (at = begin + job.share[share].next.fetch_add(1)) < end;) job.task(job.data, at, seat);
   }
+  if (job.help) job.help(job.data, seat);
 }
 
 void take_tasks_of(void *data, size_t) { take_tasks(data); }
@@ -156,15 +158,16 @@ constexpr int64_t MOST_KEPT = 256 << 20;
 
 }  // namespace
 
-void run(Task task, void *data, int64_t count, int64_t threads) {
-  if (threads <= 1 || count <= 1) {
+void run(Task task, void *data, int64_t count, int64_t threads, Help help) {
+  if (threads <= 1 || (count <= 1 && !help)) {
     for (int64_t i = 0; i < count; i++) task(data, i, 0);
     return;
   }
   my_seat = 0;
-  Job job(task, data, count, threads);
+  Job job(task, data, count, threads, help);
+  const int64_t useful = threads < count || help ? threads : count;
   if (lent.parallel) {
-    lent.parallel(lent.context, take_tasks_of, &job, static_cast<size_t>(threads < count ? threads : count));
+    lent.parallel(lent.context, take_tasks_of, &job, static_cast<size_t>(useful));
     return;
   }
   if (const GompParallel parallel = gomp.load(std::memory_order_relaxed)) {
@@ -172,9 +175,8 @@ void run(Task task, void *data, int64_t count, int64_t threads) {
     parallel(take_tasks, &job, static_cast<unsigned>(threads), 0);
     return;
   }
-  if (threads > count) threads = count;
   std::vector<std::thread> started;
-  for (int64_t i = 1; i < threads; i++) {
+  for (int64_t i = 1; i < useful; i++) {
     try {
       started.emplace_back(take_tasks, &job);
     } catch (...) {
@@ -183,6 +185,15 @@ void run(Task task, void *data, int64_t count, int64_t threads) {
   }
   take_tasks(&job);
   for (std::thread &thread : started) thread.join();
+}
+
+void rest(int64_t times) {
+  if (times >= 1024) return std::this_thread::yield();
+#if defined(LAMP_X86)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
 }
 
 char *scratch(int64_t bytes) {

@@ -167,33 +167,45 @@ LAMP_INLINE void close_segment(const Work &work, Feeds &feeds, float *partial, C
     for (int i = 0; i < KEY_SUMS; i++) partial[r * width + width - SUMS + i] = total(carried.sums[r][i]);
 }
 
-// Segments from `first` to before `last`, each with a partial result of its own.
-static void refine_segments(Work &work, int64_t first, int64_t last) {
+// A segment that was taken, and, one after the other, those behind it that nobody else takes from `more`. Each has a
+// partial result of its own.
+static void refine_segments(Work &work, int64_t first, Segments *more) {
   const Rows &rows = work.rows;
-  const int64_t width = 2 * work.call->planes.half_v + SUMS, size = rows.count * width;
+  const int64_t size = rows.count * (2 * work.call->planes.half_v + SUMS);
   const int64_t begin = rows.from + first * SEGMENT;
-  const int64_t end = rows.from + last * SEGMENT < rows.to ? rows.from + last * SEGMENT : rows.to;
-  __builtin_memset(work.partial + first * size, 0, sizeof(float) * size * (last - first));
+  int64_t end = begin;
   Run runs[2];  // one is worked on while what the next one reads is on its way
   Carried carried;
   Feeds feeds;
   clear(feeds.refined, &feeds);
-  for (int64_t j = begin; j < end; j += RUN_KEYS) {
-    const int64_t segment = (j - rows.from) / SEGMENT, after = j + RUN_KEYS;
+  for (int64_t j = begin, segment = first; segment >= 0; j += RUN_KEYS) {
+    const int64_t after = j + RUN_KEYS;
     const int now = (int)(j / RUN_KEYS % 2);
     float *partial = work.partial + segment * size;
-    if ((j - rows.from) % SEGMENT == 0) clear(rows, carried);
+    if (j == end) {
+      clear(rows, carried);
+      end = j + SEGMENT < rows.to ? j + SEGMENT : rows.to;
+    }
     if (j == begin) {
-      open_run(work, j, end, runs[now]);
+      __builtin_memset(partial, 0, sizeof(float) * size);
+      open_run(work, j, rows.to, runs[now]);
       decide(work, runs[now], partial);
     }
     clear(feeds.values, &feeds);
-    if (after < end) {
-      open_run(work, after, end, runs[now ^ 1]);
-      decide(work, runs[now ^ 1], work.partial + (after - rows.from) / SEGMENT * size);
+    const bool closes = after >= end;
+    const int64_t next = !closes ? segment : more ? take_segment(*more, false) : -1;
+    if (next >= 0) {
+      float *following = work.partial + next * size;
+      if (closes) __builtin_memset(following, 0, sizeof(float) * size);
+      open_run(work, after, rows.to, runs[now ^ 1]);
+      decide(work, runs[now ^ 1], following);
       ask_for(work, runs[now ^ 1], feeds);
     }
     refine_run(work, runs[now], feeds, partial, carried);
-    if (after >= end || (after - rows.from) % SEGMENT == 0) close_segment(work, feeds, partial, carried);
+    if (closes) {
+      close_segment(work, feeds, partial, carried);
+      if (more) done_with_one(*more);
+    }
+    segment = next;
   }
 }

@@ -10,8 +10,11 @@ struct Kernels {
 };
 
 typedef void (*Task)(void *data, int64_t task, int64_t thread);
-// Tasks 0 to count - 1 on at most so many threads, numbered from 0.
-void run(Task task, void *data, int64_t count, int64_t threads);
+typedef void (*Help)(void *data, int64_t thread);
+// Tasks 0 to count - 1 on at most so many threads, numbered from 0. Whoever finds no task any more helps.
+void run(Task task, void *data, int64_t count, int64_t threads, Help help = nullptr);
+// Of a thread that waits for another one, for the so many-th time.
+void rest(int64_t times);
 // Memory of the calling thread, kept for its next call; null without memory. Aligned to 64 bytes, not cleared.
 char *scratch(int64_t bytes);
 
