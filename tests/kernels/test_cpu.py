@@ -31,7 +31,7 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-# Pieces of several segments are shared by threads that have nothing left, also where there are fewer pieces than threads.
+# Pieces of several segments are shared by threads that have nothing left, and there may be fewer pieces than threads.
 CUTS = {
     "one head, long": {"heads": 4, "kv_heads": 1, "batch": 1, "keys": 3 * SEGMENT + 77},
     "three heads, long": {"heads": 3, "kv_heads": 3, "batch": 1, "keys": 2 * SEGMENT + 5},

@@ -23,7 +23,7 @@ class Kind(NamedTuple):
     machine: str = ""
 
 
-SANITIZERS = ("-O1", "-g", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+SANITIZERS = ("-O1", "-g1", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 QUIET = ("-Wno-maybe-uninitialized", "-Wno-uninitialized")
 """Of gcc 12's own avx512fintrin.h."""
 KINDS = {
