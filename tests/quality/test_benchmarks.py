@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lamp_compile.quality.evaluate import Row
 
@@ -88,17 +89,20 @@ def test_the_quality_benchmark_writes_what_it_prints(quality, root, nano, tmp_pa
 
 
 @pytest.mark.slow
-def test_the_compile_time_benchmark_counts_rewrites(root, nano, tmp_path, monkeypatch):
+def test_the_compile_time_benchmark_counts_rewrites(root, tmp_path, monkeypatch):
     compile_time = _load(root, "compile_time")
-    out = tmp_path / "compile_time.json"
-    assert compile_time.main([str(nano), "--repeats", "1", "--context", "64", "--out", str(out)]) == 0
+    folder, out = tmp_path / "model", tmp_path / "compile_time.json"
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
+    LlamaForCausalLM(LlamaConfig(vocab_size=128, num_hidden_layers=1, **sizes)).save_pretrained(folder)
+    given = [str(folder), "--repeats", "1", "--context", "64"]
+    assert compile_time.main([*given, "--out", str(out)]) == 0
     data = json.loads(out.read_text())
-    assert data["runs"]["lamp"][0]["rewritten"] == 4
+    assert data["runs"]["lamp"][0]["rewritten"] == 1
     assert data["ratio"] == data["median_seconds"]["lamp"] / data["median_seconds"]["inductor"]
     again = {backend: found[0] for backend, found in data["runs"].items()}
     monkeypatch.setattr(compile_time, "measure_cold", lambda args, backend: again[backend])
     for limit, status in ((data["ratio"] + 0.01, 0), (data["ratio"] - 0.01, 1)):
-        assert compile_time.main([str(nano), "--repeats", "1", "--context", "64", "--limit", str(limit)]) == status
+        assert compile_time.main([*given, "--limit", str(limit)]) == status
 
 
 def test_certificate_of_the_packaged_model(root, nano, tmp_path, monkeypatch):
