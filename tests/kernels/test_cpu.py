@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -63,6 +65,40 @@ def test_any_number_of_threads_gives_the_same_bits(name, native):
 def test_however_the_work_is_cut(name, native):
     with threads(3):
         check(calls.make(**{"share": 0.1, **CUTS[name]}), native)
+
+
+def test_a_window_of_any_size(native):
+    """One that reaches further than any key is none, however large its number."""
+    call = calls.make(heads=4, kv_heads=1, batch=1, keys=3 * SEGMENT + 77, causal="bottom_right", share=0.1)
+    none = calls.by_kernels(call, native)
+    for window in (1 << 40, (1 << 63) - 2049, (1 << 63) - 1):
+        same(none, calls.by_kernels(replace(call, options={**call.options, "window": window}), native))
+
+
+def test_threads_without_a_piece_are_called(native):
+    """One piece of several segments is no reason for one thread: as many are asked for as there are, and help."""
+    call = calls.make(heads=4, kv_heads=1, batch=1, keys=3 * SEGMENT + 77, share=0.1)
+    first, asked = calls.by_kernels(call, native), []
+    task_type = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_size_t)
+    parallel_type = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+
+    def parallel(_context, task, data, count):
+        asked.append(count)
+        started = [threading.Thread(target=task_type(task), args=(data, i)) for i in range(count)]
+        for thread in started:
+            thread.start()
+        for thread in started:
+            thread.join()
+
+    lent, core = parallel_type(parallel), _library.load()
+    core.lamp_lend_threads.argtypes = [parallel_type, ctypes.c_void_p]
+    core.lamp_lend_threads(lent, None)
+    try:
+        with threads(4):
+            same(first, calls.by_kernels(call, native))
+    finally:
+        core.lamp_lend_threads(parallel_type(), None)
+    assert asked == [4]
 
 
 @pytest.mark.parametrize("group", [2, 4])

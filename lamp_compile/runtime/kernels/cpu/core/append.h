@@ -43,7 +43,7 @@ static void append_row(const LampAppend &call, int64_t b, int64_t g, int64_t i) 
   const LampPlanes &planes = call.planes;
   const int64_t first = integer(call.positions, b);
   Place place;
-  if (first < 0 || !find(planes, b, g, first + i, place)) return;
+  if (first < 0 || first >= planes.pages * planes.tile || !find(planes, b, g, first + i, place)) return;
   const int half_k = (int)planes.half_k, half_v = (int)planes.half_v;
   float x[MOST_DIM + LANES] = {0};
   Row row;
@@ -87,7 +87,7 @@ static int append(const LampAppend *call) {
   // Before anything is written. A table may be shorter than its sequence: rows without a page go nowhere.
   for (int64_t b = 0; !call->planes.table && b < call->batch; b++)
     if (integer(call->positions, b) >= 0 &&
-        integer(call->positions, b) + call->rows > call->planes.pages * call->planes.tile)
+        integer(call->positions, b) > call->planes.pages * call->planes.tile - call->rows)
       return -2;
   // Rows of one storage tile share cache lines, so a task takes whole runs of them.
   AppendWork work = {call, 64, (call->rows + 63) / 64};

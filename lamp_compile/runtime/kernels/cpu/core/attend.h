@@ -113,7 +113,7 @@ static void work_through(Work &work, Shared &shared) {
   wait_for(shared.refines, segments);
 }
 
-// One piece, in the memory of the thread that takes it, or, where there are more threads than pieces, in its own.
+// One piece, in the memory of the thread that takes it, or, where there are as many threads or more, in its own.
 static void piece_task(void *data, int64_t piece, int64_t thread) {
   const Plan &plan = *(const Plan *)data;
   const int64_t at = plan.memories == plan.pieces ? piece : thread;
@@ -159,7 +159,8 @@ static int attend(const LampAttend *given, const LampPredict *gate) {
   const int64_t group = call.heads / call.planes.kv_heads, heads = call.batch * call.planes.kv_heads;
   const int64_t room = call.planes.pages * call.planes.tile;
   int64_t keys = call.keys < room ? call.keys : room;
-  if (call.window && call.window + call.queries + SEGMENT < keys) keys = call.window + call.queries + SEGMENT;
+  // A window may be any number: nothing is added to one that is not known to be small.
+  if (call.window && call.window < keys - call.queries - SEGMENT) keys = call.window + call.queries + SEGMENT;
   Plan plan = {};
   plan.call = given, plan.gate = gate;
   plan.segments = keys > 0 ? (keys + SEGMENT - 1) / SEGMENT : 1;

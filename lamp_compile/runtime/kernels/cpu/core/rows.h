@@ -68,12 +68,13 @@ LAMP_INLINE void prepare_row(const LampAttend &call, Rows &rows, int r) {
 LAMP_INLINE void see(const LampAttend &call, Rows &rows, int t) {
   int64_t end = call.keys, begin = 0;
   if (call.lengths.data && integer(call.lengths, rows.b) < end) end = integer(call.lengths, rows.b);
+  if (end < 0) end = 0;
   if (call.start.data && integer(call.start, rows.b) > 0) begin = integer(call.start, rows.b);
   if (call.causal) {
     int64_t place = rows.first_token + t;
     if (call.causal == LAMP_BOTTOM_RIGHT) place += end - call.queries;
     if (place + 1 < end) end = place + 1;
-    if (call.window && place - call.window + 1 > begin) begin = place - call.window + 1;
+    if (call.window && call.window <= place && place - call.window + 1 > begin) begin = place - call.window + 1;
   }
   const int64_t room = call.planes.pages * call.planes.tile;
   if (end > room) end = room;
