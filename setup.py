@@ -22,7 +22,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 CORE = Path("lamp_compile/runtime/kernels/cpu/core")
-# Python's own flags for extensions have signed numbers wrap (-fwrapv): loops over them are then 10 % slower.
+# Python's own flags for extensions have signed numbers wrap (-fwrapv): loops over them are then slower, by a tenth.
 COMMON = [
     "-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-fno-wrapv",
     "-fstrict-overflow", "-Wno-psabi", "-g0",

@@ -64,8 +64,8 @@ def compile_core(folder: Path, kind: str) -> list[Path]:
 
 
 def build(folder: Path, kind: str, source: str = "fuzz") -> Path:
-    """A program of this folder: ``fuzz`` calls the core, ``ort_fuzz`` the operators of ONNX Runtime, ``segments`` what
-    threads share. Object files that are there are used again."""
+    """A program of this folder: ``fuzz`` calls the core, ``ort_fuzz`` the operators of ONNX Runtime, ``segments`` and
+    ``helping`` what threads share. Object files that are there are used again."""
     settings, program = KINDS[kind], folder / source
     objects = sorted(folder.glob("*.o")) or compile_core(folder, kind)
     flags = [flag for flag in settings.flags if not flag.startswith("-W")]
@@ -78,5 +78,5 @@ def build(folder: Path, kind: str, source: str = "fuzz") -> Path:
 if __name__ == "__main__":
     target = Path(sys.argv[1])
     target.mkdir(parents=True, exist_ok=True)
-    for program in ("fuzz", "ort_fuzz", "segments"):
+    for program in ("fuzz", "ort_fuzz", "segments", "helping"):
         print(build(target, sys.argv[2] if len(sys.argv) > 2 else "address", program))

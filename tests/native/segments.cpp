@@ -67,7 +67,7 @@ int main(int, char **arguments) {
   for (int64_t round = 0; round < rounds; round++) share_out(round, threads, segments, helped);
   if (!helped) fail("nobody helped", 0, 0);
   Called called;
-  for (int64_t count = 0; count < 3; count++) run(task, &called, count, threads, help);
+  for (int64_t count = 0; count < 3; count++) run(task, &called, count, threads, help, threads);
   if (called.tasks != 3) fail("tasks", called.tasks, 3);
   if (called.helps != 3 * threads) fail("threads that helped", called.helps, 3 * threads);
   std::printf("%lld rounds, %lld segments by others\n", (long long)rounds, (long long)helped);

@@ -83,6 +83,12 @@ def test_threads_share_segments(races: Path) -> None:
     assert "200 rounds" in said
 
 
+def test_threads_without_a_piece_help(races: Path) -> None:
+    """The bits are the same, whoever has done it."""
+    said = run([str(made(races, "thread", "helping")), "8"])
+    assert "8 calls" in said
+
+
 def test_neon_under_an_emulator(tmp_path: Path) -> None:
     compiler, emulator = KINDS["aarch64"].compiler[0], "qemu-aarch64-static"
     for tool, package in ((compiler, "g++-aarch64-linux-gnu"), (emulator, "qemu-user-static")):

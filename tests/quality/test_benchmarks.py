@@ -93,11 +93,11 @@ def test_the_compile_time_benchmark_counts_rewrites(root, tmp_path, monkeypatch)
     compile_time = _load(root, "compile_time")
     folder, out = tmp_path / "model", tmp_path / "compile_time.json"
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
-    LlamaForCausalLM(LlamaConfig(vocab_size=128, num_hidden_layers=1, **sizes)).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(vocab_size=128, num_hidden_layers=2, **sizes)).save_pretrained(folder)
     given = [str(folder), "--repeats", "1", "--context", "64"]
     assert compile_time.main([*given, "--out", str(out)]) == 0
     data = json.loads(out.read_text())
-    assert data["runs"]["lamp"][0]["rewritten"] == 1
+    assert data["runs"]["lamp"][0]["rewritten"] == 2
     assert data["ratio"] == data["median_seconds"]["lamp"] / data["median_seconds"]["inductor"]
     again = {backend: found[0] for backend, found in data["runs"].items()}
     monkeypatch.setattr(compile_time, "measure_cold", lambda args, backend: again[backend])

@@ -1,7 +1,7 @@
 """The claims on a trained model with D 128, where one is at hand (``LAMP_TEST_MODEL``, ``LAMP_TEST_DATA``).
 
-One window of 1,024 tokens: enough to see a broken rule, format or balance, too little for the published figures, which
-``benchmarks/quality.py`` measures on 65,536 positions. More is refined of it than of longer ones.
+One window of 2,048 tokens for the default plan, of 1,024 for what it is compared with: enough to see a broken rule,
+format or balance, too little for the published figures, which ``benchmarks/quality.py`` measures on 65,536 positions.
 """
 
 from __future__ import annotations
@@ -13,18 +13,21 @@ from lamp_compile.quality import evaluate, load, rows, windows
 from lamp_compile.quality.engine import CompiledEngine
 
 
-@pytest.fixture(scope="module")
-def measured(small_model, text_data):
+def measure(small_model, text_data, tokens, wanted):
     model = load.load_model(small_model)
     ids = windows.token_ids(text_data / "heldout.u16", None, vocabulary=model.config.vocab_size)
     evaluation = evaluate.Evaluation(
         model,
-        windows.spread(ids, 1024, 3, where="heldout")[1:2],
+        windows.spread(ids, tokens, 3, where="heldout")[1:2],
         lambda m, balance: CompiledEngine(lamp_compile.compile(m, mode="eager", balance=balance)),
     )
-    wanted = [rows.FP8, rows.ALL_HIGH, rows.ALL_LOW, rows.LAMP, rows.STATIC, rows.LAMP.on_twin(30.0)]
-    done = evaluation.measure_all(wanted)
-    return {(row.name, row.twin): row for row in done}
+    return {(row.name, row.twin): row for row in evaluation.measure_all(wanted)}
+
+
+@pytest.fixture(scope="module")
+def measured(small_model, text_data):
+    wanted = [rows.ALL_HIGH, rows.ALL_LOW, rows.LAMP, rows.STATIC, rows.LAMP.on_twin(30.0)]
+    return measure(small_model, text_data, 1024, wanted)
 
 
 def test_both_planes_are_nearly_the_model(measured):
@@ -32,11 +35,12 @@ def test_both_planes_are_nearly_the_model(measured):
     assert measured["all_high", 0.0].bits_per_value == 8.125
 
 
-def test_the_default_plan_keeps_the_quality_at_two_thirds_of_the_bits_of_fp8(measured):
-    lamp, fp8 = measured["lamp", 0.0], measured["fp8_kv", 0.0]
+def test_the_default_plan_keeps_the_quality_at_half_the_bits_of_fp8(small_model, text_data):
+    longer = measure(small_model, text_data, 2048, [rows.FP8, rows.LAMP])
+    lamp, fp8 = longer["lamp", 0.0], longer["fp8_kv", 0.0]
     assert lamp.agreement > 0.985
     assert lamp.kl < fp8.kl / 4
-    assert lamp.bits_per_value < 5.5 < 8.0 < fp8.bits_per_value
+    assert lamp.bits_per_value < 5.0 < 8.0 < fp8.bits_per_value
 
 
 def test_choosing_by_the_scores_is_what_does_it(measured):

@@ -105,7 +105,7 @@ static void work_through(Work &work, Shared &shared) {
   const int64_t segments = segments_of(work);
   offer(shared.looks, segments);
   for (int64_t at; (at = take_segment(shared.looks, false)) >= 0; done_with_one(shared.looks))
-    look_at_segments(work, at, at + 1);
+    look_at_segment(work, at);
   wait_for(shared.looks, segments);
   join_and_audit(work);
   offer(shared.refines, segments);
@@ -134,7 +134,7 @@ static bool help_with(const Plan &plan, int64_t at) {
   Shared &shared = plan.shared[at];
   int64_t segment = take_segment(shared.looks, true);
   if (segment >= 0) {
-    look_at_segments(work, segment, segment + 1);
+    look_at_segment(work, segment);
     done_with_one(shared.looks);
     return true;
   }
@@ -186,7 +186,7 @@ static int attend(const LampAttend *given, const LampPredict *gate) {
   plan.unfinished = plan.counts + 2 * plan.pieces;
   __builtin_memset(plan.shared, 0, shared);  // nothing to take
   *plan.unfinished = plan.pieces;
-  run(piece_task, &plan, plan.pieces, threads, plan.segments > 1 ? help_others : nullptr);
+  run(piece_task, &plan, plan.pieces, threads, plan.segments > 1 ? help_others : nullptr, plan.pieces * plan.segments);
   for (int64_t bg = 0; bg < heads; bg++) {
     int64_t alive = 0, refined = 0;
     for (int64_t i = bg * plan.per_head; i < (bg + 1) * plan.per_head; i++) {

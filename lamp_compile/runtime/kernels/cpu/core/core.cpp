@@ -1,4 +1,5 @@
 // The C interface: which kernels this machine can run, threads, memory.
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -158,14 +159,14 @@ constexpr int64_t MOST_KEPT = 256 << 20;
 
 }  // namespace
 
-void run(Task task, void *data, int64_t count, int64_t threads, Help help) {
-  if (threads <= 1 || (count <= 1 && !help)) {
+void run(Task task, void *data, int64_t count, int64_t threads, Help help, int64_t useful) {
+  useful = std::min(threads, help ? useful : count);
+  if (useful <= 1) {
     for (int64_t i = 0; i < count; i++) task(data, i, 0);
     return;
   }
   my_seat = 0;
   Job job(task, data, count, threads, help);
-  const int64_t useful = threads < count || help ? threads : count;
   if (lent.parallel) {
     lent.parallel(lent.context, take_tasks_of, &job, static_cast<size_t>(useful));
     return;

@@ -116,6 +116,7 @@ LAMP_API int lamp_use(const char *name);
 LAMP_API void lamp_use_threads_of(void (*gomp_parallel)(void (*)(void *), void *, unsigned, unsigned));
 // Threads of whoever calls, for the next calls of this thread, ahead of all others; null takes them back.
 // `parallel(context, task, data, count)` runs task(data, i) for each i below count, and returns when all are done.
+// A task may wait for what another one has begun, never for one to begin.
 typedef void (*LampParallel)(void *context, void (*task)(void *, size_t), void *data, size_t count);
 LAMP_API void lamp_lend_threads(LampParallel parallel, void *context);
 // 0; -1 without memory; -2 for rows beyond the planes. Nothing is written then.

@@ -212,12 +212,13 @@ LAMP_INLINE void look_at_chunk(Work &work, int64_t first, int64_t end, Feed &fee
   }
 }
 
-static void look_at_segments(Work &work, int64_t begin, int64_t last) {
+static void look_at_segment(Work &work, int64_t segment) {
   const LampAttend &call = *work.call;
   const Rows &rows = work.rows;
   Feed feed;
-  for (int64_t first = rows.from + begin * SEGMENT; first < rows.from + last * SEGMENT && first < rows.to;
-       first += CHUNK) {
+  const int64_t begin = rows.from + segment * SEGMENT;
+  const int64_t behind = begin + SEGMENT < rows.to ? begin + SEGMENT : rows.to;
+  for (int64_t first = begin; first < behind; first += CHUNK) {
     const int64_t end = first + CHUNK < rows.to ? first + CHUNK : rows.to;
     const int64_t chunk = (first - rows.from) / CHUNK;
     Vf most[MOST_ROWS];

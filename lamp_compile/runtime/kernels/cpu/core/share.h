@@ -1,4 +1,3 @@
-#pragma once
 // Segments of one piece of work, of which the thread that the piece belongs to takes the first, and threads with nothing
 // left of their own the last. Each is worked on by one thread, and leaves what it leaves whoever that is.
 // Compilers' atomics: what <atomic> brings along would be compiled for this instruction set and linked for all.
