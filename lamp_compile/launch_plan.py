@@ -33,6 +33,9 @@ class LaunchPlan:
     """Kv heads of all sequences, times blocks of new tokens, up to which that is so: on NVIDIA, where few rows share a
     kv head and ``refine_warps`` is 1. With more of them there are few programs for each, and these must be able to
     share evenly."""
+    most_finished: int = 128
+    """Kv heads of all sequences up to which one launch does all that comes behind the look-ahead, on NVIDIA
+    (``runtime/kernels/finish.py``); 0: none."""
     least_subtiles: int = 8
     """Sub-tiles a program of the look-ahead should have at least."""
     most_splits: int = 128
@@ -64,7 +67,7 @@ class LaunchPlan:
         """
         for f in fields(self):
             value = getattr(self, f.name)
-            least = 0 if f.name in ("dependent", "most_paired") else 1
+            least = 0 if f.name in ("dependent", "most_paired", "most_finished") else 1
             most = 1 if f.name == "dependent" else 8 if f.name in self.SMALL else MOST_LAUNCH
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
                 raise PlanError(f"{f.name} is {value!r}", where=where, fix=f"a whole number, {least} to {most}")

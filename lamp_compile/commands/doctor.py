@@ -82,15 +82,17 @@ def _kernels(devices: int, no_gpu: str, version: str | None) -> dict[str, Any]:
         missing.append(f"{reason}: pip install 'lamp_compile[kernels]' (CUDA and ROCm builds of torch bring it)")
     if missing:
         return {"name": "GPU kernels", "available": False, "detail": "; ".join(missing)}
+    from lamp_compile.runtime.kernels import nvrtc
     from lamp_compile.runtime.kernels.targets import target_of
 
     found = [torch.device("cuda", index) for index in range(devices)]
     refused = [kernels.why_not_model(device) for device in found]
     served = [reason or target_of(device).name for device, reason in zip(found, refused, strict=True)]
+    compiler = f"CUDA C++: {nvrtc.why_not(found[0]) or 'by NVRTC'}"
     return {
         "name": "GPU kernels",
         "available": None in refused,
-        "detail": f"triton {version or 'of torch'}, for {', '.join(served)}",
+        "detail": f"triton {version or 'of torch'}, for {', '.join(served)}; {compiler}",
     }
 
 

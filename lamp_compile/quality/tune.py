@@ -24,6 +24,7 @@ from lamp_compile.runtime import guard, kernels, layout
 CHOICES: dict[str, tuple[int, ...]] = {
     "programs": (4, 8, 12, 16),
     "stages": (2, 3, 4),
+    "most_finished": (0, 128, 1024),
     "most_paired": (0, 128, 1024),
     "paired_programs": (4, 5, 6),
     "refine_programs": (4, 8, 12, 16),

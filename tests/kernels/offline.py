@@ -71,9 +71,14 @@ def spilled(made: Any, target: GPUTarget) -> int:
     if target.backend == "hip":
         found = re.search(r"\.private_segment_fixed_size: (\d+)", made.asm["amdgcn"])
         return int(found.group(1)) if found else -1
+    return local_memory(made.asm["cubin"])
+
+
+def local_memory(code: bytes) -> int:
+    """Bytes of a thread's stack and registers in memory, of NVIDIA's machine code."""
     tool = triton.knobs.nvidia.cuobjdump.path
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(made.asm["cubin"])
+        file.write(code)
         file.flush()
         report = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
     return sum(int(number) for number in re.findall(r"(?:LOCAL|STACK):(\d+)", report.stdout))

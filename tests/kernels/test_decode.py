@@ -225,6 +225,7 @@ def test_whoever_takes_the_guards_step(name, triton_device, monkeypatch):
             return kernel[grid]
 
     monkeypatch.setattr(decode, "guard_step", Watched())
+    calls.use_launch(monkeypatch)
     call = calls.make(**CASES[name])
     for most in (0, 64):
         monkeypatch.setattr(decode, "JOINED", most)

@@ -115,3 +115,27 @@ def test_programs_of_the_refinement_leave_room_for_each_other():
     """Five of two warps, or twelve of one."""
     rows = {(row["case"], row["kernel"]): row["registers"] for row in compiled("sm_90")}
     assert [rows[case, "refine"] for case in ("plain", "many heads", "dim 256")] == [168, 168, None]
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_cuda_sources_compile(arch, heads):
+    """With the shared memory that one program may have, and without registers in memory."""
+    pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed")
+    from lamp_compile.runtime.kernels import finish, nvrtc
+    from tests.kernels import offline
+    from tests.kernels.compile_all import SHARED
+
+    constants = finish.Constants(finish.THREADS, heads, max(finish.HALVES), max(finish.HALVES), 32)
+    assert constants.shared <= SHARED[arch]
+    code = nvrtc.compile_source("finish", dict(constants.defines), arch)
+    assert offline.local_memory(code) == 0
+
+
+def test_a_source_that_does_not_compile_says_why():
+    pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed")
+    from lamp_compile.runtime.kernels import finish, nvrtc
+
+    defines = dict(finish.Constants(256, 4, 64, 64, 32).defines) | {"SHARED": 1000}
+    with pytest.raises(nvrtc.NvrtcError, match="reserves less"):
+        nvrtc.compile_source("finish", defines, "sm_90")

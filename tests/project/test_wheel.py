@@ -95,7 +95,9 @@ def test_contents(wheel: Path, root: Path) -> None:
         str(path.relative_to(root)) for path in (root / "lamp_compile").rglob("*.py") if "__pycache__" not in path.parts
     }
     assert sources <= names, sources - names
-    assert {name for name in names if ".dist-info/" not in name} - sources <= {"lamp_compile/py.typed", CORE}
+    cuda = {str(path.relative_to(root)) for path in (root / "lamp_compile/runtime/kernels/cuda").iterdir()}
+    assert cuda <= names, cuda - names
+    assert {name for name in names if ".dist-info/" not in name} - sources - cuda <= {"lamp_compile/py.typed", CORE}
     assert "lamp_compile/py.typed" in names
 
 

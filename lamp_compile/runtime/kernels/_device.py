@@ -23,7 +23,7 @@ MAGIC = tl.constexpr(12582912.0)
 """1.5 * 2^23: x + MAGIC is a float whose low bits are x rounded to a whole number, for |x| < 2^22."""
 MAGIC_BITS = tl.constexpr(0x4B400000)
 """MAGIC as an integer: where a product starts from it, its bits are the float MAGIC + product."""
-ROW_FIELDS = tl.constexpr(6)
+ROW_FIELDS = tl.constexpr(7)
 """Numbers that ``prepare_query`` notes of a row."""
 LOG2E = tl.constexpr(1.4426950408889634)
 

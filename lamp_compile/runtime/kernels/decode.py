@@ -23,6 +23,8 @@ from lamp_compile.runtime.kernels._tensors import (
     signs,
 )
 from lamp_compile.runtime.kernels.decide import NOTES, decide
+from lamp_compile.runtime.kernels.finish import finish
+from lamp_compile.runtime.kernels.finish import why_not as why_not_finish
 from lamp_compile.runtime.kernels.look_ahead import look_ahead
 from lamp_compile.runtime.kernels.merge import guard_step, merge
 from lamp_compile.runtime.kernels.prepare_query import prepare_query
@@ -203,14 +205,18 @@ def decode(
     call, results = begin(q, planes, hot, balance, seen, options)
     per_slot = call.cut.rows * (2 * planes[3].shape[3] + FIELDS)
     per_block = 4 * call.heads * (call.cut.slots * per_slot + call.cut.subtiles * (2 * call.cut.rows + 1))
-    step = max(1, SCRATCH // per_block)
+    step, together = max(1, SCRATCH // per_block), why_not_finish(call) is None
     for first in range(0, call.cut.blocks, step):
         blocks = min(step, call.cut.blocks - first)
         scratch = room_for(call, blocks)
         prepare(call, scratch, first, NO_GATE)
-        read(call, scratch, first, None)
+        look(call, scratch, first, None)
+        if together:
+            finish(call, scratch, results)
+            continue
+        refine_chosen(call, scratch, first, None)
         join(call, scratch, first, results)
-    if not guards(call):
+    if not (together or guards(call)):
         guard_step[(call.heads,)](*guard_arguments(call, results), **guard_rows(call), **call.dependent(), num_warps=1)
     return Result(results.out, results.lse, results.certificate)
 
@@ -256,24 +262,34 @@ def prepare(call: Call, scratch: Scratch, first_block: int, gate: dict[str, Any]
     )  # fmt: skip
 
 
-def read(call: Call, scratch: Scratch, first_block: int, listed: Listed | None) -> None:
-    """The launches that read the planes, and the decision between them."""
-    cut, planes, launch, grid = call.cut, call.planes, call.cut.launch, scratch.q8.shape[:2]
-    mask, bias, sinks, start, lengths, table = call.seen
-    keys, sums, rows = call.keys(), call.sums(), call.rows(first_block)
-    warps, refine_warps = cut.warps(keys["HP_V"])
-    levels, *known = (None,) * 4 if listed is None else (listed.levels, listed.list, listed.places, listed.counts)
-    noted = (scratch.energy, scratch.other, scratch.peak)
-    common = {**call.dependent(), "LISTED": listed is not None}
+def look(call: Call, scratch: Scratch, first_block: int, listed: Listed | None) -> None:
+    """The launch that reads the high plane."""
+    cut, planes, grid = call.cut, call.planes, scratch.q8.shape[:2]
+    mask, bias, _, start, lengths, table = call.seen
+    keys = call.keys()
+    warps, _ = cut.warps(keys["HP_V"])
+    known = (None,) * 3 if listed is None else (listed.list, listed.places, listed.counts)
     look_ahead[(cut.splits, *grid)](
         scratch.q8, scratch.rowinfo, planes[0], planes[2], planes[3], planes[5], mask, bias, start, lengths, table,
-        scratch.partial, scratch.meta, *noted, *known, **keys, **rows, **sums, **common,
-        least_steps=cut.least_steps, FOLD=call.fold(warps), **registers(call, warps, launch.programs), num_warps=warps,
-        num_stages=cut.stages,
+        scratch.partial, scratch.meta, scratch.energy, scratch.other, scratch.peak, *known, **keys,
+        **call.rows(first_block), **call.sums(), **call.dependent(), LISTED=listed is not None,
+        least_steps=cut.least_steps, FOLD=call.fold(warps), **registers(call, warps, cut.launch.programs),
+        num_warps=warps, num_stages=cut.stages,
     )  # fmt: skip
+
+
+def refine_chosen(call: Call, scratch: Scratch, first_block: int, listed: Listed | None) -> None:
+    """The decision, and the launch that reads both planes of what was chosen."""
+    cut, planes, grid = call.cut, call.planes, scratch.q8.shape[:2]
+    mask, bias, sinks, start, lengths, table = call.seen
+    keys, sums, rows = call.keys(), call.sums(), call.rows(first_block)
+    _, refine_warps = cut.warps(keys["HP_V"])
+    levels, counts = (None, None) if listed is None else (listed.levels, listed.counts)
+    common = {**call.dependent(), "LISTED": listed is not None}
     hot = (scratch.hot, scratch.hot_places, scratch.taken)
     decide[(chunks_of(cut), *grid)](
-        scratch.rowinfo, scratch.meta, *noted, sinks, start, lengths, table, levels, known[2], *hot, scratch.noted,
+        scratch.rowinfo, scratch.meta, scratch.energy, scratch.other, scratch.peak, sinks, start, lengths, table,
+        levels, counts, *hot, scratch.noted,
         **{name: number for name, number in {**keys, **sums}.items() if name in OF_DECISIONS}, **rows, **common,
         SPLITS_P2=power_of_two(cut.splits), CHUNK=decided(cut),
         HAS_SINKS=sinks is not None,
@@ -282,7 +298,7 @@ def read(call: Call, scratch: Scratch, first_block: int, listed: Listed | None) 
     del keys["RULE"], keys["table_stride"]  # it has its decisions and places from there
     refine[(cut.segments, *grid)](
         scratch.q8, scratch.rowinfo, *planes, mask, bias, start, lengths, scratch.partial,
-        scratch.meta, scratch.energy, *hot[:2], scratch.own, scratch.own_places, scratch.taken, known[2],
+        scratch.meta, scratch.energy, *hot[:2], scratch.own, scratch.own_places, scratch.taken, counts,
         **keys, **rows, **sums, **common,
         **lists(cut), CHUNK=decided(cut), FOLD=call.fold(refine_warps),
         **registers(call, refine_warps, cut.refine_programs), num_warps=refine_warps, num_stages=cut.refine_stages,

@@ -92,7 +92,8 @@ def decode_predicted(
     predicted = torch.empty(lead, dtype=torch.float32, device=device)
     decode.prepare(call, scratch, 0, _projection(call, gate, projected))
     _predict(call, scratch, gate, projected, listed, predicted)
-    decode.read(call, scratch, 0, listed)
+    decode.look(call, scratch, 0, listed)
+    decode.refine_chosen(call, scratch, 0, listed)
     _join_and_audit(call, scratch, results, gate, listed, predicted)
     return Result(results.out, results.lse, results.certificate)
 

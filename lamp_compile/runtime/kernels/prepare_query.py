@@ -18,9 +18,9 @@ def prepare_query(
 ):  # fmt: skip
     """Q ``[B, H, S, D]`` -> Q8 int8 ``[B*G, blocks, GP, 2*HP]``, ROWINFO ``[B*G, blocks, ROW_FIELDS, GP]``:
     rounding step, sum of q8, squared norm of the prepared query, sum of q8 over the lower nibbles' channels; tau, and 1
-    where it refines everything, + 2 where a floor does (``settings_of``). SIGNS and root as of
-    ``turned``. With a RANK, of one token, the projection of a look-ahead network too: GATE ``[H, D, R]``, GATE_BIAS
-    ``[H, R]`` -> PROJECTED ``[B*G, GP, RP]``, STEP numbers at a time."""
+    where it refines everything, + 2 where a floor does (``settings_of``); 0, from which ``cuda/finish.cu`` counts.
+    SIGNS and root as of ``turned``. With a RANK, of one token, the projection of a look-ahead network too: GATE
+    ``[H, D, R]``, GATE_BIAS ``[H, R]`` -> PROJECTED ``[B*G, GP, RP]``, STEP numbers at a time."""
     if ROTATE:  # no launch ahead of this one makes it: read while that ends
         first, second = rotation(SIGNS, 0, HALF, HP, False)
     wait_for_launch(PDL)
@@ -69,6 +69,7 @@ def prepare_query(
     all_refined = (tau <= 0.0).to(tl.float32) + raised.to(tl.float32) * 2.0
     tl.store(info + 4 * GP, tl.zeros((GP,), tl.float32) + tau)
     tl.store(info + 5 * GP, tl.zeros((GP,), tl.float32) + all_refined)
+    tl.store(info + 6 * GP, tl.zeros((GP,), tl.float32))
     # One sum, which waits for all warps, instead of four.
     sums = tl.sum(tl.join(tl.join(upper + lower, lower), tl.join(upper * upper + lower * lower, nothing)), 1)
     whole, real = tl.split(sums)
