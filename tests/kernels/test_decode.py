@@ -313,8 +313,9 @@ def test_queries_in_any_order_in_memory(tokens, device):
 
 
 @pytest.mark.parametrize("tokens", [1, 4])
-def test_pages_in_any_order_change_nothing(tokens, device):
-    """The same sequences in a pool, shuffled, with pages that nobody has."""
+def test_pages_in_any_order_change_nothing(tokens, device, monkeypatch):
+    """The same sequences in a pool, shuffled, with pages that nobody has; by the launches that read pages."""
+    calls.use_launch(monkeypatch)
     call = calls.make(
         tokens=tokens, causal="bottom_right", lengths=torch.tensor([150, 66]), sharpness=2.0, share=0.2,
     )  # fmt: skip
