@@ -5,7 +5,6 @@ used: kernels in Triton do the same."""
 from __future__ import annotations
 
 import ctypes
-import os
 import warnings
 from collections.abc import Mapping
 from functools import cache
@@ -18,8 +17,6 @@ import torch
 SOURCES = Path(__file__).parent / "cuda"
 LEAST = (9, 0)
 """Compute capability of the oldest GPU that it is compiled for."""
-VARIABLE = "LAMP_CUDA"
-"""Environment: ``none`` does without."""
 Defines = tuple[tuple[str, int], ...]
 
 _broken: dict[int, str] = {}
@@ -31,8 +28,6 @@ class NvrtcError(RuntimeError):
 
 @cache
 def _missing() -> str | None:
-    if os.environ.get(VARIABLE, "") == "none":
-        return f"{VARIABLE}=none"
     if torch.version.hip:
         return "CUDA C++ does not run on ROCm"
     if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
