@@ -212,7 +212,7 @@ def test_doctor_names_the_target_of_each_device(call, monkeypatch):
     )  # fmt: skip
     line = gpu_kernels(call)
     assert line.startswith("yes GPU kernels: triton ")
-    assert line.endswith(", for sm_90, kernels need compute capability 8.0, this is 7.0")
+    assert ", for sm_90, kernels need compute capability 8.0, this is 7.0; CUDA C++: " in line
     capabilities[0] = (7, 5)
     assert gpu_kernels(call).startswith("no  GPU kernels: triton ")
 

@@ -47,6 +47,7 @@ CASES = {
     },
     "softcap": {"softcap": 2.0, "sharpness": 3.0},
     "sinks": {"sinks": normal(4) * 3},
+    "one sink for all heads": {"sinks": normal(1)},
     "sinks of empty rows": {"sinks": normal(4), "lengths": torch.tensor([0, 90])},
     "mask": {"mask": random_mask(2, 1, 1, 150)},
     "mask per head": {"mask": random_mask(2, 4, 1, 150)},

@@ -36,6 +36,7 @@ CASES = {
     "softcap": {"softcap": 2.0, "sharpness": 3.0},
     "sinks": {"sinks": normal(4) * 3},
     "sinks in bfloat16": {"sinks": (normal(4) * 3).bfloat16()},
+    "one sink for all heads": {"sinks": normal(1)},
     "sinks of empty rows": {"sinks": normal(4).half(), "lengths": torch.tensor([0, 90])},
     "balance": {"balance": normal(2, 64).exp()},
     "no rotation": {"rotation": "none"},
@@ -73,7 +74,10 @@ def launches(host, triton_device, monkeypatch):
     monkeypatch.setattr(finish, "blocks_of", lambda call: 3)
     calls.use_launch(monkeypatch, programs=16, least_subtiles=1, most_finished=128)
     host.launches = 0
-    return host
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # what is never written holds NaN
+    yield host
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -166,3 +170,10 @@ def test_what_does_not_compile_is_not_used(launches, triton_device, monkeypatch)
     monkeypatch.setattr(launches, "why_not_compiled", lambda *given: "no compiler")
     check(calls.make(), triton_device)
     assert launches.launches == 0
+
+
+def test_what_the_device_refuses_is_done_by_the_others(launches, triton_device, monkeypatch):
+    monkeypatch.setattr(launches, "launch", lambda *given, **more: False)
+    call = calls.make()
+    check(call, triton_device)
+    assert calls.by_kernels(call, triton_device).stats[..., 0].eq(1).all()

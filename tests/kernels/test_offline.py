@@ -118,7 +118,7 @@ def test_programs_of_the_refinement_leave_room_for_each_other():
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
-@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("heads", [1, 2, 3, 4])
 def test_cuda_sources_compile(arch, heads):
     """With the shared memory that one program may have, and without registers in memory."""
     pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed")

@@ -175,6 +175,8 @@ def begin(
     if q.stride(-1) != 1:
         q = q.contiguous()
     hot = (*(setting.contiguous() for setting in hot[:3]), *hot[3:])
+    if (sinks := seen[2]) is not None and sinks.numel() == 1:  # one for all heads; kernels read one for each
+        seen = (*seen[:2], sinks.reshape(1).expand(q.shape[1]).contiguous(), *seen[3:])
     balance = None if balance is None else balance.contiguous()
     pages = planes[0].shape[2] if seen[5] is None else seen[5].shape[1]
     room = min(int(options["keys"]), pages * planes[0].shape[3])
@@ -211,8 +213,7 @@ def decode(
         scratch = room_for(call, blocks)
         prepare(call, scratch, first, NO_GATE)
         look(call, scratch, first, None)
-        if together:
-            finish(call, scratch, results)
+        if together := together and finish(call, scratch, results):
             continue
         refine_chosen(call, scratch, first, None)
         join(call, scratch, first, results)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lamp_compile.runtime.kernels import nvrtc
-from lamp_compile.runtime.kernels._tensors import per_head_step
+from lamp_compile.runtime.kernels._tensors import per_head_step, power_of_two
 
 if TYPE_CHECKING:
     from lamp_compile.runtime.kernels.decode import Call, Results, Scratch
@@ -44,7 +44,7 @@ _POINTERS = (
 )  # fmt: skip
 _REAL = ("scale", "root", "softcap", "hysteresis")
 _WHOLE = (
-    "blocks", "per_block", "group", "rotates", "kv_heads", "keys", "subtiles", "slots", "splits", "window", "hold",
+    "blocks", "per_block", "rotates", "kv_heads", "keys", "subtiles", "slots", "splits", "window", "hold",
     "start_step", "length_step", "floor_step", "budget_step", "start_wide", "length_wide", "attention_window", "causal",
     "sink_kind", "out_kind",
 )  # fmt: skip
@@ -64,7 +64,7 @@ class Constants:
     """What ``cuda/finish.cu`` is compiled with."""
 
     threads: int
-    gp: int
+    group: int
     half_k: int
     half_v: int
     tile: int
@@ -72,12 +72,12 @@ class Constants:
     @cached_property
     def shared(self) -> int:
         """Bytes of shared memory of a block: ``Shared`` in ``cuda/common.h``, or a little more."""
-        warps, width = self.threads // 32, 2 * self.half_v
+        warps, width, rows = self.threads // 32, 2 * self.half_v, power_of_two(self.group)
         tile = 2 * KEYS * (self.half_k + self.half_v) + 4 * KEYS
         per_warp = 12 * KEYS + 4 * ROWS * (4 + SUMS) + 4 * 32
         return (
-            warps * tile + max(4 * MOST_TILES * self.gp, warps * tile)
-            + max(4 * MOST_JOINED * self.gp * width, 4 * warps * ROWS * (width + 8))
+            warps * tile + max(4 * MOST_TILES * rows, warps * tile)
+            + max(4 * MOST_JOINED * rows * width, 4 * warps * ROWS * (width + 8))
             + warps * per_warp + 4 * ROWS * (MOST_SPLITS + MOST_JOINED + SUMS + 3) + 2 * MOST_TILES + 256
         )  # fmt: skip
 
@@ -88,7 +88,8 @@ class Constants:
 
 def constants_of(call: Call) -> Constants:
     k_high, v_high = call.planes[0], call.planes[3]
-    return Constants(THREADS, call.cut.rows, k_high.shape[4], v_high.shape[3], k_high.shape[3])
+    group = call.q.shape[1] // k_high.shape[1]
+    return Constants(THREADS, group, k_high.shape[4], v_high.shape[3], k_high.shape[3])
 
 
 def blocks_of(call: Call) -> int:
@@ -127,17 +128,19 @@ def _why_not(call: Call) -> str | None:
         return f"{cut.splits} splits of the look-ahead for {blocks_of(call)} blocks"
     if any(x is not None and x.dtype not in WHOLES for x in (start, lengths)) or call.q.dtype not in REALS:
         return "a type that it does not read"
+    if any(setting.dtype != torch.float32 for setting in call.hot[1:3]):
+        return "a floor or budget that is not float32"
     if sinks is not None and (sinks.dtype not in REALS or not sinks.is_contiguous()):
         return "sinks that it does not read"
     return None
 
 
-def finish(call: Call, scratch: Scratch, results: Results) -> None:
-    """The launch; ``why_not`` has been asked."""
+def finish(call: Call, scratch: Scratch, results: Results) -> bool:
+    """The launch; ``why_not`` has been asked. Whether the device took it: if not, nothing has been written."""
     constants, blocks = constants_of(call), blocks_of(call)
     numbers = call.heads * blocks * ROWS * (SUMS + 2 * constants.half_v)
     left = torch.empty(numbers, dtype=torch.float32, device=call.q.device)
-    nvrtc.launch(
+    return nvrtc.launch(
         "finish", constants.defines, arguments_of(call, scratch, results, left),
         grid=(blocks, call.planes[0].shape[1], call.q.shape[0]), threads=constants.threads, shared=constants.shared,
         dependent=call.dependent()["PDL"], device=call.q.device,
@@ -160,7 +163,7 @@ def arguments_of(call: Call, scratch: Scratch, results: Results, left: Tensor) -
     numbers: dict[str, Any] = {
         "plane_keys": keys["plane_keys"], "scale": call.scale, "root": results.out.shape[-1] ** -0.5,
         "softcap": options["softcap"], "hysteresis": options["hysteresis"], "blocks": blocks,
-        "per_block": -(-(1 << 18) // blocks), "group": call.q.shape[1] // call.planes[0].shape[1],
+        "per_block": -(-(1 << 18) // blocks),
         "rotates": int(call.rotates), "kv_heads": call.planes[0].shape[1], "keys": keys["keys"],
         "subtiles": call.cut.subtiles, "slots": call.cut.slots, "splits": call.cut.splits,
         "window": options["guard_window"], "hold": options["guard_hold"], "start_step": keys["start_stride"],

@@ -18,8 +18,10 @@ SOURCES = Path(__file__).parent / "cuda"
 LEAST = (9, 0)
 """Compute capability of the oldest GPU that it is compiled for."""
 Defines = tuple[tuple[str, int], ...]
-
-_broken: dict[int, str] = {}
+Key = tuple[str, Defines, int]
+"""A kernel, what it is compiled with, a device."""
+_loaded: dict[Key, Any] = {}
+_broken: dict[Key, str] = {}
 
 
 class NvrtcError(RuntimeError):
@@ -30,16 +32,18 @@ class NvrtcError(RuntimeError):
 def _missing() -> str | None:
     if torch.version.hip:
         return "CUDA C++ does not run on ROCm"
-    if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
-        return "cuda-bindings is not installed"
-    return None
+    try:
+        found = find_spec("cuda.bindings")
+    except ModuleNotFoundError:  # no `cuda`, or one that is no package
+        found = None
+    return None if found else "cuda-bindings is not installed"
 
 
 def why_not(device: torch.device) -> str | None:
     """Why nothing is compiled for a device, or None."""
     if device.type != "cuda":
         return f"CUDA C++ runs on CUDA devices, this is {device.type}"
-    if reason := _missing() or _broken.get(_index(device)):
+    if reason := _missing():
         return reason
     found = torch.cuda.get_device_capability(device)
     return None if found >= LEAST else f"CUDA C++ needs compute capability {LEAST[0]}.{LEAST[1]}, this is {found}"
@@ -49,13 +53,21 @@ def why_not_compiled(name: str, defines: Defines, device: torch.device) -> str |
     """The same for one kernel, which is compiled and loaded at the first call. ``device`` is the current one."""
     if reason := why_not(device):
         return reason
-    index = _index(device)
+    key = (name, defines, _index(device))
+    if key in _loaded or key in _broken:
+        return _broken.get(key)
+    if torch.cuda.is_current_stream_capturing():
+        return "a CUDA graph is being captured, into which nothing can be loaded"
     try:
-        _function(name, defines, index)
+        _loaded[key] = _load(*key)
     except Exception as error:  # noqa: BLE001  (what cuda-bindings raises without NVRTC or a symbol is of many types)
-        _broken[index] = f"{name}.cu: {error}"
-        warnings.warn(f"kernels in Triton take the place of {name}.cu: {error} (said once)", UserWarning, stacklevel=2)
-    return _broken.get(index)
+        _give_up(key, error)
+    return _broken.get(key)
+
+
+def _give_up(key: Key, error: Exception) -> None:
+    _broken[key] = f"{key[0]}.cu: {error}"
+    warnings.warn(f"kernels in Triton take the place of {key[0]}.cu: {error} (said once)", UserWarning, stacklevel=3)
 
 
 def compile_source(name: str, defines: Mapping[str, int], arch: str) -> bytes:
@@ -76,7 +88,7 @@ def compile_source(name: str, defines: Mapping[str, int], arch: str) -> bytes:
     given = [f"--gpu-architecture={arch}", "--std=c++17", *(f"--define-macro={n}={x}" for n, x in defines.items())]
     (status,) = nvrtc.nvrtcCompileProgram(program, len(given), [option.encode() for option in given])
     if int(status) != 0:
-        said = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+        said = b"\0" * (int(_checked(nvrtc.nvrtcGetProgramLogSize(program))) + 1)  # one byte would be a shared object
         _checked(nvrtc.nvrtcGetProgramLog(program, said))
         raise NvrtcError(said.decode(errors="replace").strip("\0 \n") or repr(status))
     code = b" " * int(_checked(nvrtc.nvrtcGetCUBINSize(program)))
@@ -88,8 +100,8 @@ def compile_source(name: str, defines: Mapping[str, int], arch: str) -> bytes:
 def launch(
     name: str, defines: Defines, arguments: ctypes.Structure, *, grid: tuple[int, int, int], threads: int, shared: int,
     dependent: bool, device: torch.device,
-) -> None:  # fmt: skip
-    """One launch on torch's current stream; ``why_not_compiled`` has been asked.
+) -> bool:  # fmt: skip
+    """One launch on torch's current stream; ``why_not_compiled`` has been asked. Whether the driver took it.
 
     Args:
         name: Of the file in ``cuda/`` and its kernel.
@@ -103,7 +115,7 @@ def launch(
     """
     from cuda.bindings import driver
 
-    function = _function(name, defines, _index(device))
+    key = (name, defines, _index(device))
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = grid
     config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
@@ -113,14 +125,21 @@ def launch(
     overlap.value.programmaticStreamSerializationAllowed = int(dependent)
     config.attrs, config.numAttrs = [overlap], 1
     addresses = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-    _checked(driver.cuLaunchKernelEx(config, function, ctypes.addressof(addresses), 0))
+    try:
+        _checked(driver.cuLaunchKernelEx(config, _loaded[key], ctypes.addressof(addresses), 0))
+    except NvrtcError as error:
+        _give_up(key, error)
+        return False
+    return True
 
 
-@cache
-def _function(name: str, defines: Defines, device: int) -> Any:
+def _load(name: str, defines: Defines, device: int) -> Any:
     """A kernel, loaded on a device, that may have all of its shared memory."""
     from cuda.bindings import driver
 
+    if int(_checked(driver.cuCtxGetCurrent())) == 0:  # a thread that has done nothing on a GPU yet
+        primary = driver.cuDevicePrimaryCtxRetain(_checked(driver.cuDeviceGet(device)))
+        _checked(driver.cuCtxSetCurrent(_checked(primary)))
     major, minor = torch.cuda.get_device_capability(device)
     code = compile_source(name, dict(defines), f"sm_{major}{minor}")
     function = _checked(driver.cuModuleGetFunction(_checked(driver.cuModuleLoadData(code)), name.encode()))

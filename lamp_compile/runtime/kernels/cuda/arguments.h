@@ -11,19 +11,19 @@ struct Finish {
   const float *energy;          // [heads, subtiles, GP]
   const float *peak;            // [heads, subtiles]
   float *left;                  // room for what blocks leave [heads, blocks, LEFT]
-  const void *sinks;            // [kv_heads * group], or null
+  const void *sinks;            // [kv_heads * GROUP], or null
   const void *start, *lengths;  // a number per sequence, or null
-  void *out;                    // [heads, group, 2 * HALF_V]
-  float *lse;                   // [heads, group]
-  float *certificate;           // [heads, group, 3]
+  void *out;                    // [heads, GROUP, 2 * HALF_V]
+  float *lse;                   // [heads, GROUP]
+  float *certificate;           // [heads, GROUP, 3]
   float *state;                 // [heads, 4]
   i64 *stats;                   // [heads, 7]
   const float *floor, *budget;
   i64 plane_keys;  // from one head's keys to the next one's
   float scale, root, softcap, hysteresis;
-  int blocks;          // to one head
-  u32 per_block;       // 2^18 / blocks, rounded up: a whole number below 8192 + 16 times this is its quotient
-  int group, rotates;  // query heads to a kv head; whether the output is rotated
+  int blocks;     // to one head
+  u32 per_block;  // 2^18 / blocks, rounded up: a whole number below 8192 + 16 times this is its quotient
+  int rotates;    // whether the output is
   int kv_heads, keys, subtiles, slots, splits, window, hold;
   int start_step, length_step, floor_step, budget_step;  // from one sequence to the next
   int start_wide, length_wide;                           // 64 bits, not 32

@@ -92,8 +92,8 @@ DEVICE Looked looked_ahead(const Finish &call, const Shared &shared, int g, int 
   }
   sum = sum_of_row<false>(sum), value_sum = sum_of_row<false>(value_sum), k_most = most_of_row<false>(k_most);
   float above = most, with_sink = sum;
-  if (call.sinks && row < call.group) {
-    const float sink = number(call.sinks, g * call.group + row, call.sink_kind) * LOG2E;
+  if (call.sinks && row < GROUP) {
+    const float sink = number(call.sinks, g * GROUP + row, call.sink_kind) * LOG2E;
     above = larger_of(most, sink);
     with_sink = sum == 0.f ? 0.f : sum * power_of_two(most - above) + power_of_two(sink - above);
   }
@@ -107,7 +107,7 @@ struct Bars {
 DEVICE bool is_hot(const Shared &shared, const Bars &bars, int at) {
   bool hot = false;
 #pragma unroll
-  for (int row = 0; row < GP; row++) hot |= !(shared.energy[at][row] <= bars.bar[row]);  // NaN cannot be judged
+  for (int row = 0; row < GROUP; row++) hot |= !(shared.energy[at][row] <= bars.bar[row]);  // NaN cannot be judged
   return hot;
 }
 
@@ -121,7 +121,7 @@ DEVICE void note_cold(Shared &shared, const Bars &bars, const float *peak, float
     const float vv = v_peak * v_peak;
     if (!is_hot(shared, bars, at))
 #pragma unroll
-      for (int row = 0; row < GP; row++) {
+      for (int row = 0; row < GROUP; row++) {
         const float z = power_of_two(2.f * (shared.energy[at][row] - bars.lse[row]));
         square[row] += z, value_square[row] += z * vv;
       }

@@ -5,7 +5,7 @@
 // have left. What is computed is what decide.py, refine.py and merge.py compute; names are theirs. For one new token,
 // up to four query heads to a kv head, sub-tiles of 32 keys, rule `energy`.
 //
-// Compiled by NVRTC with THREADS, GP (query heads to a kv head, a power of two), HALF_K, HALF_V (half the channels of
+// Compiled by NVRTC with THREADS, GROUP (query heads to a kv head), HALF_K, HALF_V (half the channels of
 // keys and of values), TILE (keys of a storage tile) and SHARED (bytes reserved for `Shared`) defined.
 #include "decide.h"
 #include "join.h"
@@ -49,7 +49,7 @@ KERNEL finish(const Finish call) {
 #pragma unroll
   for (int row = 0; row < ROWS; row++) {
     bars.lse[row] = shuffle(looked.lse, row);
-    bars.bar[row] = row < call.group ? log_of_two(tau) + bars.lse[row] : INFINITE;
+    bars.bar[row] = log_of_two(tau) + bars.lse[row];
   }
   note_shares(call, shared, looked, rank);
   wait_for_groups<0>();
@@ -70,7 +70,7 @@ KERNEL finish(const Finish call) {
 #pragma unroll
   for (int i = 0; i < 2; i++) {  // rows that are none score 0
     const float top = shuffle(looked.most, 2 * (lane % 2) + i);
-    carried.top[i] = 2 * (lane % 2) + i < call.group ? top : 0.f;
+    carried.top[i] = 2 * (lane % 2) + i < GROUP ? top : 0.f;
   }
   refine(call, shared, carried, query, plane, counts.mine, range, !all_refined, warp, lane);
   sync_threads();  // outputs of warps take the place of those of splits
@@ -88,7 +88,7 @@ KERNEL finish(const Finish call) {
   sync_threads();
   if (!shared.last) return;
   if (warp == WARPS - 1) note_guard(call, shared, head, b, g, lane);
-  if (warp < call.group) finish_row(call, shared, left, shuffle(looked.lse, warp), head, g, warp, lane);
+  if (warp < GROUP) finish_row(call, shared, left, shuffle(looked.lse, warp), head, g, warp, lane);
   sync_threads();
   if (thread_index() == 0) guard(call, shared, head, tiles, all_refined ? tiles : counts.listed);
 }

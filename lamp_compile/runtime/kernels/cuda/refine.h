@@ -17,7 +17,7 @@ DEVICE u32 upper_nibbles8(u32 x) { return lower_nibbles(x >> 4); }
 
 // Hyperbolic tangent by the exponential, as `tanh` in _device.py.
 DEVICE float capped(float x, float cap) {
-  const float twice = power_of_two(divided(x * 2.f, cap));
+  const float twice = power_of_two(divided(x * (1.f / LOG2E), cap) * (2.f * LOG2E));
   return (1.f - divided(2.f, 1.f + twice)) * (cap * LOG2E);
 }
 

@@ -45,7 +45,7 @@ DEVICE void finish_row(const Finish &call, Shared &shared, const Left *left, flo
                        int lane) {
   const float *info = call.rowinfo + (i64)head * (ROW_FIELDS * GP) + row;
   const float step = read(info), norm = read(info + 2 * GP);
-  const float sink = call.sinks ? number(call.sinks, g * call.group + row, call.sink_kind) * LOG2E : 0.f;
+  const float sink = call.sinks ? number(call.sinks, g * GROUP + row, call.sink_kind) * LOG2E : 0.f;
   // All of this is read before any of it is used. Of sums a lane has one field, of every fourth block.
   constexpr int EACH = MOST_BLOCKS * SUMMED / 32;
   const int field_of_lane = lane % SUMMED;
@@ -99,7 +99,7 @@ DEVICE void finish_row(const Finish &call, Shared &shared, const Left *left, flo
 #pragma unroll
   for (int i = 0; i < CHANNELS; i++) x[i] = seen ? (x[i] + of[SHIFT]) * share * inverse : spoilt, square += x[i] * x[i];
   square = sum_of_warp(square);
-  const i64 place = (i64)head * call.group + row;
+  const i64 place = (i64)head * GROUP + row;
   if (call.rotates) {
     turn(x, lane);
 #pragma unroll
@@ -144,7 +144,7 @@ DEVICE void guard(const Finish &call, const Shared &shared, int head, int live_t
   i64 *stats = call.stats + (i64)head * 7;
   float count = 0.f, error = 0.f, bad_rows = 0.f;
 #pragma unroll 1
-  for (int row = 0; row < call.group; row++)
+  for (int row = 0; row < GROUP; row++)
     count += shared.evidence[row][0], error += shared.evidence[row][1], bad_rows += shared.evidence[row][2];
   const float old = shared.state[0], level = shared.state[1], hold_left = shared.state[2];
   float flags = shared.state[3];
