@@ -16,45 +16,29 @@ from lamp_compile.runtime import guard
 from lamp_compile.runtime.kernels import finish
 from tests.kernels import calls
 from tests.kernels.host_gpu import HostGpu
+from tests.kernels.test_decode import CASES as EVERYWHERE
 from tests.kernels.test_decode import check, normal
 
+SHARED = (
+    "one key", "lengths", "an empty sequence", "only empty sequences", "left padding", "window", "padding and window",
+    "softcap", "sinks", "one sink for all heads", "balance", "no rotation", "bfloat16", "float16", "sharp",
+    "nothing refined", "tau 0", "tau per sequence", "floor 1 of one head", "state 1 of one head",
+)  # fmt: skip
+"""Cases of ``test_decode.py`` that it serves."""
 CASES = {
+    **{name: EVERYWHERE[name] for name in SHARED},
     **{f"group {g}": {"heads": g * n, "kv_heads": n, "keys": 100} for g, n in ((1, 2), (2, 2), (3, 1), (4, 1))},
     "dim 128": {"dim": 128, "kv_heads": 1, "batch": 1, "tile": 128, "heads": 4},
     "wider keys": {"dim": 128, "value_dim": 64, "kv_heads": 1},
     "wider values": {"dim": 64, "value_dim": 128, "kv_heads": 1},
-    "one key": {"keys": 1},
-    "lengths": {"lengths": torch.tensor([150, 41])},
     "lengths of 32 bits": {"lengths": torch.tensor([150, 41], dtype=torch.int32)},
-    "an empty sequence": {"lengths": torch.tensor([0, 65])},
-    "only empty sequences": {"lengths": torch.tensor([0, 0])},
-    "left padding": {"start": torch.tensor([0, 100])},
-    "window": {"causal": "bottom_right", "window": 70},
-    "padding and window": {
-        "start": torch.tensor([3, 60]), "lengths": torch.tensor([140, 100]), "causal": "bottom_right", "window": 50,
-    },
-    "softcap": {"softcap": 2.0, "sharpness": 3.0},
-    "sinks": {"sinks": normal(4) * 3},
     "sinks in bfloat16": {"sinks": (normal(4) * 3).bfloat16()},
-    "one sink for all heads": {"sinks": normal(1)},
     "sinks of empty rows": {"sinks": normal(4).half(), "lengths": torch.tensor([0, 90])},
-    "balance": {"balance": normal(2, 64).exp()},
-    "no rotation": {"rotation": "none"},
-    "bfloat16": {"dtype": torch.bfloat16},
-    "float16": {"dtype": torch.float16},
-    "sharp": {"sharpness": 4.0},
-    "nothing refined": {"tau": calls.COLD},
-    "tau 0": {"tau": 0.0},
-    "tau per sequence": {"tau": torch.tensor([[0.1, 1e9], [0.0, 0.05]])},
-    "floor 1 of one head": {"floor": torch.tensor([[0.0, 1.0], [0.0, 0.0]])},
     "floor 1, lengths": {"floor": 1.0, "lengths": torch.tensor([0, 65])},
-    "state of one head": {
-        "state": torch.tensor([[[0.0, 0, 0, 0], [0.01, 1, 5, 0]], [[0.0, 2, 0, 1], [0.0, 0, 0, 0]]]),
-    },
     "a budget that is passed": {"tau": calls.COLD, "budget": 1e-4},
     "many sub-tiles": {"batch": 1, "heads": 2, "kv_heads": 1, "keys": 5000, "share": 0.1, "sharpness": 2.0},
     "many sub-tiles, all refined": {"batch": 1, "heads": 2, "kv_heads": 1, "keys": 3000, "tau": 0.0},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")

@@ -71,7 +71,7 @@ class Constants:
 
     @cached_property
     def shared(self) -> int:
-        """Bytes of shared memory of a block: ``Shared`` in ``cuda/common.h``, or a little more."""
+        """Bytes of shared memory of a block: ``Shared`` in ``cuda/shared.h``, or a little more."""
         warps, width, rows = self.threads // 32, 2 * self.half_v, power_of_two(self.group)
         tile = 2 * KEYS * (self.half_k + self.half_v) + 4 * KEYS
         per_warp = 12 * KEYS + 4 * ROWS * (4 + SUMS) + 4 * 32
@@ -83,7 +83,11 @@ class Constants:
 
     @cached_property
     def defines(self) -> nvrtc.Defines:
-        return (*((f.name.upper(), getattr(self, f.name)) for f in fields(self)), ("SHARED", self.shared))
+        return (
+            *((f.name.upper(), getattr(self, f.name)) for f in fields(self)), ("SHARED", self.shared),
+            ("MOST_TILES", MOST_TILES), ("MOST_SPLITS", MOST_SPLITS), ("MOST_JOINED", MOST_JOINED),
+            ("MOST_BLOCKS", MOST_BLOCKS),
+        )  # fmt: skip
 
 
 def constants_of(call: Call) -> Constants:

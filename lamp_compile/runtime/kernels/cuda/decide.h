@@ -1,6 +1,6 @@
 // Which sub-tiles are refined: what decide.py does, of which every block of a cluster does all.
 #pragma once
-#include "common.h"
+#include "shared.h"
 
 DEVICE int whole(const void *at, int index, bool wide) {
   return wide ? (int)static_cast<const i64 *>(at)[index] : static_cast<const int *>(at)[index];

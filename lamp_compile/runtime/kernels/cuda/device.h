@@ -116,16 +116,8 @@ DEVICE int arrive(int *counter) {
   return before;
 }
 // Programmatic dependent launch, as in _device.py.
-DEVICE void wait_for_last_launch() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-DEVICE void let_next_launch() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
+DEVICE void wait_for_last_launch() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+DEVICE void let_next_launch() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 #else
 #include "host_device.h"
 #endif

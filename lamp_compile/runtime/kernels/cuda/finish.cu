@@ -5,8 +5,9 @@
 // have left. What is computed is what decide.py, refine.py and merge.py compute; names are theirs. For one new token,
 // up to four query heads to a kv head, sub-tiles of 32 keys, rule `energy`.
 //
-// Compiled by NVRTC with THREADS, GROUP (query heads to a kv head), HALF_K, HALF_V (half the channels of
-// keys and of values), TILE (keys of a storage tile) and SHARED (bytes reserved for `Shared`) defined.
+// Compiled by NVRTC with THREADS, GROUP (query heads to a kv head), HALF_K, HALF_V (half the channels of keys and of
+// values), TILE (keys of a storage tile), SHARED (bytes reserved for `Shared`) and the limits MOST_TILES, MOST_SPLITS,
+// MOST_JOINED and MOST_BLOCKS of finish.py defined.
 #include "decide.h"
 #include "join.h"
 #include "refine.h"

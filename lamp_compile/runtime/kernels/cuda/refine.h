@@ -1,6 +1,6 @@
 // The loop of the refinement: what correct.py does, a sub-tile to a warp.
 #pragma once
-#include "common.h"
+#include "shared.h"
 
 constexpr int STEPS = HALF_K / 32, WORDS = HALF_K / 16, PIECES = HALF_V / 16;
 

@@ -1,6 +1,6 @@
 // A row of the result, and the guard's step: what merge.py does.
 #pragma once
-#include "common.h"
+#include "shared.h"
 
 constexpr int CHANNELS = VALUE_DIM / 32;  // of a lane: neighbours
 
@@ -40,16 +40,12 @@ DEVICE void store_row(const Finish &call, const float *x, i64 place, int lane) {
   }
 }
 
-// One row by one warp, from what all blocks have left (`merge` in merge.py).
-DEVICE void finish_row(const Finish &call, Shared &shared, const Left *left, float cold, int head, int g, int row,
-                       int lane) {
-  const float *info = call.rowinfo + (i64)head * (ROW_FIELDS * GP) + row;
-  const float step = read(info), norm = read(info + 2 * GP);
-  const float sink = call.sinks ? number(call.sinks, g * GROUP + row, call.sink_kind) * LOG2E : 0.f;
+// What all blocks have left of a row: sums, and channels of a lane, relative to the maximum that it gives back.
+DEVICE float join_left(const Finish &call, const Left *left, float *of, float *x, int row, int lane) {
   // All of this is read before any of it is used. Of sums a lane has one field, of every fourth block.
   constexpr int EACH = MOST_BLOCKS * SUMMED / 32;
   const int field_of_lane = lane % SUMMED;
-  float tops[EACH], fields[EACH], x[CHANNELS] = {};
+  float tops[EACH], fields[EACH];
   u32 words[MOST_BLOCKS][CHANNELS];
 #pragma unroll
   for (int n = 0; n < EACH; n++) {
@@ -84,9 +80,49 @@ DEVICE void finish_row(const Finish &call, Shared &shared, const Left *left, flo
   for (int mask = SUMMED; mask < 32; mask *= 2)
     field += shuffle_xor(field, mask), largest = larger_of(largest, shuffle_xor(largest, mask));
   field = field_of_lane == K_MOST ? largest : field;
-  float of[SUMMED];
 #pragma unroll
   for (int i = 0; i < SUMMED; i++) of[i] = shuffle(field, i);
+  return most;
+}
+
+// Certificate, log-sum-exp and the guard's evidence of a row: every sum in units of the final weights; the largest key
+// scale stands for all keys. `one`: the final weight of what the sums are relative to.
+struct Ended {
+  float most, total, one, square, spoilt;
+  bool seen;
+};
+DEVICE void certify(const Finish &call, Shared &shared, const Ended &end, const float *of, float step, float norm,
+                    float cold, i64 place, int row) {
+  const bool seen = end.seen;
+  const float lse = end.most + log_of_two(end.total), one = end.one, square = end.square, spoilt = end.spoilt;
+  const float old = cold == -INFINITE ? 0.f : power_of_two(2.f * (cold - lse)) * 256.f;
+  const float rounding = norm == 0.f ? 0.f : step * step * (2 * HALF_K * PEAK_SQUARE);
+  const float scores = call.scale * call.scale * (1.f / 12.f) * (of[K_MOST] * of[K_MOST]);
+  const float value_masses = larger_of(of[VALUE_MASS] * one, 0.f), squares = of[SQUARE] * one * one + of[COLD] * old;
+  const float hot_values = of[VALUE_SQUARE] * one * one, cold_values = of[COLD_VALUE] * old;
+  float first = scores * (norm * squares + rounding * larger_of(of[MASS] * one, 0.f));
+  // The int8 softmax row of the look-ahead adds at most 3 % to the value error of its own sub-tile.
+  float second = (hot_values + cold_values * 1.03f) * (VALUE_DIM / 12.f);
+  float third = scores * (norm * (hot_values + cold_values) + rounding * value_masses) * (VALUE_DIM * PEAK_SQUARE);
+  if (!seen) first = second = third = 0.f;
+  call.lse[place] = (seen ? lse * (1.f / LOG2E) : -INFINITE) + spoilt;
+  call.certificate[place * 3] = first, call.certificate[place * 3 + 1] = second,
+                           call.certificate[place * 3 + 2] = third;
+  const float estimate = first * square + second + third;
+  const bool bad = (estimate + square + spoilt) * 0.f != 0.f || (seen && !(end.total > 0.f));
+  float *evidence = shared.evidence[row];
+  evidence[0] = seen && !bad, evidence[2] = bad;
+  evidence[1] = seen && !bad ? divided(estimate, larger_of(square, 1.1754944e-38f)) : 0.f;
+}
+
+// One row by one warp, from what all blocks have left (`merge` in merge.py).
+DEVICE void finish_row(const Finish &call, Shared &shared, const Left *left, float cold, int head, int g, int row,
+                       int lane) {
+  const float *info = call.rowinfo + (i64)head * (ROW_FIELDS * GP) + row;
+  const float step = read(info), norm = read(info + 2 * GP);
+  const float sink = call.sinks ? number(call.sinks, g * GROUP + row, call.sink_kind) * LOG2E : 0.f;
+  float of[SUMMED], x[CHANNELS] = {};
+  float most = join_left(call, left, of, x, row, lane);
   const bool seen = most > EMPTY;
   float share = 1.f, total = of[MASS];
   if (call.sinks) {
@@ -106,28 +142,8 @@ DEVICE void finish_row(const Finish &call, Shared &shared, const Left *left, flo
     for (int i = 0; i < CHANNELS; i++) x[i] *= call.root;
   }
   store_row(call, x, place, lane);
-
-  // Certificate: every sum in units of the final weights; the largest key scale stands for all keys.
-  const float lse = most + log_of_two(total);
-  if (lane) return;
-  const float old = cold == -INFINITE ? 0.f : power_of_two(2.f * (cold - lse)) * 256.f;
-  const float one = share * inverse, rounding = norm == 0.f ? 0.f : step * step * (2 * HALF_K * PEAK_SQUARE);
-  const float scores = call.scale * call.scale * (1.f / 12.f) * (of[K_MOST] * of[K_MOST]);
-  const float value_masses = larger_of(of[VALUE_MASS] * one, 0.f), squares = of[SQUARE] * one * one + of[COLD] * old;
-  const float hot_values = of[VALUE_SQUARE] * one * one, cold_values = of[COLD_VALUE] * old;
-  float first = scores * (norm * squares + rounding * larger_of(of[MASS] * one, 0.f));
-  // The int8 softmax row of the look-ahead adds at most 3 % to the value error of its own sub-tile.
-  float second = (hot_values + cold_values * 1.03f) * (VALUE_DIM / 12.f);
-  float third = scores * (norm * (hot_values + cold_values) + rounding * value_masses) * (VALUE_DIM * PEAK_SQUARE);
-  if (!seen) first = second = third = 0.f;
-  call.lse[place] = (seen ? lse * (1.f / LOG2E) : -INFINITE) + spoilt;
-  call.certificate[place * 3] = first, call.certificate[place * 3 + 1] = second,
-                           call.certificate[place * 3 + 2] = third;
-  const float estimate = first * square + second + third;
-  const bool bad = (estimate + square + spoilt) * 0.f != 0.f || (seen && !(total > 0.f));
-  float *evidence = shared.evidence[row];
-  evidence[0] = seen && !bad, evidence[2] = bad;
-  evidence[1] = seen && !bad ? divided(estimate, larger_of(square, 1.1754944e-38f)) : 0.f;
+  if (lane == 0)
+    certify(call, shared, {most, total, share * inverse, square, spoilt, seen}, of, step, norm, cold, place, row);
 }
 
 // What the guard's step reads, and no launch of this call writes before it.

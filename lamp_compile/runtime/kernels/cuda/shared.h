@@ -1,11 +1,10 @@
-// What the parts of finish.cu share.
+// What the parts of finish.cu share: sums of a row, and the shared memory of a block.
 #pragma once
 #include "device.h"
 #include "arguments.h"
 
 constexpr int GP = GROUP == 1 ? 1 : GROUP == 2 ? 2 : 4;  // rows of what other launches leave
 constexpr int WARPS = THREADS / 32, KEYS = 32, ROWS = 4, VALUE_DIM = 2 * HALF_V, FIELDS = 7, ROW_FIELDS = 7;
-constexpr int MOST_SPLITS = 128, MOST_TILES = 7168, MOST_JOINED = 12, MOST_BLOCKS = 16;
 constexpr float DEAD = -1e37f, EMPTY = -1e20f, HEADROOM = 40.f, MAGIC = 12582912.f, LOG2E = 1.4426950408889634f;
 constexpr float PEAK_SQUARE = 119.f * 119.f / 7.5f;
 constexpr u32 MAGIC_BITS = 0x4B400000;
