@@ -189,18 +189,19 @@ LAMP_INLINE __m512i two_channels(const uint8_t *at, int64_t stride) {
 }
 
 // Sums over keys of sixteen channels, from four vectors of four; the last ones may be missing.
-LAMP_INLINE void put_channels(const __m512i *v, int pairs, int32_t *out) {
+LAMP_INLINE __m512i channels_of(const __m512i *v, int pairs) {
   const __m512i order = _mm512_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
   const __m512i zero = _mm512_setzero_si512();
   const __m512i a = sums_of_four(v[0], pairs > 2 ? v[1] : zero);
   const __m512i b = pairs > 4 ? sums_of_four(v[2], pairs > 6 ? v[3] : zero) : zero;
   const __m512i joined = _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
-  _mm512_mask_storeu_epi32(out, (__mmask16)((1u << (2 * pairs)) - 1), _mm512_permutexvar_epi32(order, joined));
+  return _mm512_permutexvar_epi32(order, joined);
 }
 
-// All channels, sixteen at a time, two pairs of two by `multiply_pairs(where, upper, lower)`.
-template <int ROWS, class Multiply>
-LAMP_INLINE void all_channels(int64_t stride, int half, int32_t *out, Multiply multiply_pairs) {
+// All channels, sixteen at a time, two pairs of two by `multiply_pairs(where, upper, lower)`; `finish(r, upper, lower)`
+// makes sums of channels of what it left of a row.
+template <int ROWS, class Multiply, class Finish>
+LAMP_INLINE void all_channels(int64_t stride, int half, int32_t *out, Multiply multiply_pairs, Finish finish) {
   __m512i sums[ROWS][2][4];
   for (int c = 0; c < half; c += 16) {
     const int pairs = half - c >= 16 ? 8 : (half - c) / 2;
@@ -215,40 +216,61 @@ LAMP_INLINE void all_channels(int64_t stride, int half, int32_t *out, Multiply m
         sums[r][1][p / 2] = sums_of_two(lower[0][r], lower[1][r]);
       }
     }
-    for (int r = 0; r < ROWS; r++)
-      for (int part = 0; part < 2; part++) put_channels(sums[r][part], pairs, out + r * 2 * half + part * half + c);
+    const __mmask16 there = (__mmask16)((1u << (2 * pairs)) - 1);
+    for (int r = 0; r < ROWS; r++) {
+      __m512i upper = channels_of(sums[r][0], pairs), lower = channels_of(sums[r][1], pairs);
+      finish(r, upper, lower);
+      _mm512_mask_storeu_epi32(out + r * 2 * half + c, there, upper);
+      _mm512_mask_storeu_epi32(out + r * 2 * half + half + c, there, lower);
+    }
   }
 }
 
-constexpr int MOST_TILES = 8;  // in one call
+constexpr int MOST_TILES = 16;  // in one call
 
-// Two pairs of channels: 16 * nibble times the weights of every row.
+// Two pairs of channels: 16 * nibble times the weights of every row. With the lower nibble's highest bit flipped, bytes
+// are 16 times the upper nibble and the lower one, plus 8, and need no shift.
 template <int ROWS, bool TOGETHER>
 LAMP_APART void values_of(const uint8_t *const *tiles, int count, int64_t stride, int half, const uint8_t *w,
                           Feed &feed, int32_t *out) {
-  all_channels<ROWS>(TOGETHER ? SUBTILE : stride, half, out,
-                     [&](const int64_t *at, __m512i(*upper)[ROWS], __m512i(*lower)[ROWS]) LAMP_LAMBDA {
-                       const __m512i mask = _mm512_set1_epi8((char)0xf0);
-                       const uint8_t *soon = take(feed, 128 * MOST_TILES);
-                       for (int t = 128 * count; t < 128 * MOST_TILES; t += 64) ask(soon + t);
-                       for (int t = 0; t < count; t++) {
-                         __m512i high[2], low[2];
-                         for (int i = 0; i < 2; i++) {
-                           const __m512i bytes = two_channels<TOGETHER>(tiles[t] + at[i], stride);
-                           ask(soon + 128 * t + 64 * i);
-                           high[i] = _mm512_and_si512(bytes, mask);
-                           low[i] = _mm512_and_si512(_mm512_slli_epi16(bytes, 4), mask);
-                         }
-                         for (int r = 0; r < ROWS; r++) {
-                           const __m256i *weights = (const __m256i *)(w + (t * ROWS + r) * SUBTILE);
-                           const __m512i weight = _mm512_broadcast_i64x4(_mm256_loadu_si256(weights));
-                           for (int i = 0; i < 2; i++) {
-                             add_products(upper[i][r], weight, high[i]);
-                             add_products(lower[i][r], weight, low[i]);
-                           }
-                         }
-                       }
-                     });
+  alignas(64) uint8_t twice[MOST_TILES * ROWS * 2 * SUBTILE];
+  __m512i sum[ROWS];
+  for (int r = 0; r < ROWS; r++) sum[r] = _mm512_setzero_si512();
+  for (int t = 0; t < count; t++)
+    for (int r = 0; r < ROWS; r++) {
+      const int at = (t * ROWS + r) * SUBTILE;
+      const __m512i weight = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)(w + at)));
+      add_products(sum[r], weight, _mm512_set1_epi8(64));  // twice 64 is what a sum of lower ones is too large by
+      _mm512_store_si512(twice + 2 * at, weight);
+    }
+  int32_t surplus[ROWS];
+  for (int r = 0; r < ROWS; r++) surplus[r] = _mm512_reduce_add_epi32(sum[r]);
+  all_channels<ROWS>(
+      TOGETHER ? SUBTILE : stride, half, out,
+      [&](const int64_t *at, __m512i(*upper)[ROWS], __m512i(*lower)[ROWS]) LAMP_LAMBDA {
+        const __m512i flip = _mm512_set1_epi8(8), mask = _mm512_set1_epi8(15);
+        const uint8_t *soon = take(feed, 128 * MOST_TILES);
+        for (int t = 128 * count; t < 128 * MOST_TILES; t += 64) ask(soon + t);
+        for (int t = 0; t < count; t++) {
+          __m512i high[2], low[2];
+          for (int i = 0; i < 2; i++) {
+            high[i] = _mm512_xor_si512(two_channels<TOGETHER>(tiles[t] + at[i], stride), flip);
+            low[i] = _mm512_and_si512(high[i], mask);
+            ask(soon + 128 * t + 64 * i);
+          }
+          for (int r = 0; r < ROWS; r++) {
+            const __m512i weight = _mm512_load_si512(twice + (t * ROWS + r) * 2 * SUBTILE);
+            for (int i = 0; i < 2; i++) {
+              add_products(upper[i][r], weight, high[i]);
+              add_products(lower[i][r], weight, low[i]);
+            }
+          }
+        }
+      },
+      [&](int r, __m512i &upper, __m512i &lower) LAMP_LAMBDA {
+        upper = _mm512_sub_epi32(upper, lower);
+        lower = _mm512_sub_epi32(_mm512_slli_epi32(lower, 4), _mm512_set1_epi32(surplus[r]));
+      });
 }
 
 template <int ROWS>
@@ -312,13 +334,15 @@ LAMP_INLINE int32_t surplus_of(const uint8_t *w_upper, const uint8_t *w_lower, i
 template <int ROWS, bool TOGETHER>
 LAMP_APART void fine_values_of(const uint8_t *const *high, const uint8_t *const *residual, int count, int64_t stride,
                                int half, const uint8_t *w_upper, const uint8_t *w_lower, Feeds &feeds, int32_t *out) {
-  all_channels<ROWS>(TOGETHER ? SUBTILE : stride, half, out,
-                     [&](const int64_t *at, __m512i(*upper)[ROWS], __m512i(*lower)[ROWS]) LAMP_LAMBDA {
+  all_channels<ROWS>(
+      TOGETHER ? SUBTILE : stride, half, out,
+      [&](const int64_t *at, __m512i(*upper)[ROWS], __m512i(*lower)[ROWS]) LAMP_LAMBDA {
 #pragma GCC unroll 2
-                       for (int i = 0; i < 2; i++)
-                         multiply_fine<ROWS, TOGETHER>(high, residual, count, at[i], stride, w_upper, w_lower, feeds,
-                                                       upper[i], lower[i]);
-                     });
+        for (int i = 0; i < 2; i++)
+          multiply_fine<ROWS, TOGETHER>(high, residual, count, at[i], stride, w_upper, w_lower, feeds, upper[i],
+                                        lower[i]);
+      },
+      [](int, __m512i &, __m512i &) LAMP_LAMBDA {});
   for (int r = 0; r < ROWS; r++) {
     const int32_t surplus = surplus_of<ROWS>(w_upper, w_lower, count, r);
     for (int c = 0; c < 2 * half; c++) out[r * 2 * half + c] -= surplus;

@@ -8,9 +8,9 @@ struct Work {
   int64_t span;              // keys from rows.from on that there is room for: whole chunks
   int64_t pitch;             // from a row of scores to the next
   int stride;                // rows.count, padded
-  float *z;                  // [count][pitch]: 2^(score - chunk's maximum)
-  float *most, *sum;         // [span / CHUNK][stride]: of each chunk
-  float *weight;             // [count][span / SUBTILE]: the rule's statistic, relative to the chunk's maximum
+  float *z;                  // [count][pitch]: 2^(score - chunk's level)
+  float *most, *sum;         // [span / CHUNK][stride]: the level of each chunk, its maximum or near it, and its sum
+  float *weight;             // [count][span / SUBTILE]: the rule's statistic, relative to the chunk's level
   uint8_t *alive;            // [span / SUBTILE][tokens]: whether a token sees any key
   float *partial;            // [span / SEGMENT][count][Dv + SUMS]
   float lse[MOST_ROWS];      // of the look-ahead, base 2; -inf where nothing is seen
@@ -212,15 +212,28 @@ LAMP_INLINE void look_at_chunk(Work &work, int64_t first, int64_t end, Feed &fee
   }
 }
 
+LAMP_INLINE float log2_of(float x) { return __builtin_log2f(x); }
+LAMP_INLINE float exp2_of(float x) { return exp2(splat(x > 127.0f ? 127.0f : x))[0]; }
+
+#if defined(__AVX512F__)
+#include "whole.h"
+#else
+struct Levels {};
+LAMP_INLINE bool look_at_whole(Work &, int64_t, Feed &, Levels &) { return false; }
+#endif
+
 static void look_at_segment(Work &work, int64_t segment) {
   const LampAttend &call = *work.call;
   const Rows &rows = work.rows;
   Feed feed;
+  Levels levels;
+  clear(feed, &feed);
   const int64_t begin = rows.from + segment * SEGMENT;
   const int64_t behind = begin + SEGMENT < rows.to ? begin + SEGMENT : rows.to;
   for (int64_t first = begin; first < behind; first += CHUNK) {
     const int64_t end = first + CHUNK < rows.to ? first + CHUNK : rows.to;
     const int64_t chunk = (first - rows.from) / CHUNK;
+    if (look_at_whole(work, first, feed, levels)) continue;
     Vf most[MOST_ROWS];
     for (int r = 0; r < rows.count; r++) most[r] = splat(-__builtin_inff());
     if (call.bias || call.softcap != 0)
@@ -235,9 +248,6 @@ static void look_at_segment(Work &work, int64_t segment) {
     }
   }
 }
-
-LAMP_INLINE float log2_of(float x) { return __builtin_log2f(x); }
-LAMP_INLINE float exp2_of(float x) { return exp2(splat(x > 127.0f ? 127.0f : x))[0]; }
 
 // The log-sum-exp of every row, sinks included, and what the relaxed rule divides by.
 static void join_looks(Work &work) {

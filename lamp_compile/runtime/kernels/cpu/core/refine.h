@@ -13,21 +13,26 @@ LAMP_APART void add_to(const Work &work, int r0, const float *step, const int32_
     for (int c = 0; c < value_dim; c++) outputs[i][c] += step[i] * (float)found[i * value_dim + c];
 }
 
-// Weights of 8 bits on the high plane, relative to the largest.
+// Weights of 8 bits on the high plane, relative to the largest of each row, `most`.
 template <int ROWS>
-LAMP_APART void add_cold(const Work &work, const Run &run, const Block &block, const Cold &cold, int r0, Feed &feed,
+LAMP_APART void add_cold(const Work &work, const Run &run, const Block &block, const float *most, int r0, Feed &feed,
                          float *const *outputs) {
   alignas(64) uint8_t w[RUN * ROWS * SUBTILE];
   float step[ROWS];
   const uint8_t *high[RUN];
   for (int n = 0; n < block.cold_count; n++) high[n] = run.v_high[block.cold[n]];
   for (int i = 0; i < ROWS; i++) {
-    const Vf inverse = splat(cold.most[i] > 0 ? 255.0f / cold.most[i] : 0.0f);
-    step[i] = r0 + i < work.rows.count ? cold.most[i] / 255.0f * run.factor[r0 + i] : 0.0f;
+    const int r = r0 + i < work.rows.count ? r0 + i : r0;  // one that fills up the block weighs nothing
+    const float *z = work.z + r * work.pitch + (run.first - work.rows.from);
+    const Vf inverse = splat(most[i] > 0 ? 255.0f / most[i] : 0.0f);
+    step[i] = r0 + i < work.rows.count ? most[i] / 255.0f * run.factor[r0 + i] : 0.0f;
     for (int n = 0; n < block.cold_count; n++)
       for (int h = 0; h < 2; h++) {
-        const Vf x = load(cold.weight[i] + n * SUBTILE + h * LANES) * inverse + run.cut[block.cold[n]][h];
-        as_bytes(__builtin_convertvector(smaller(x, splat(255.0f)), Vi), w + (n * ROWS + i) * SUBTILE + h * LANES);
+        const int t = block.cold[n];
+        Vf p = load(z + t * SUBTILE + h * LANES) * run.scales[t].v[h];
+        if (block.mixed && block.refined[t][i]) p = splat(0.0f);
+        const Vf x = smaller(p * inverse + run.cut[t][h], splat(255.0f));
+        as_bytes(__builtin_convertvector(x, Vi), w + (n * ROWS + i) * SUBTILE + h * LANES);
       }
   }
   const int half = (int)work.call->planes.half_v;
@@ -41,9 +46,10 @@ template <int ROWS>
 static void add_hot(const Work &work, Hot &hot, int r0, Feeds &feeds, float *const *outputs, Vf (*sums)[KEY_SUMS]) {
   if (!hot.count) return;
   const int half = (int)work.call->planes.half_v;
-  alignas(64) uint8_t upper[RUN * ROWS * SUBTILE], lower[RUN * ROWS * SUBTILE], eight[RUN * ROWS * SUBTILE];
+  alignas(64) uint8_t upper[GATHERED * ROWS * SUBTILE], lower[GATHERED * ROWS * SUBTILE],
+      eight[GATHERED * ROWS * SUBTILE];
   float step[ROWS];
-  alignas(64) float weight[ROWS][RUN_KEYS];
+  alignas(64) float weight[ROWS][GATHERED * SUBTILE];
   Vf inverse[ROWS];
   for (int i = 0; i < ROWS; i++) {
     const int r = r0 + i;
@@ -87,28 +93,29 @@ LAMP_INLINE void refine_rows(const Work &work, const Run &run, int r0, Feeds &fe
   Block block;
   outputs_of<ROWS>(work, r0, partial, outputs);
   sort_subtiles<ROWS>(work, run, r0, block);
-  if (hot.count + block.hot_count > RUN) add_hot<ROWS>(work, hot, r0, feeds, outputs, sums);
-  for (int n = 0; n < block.hot_count; n++) gather<ROWS>(work, run, block, block.hot[n], r0, feeds.refined, hot);
+  for (int n = 0; n < block.hot_count; n++) {
+    if (hot.count == GATHERED) add_hot<ROWS>(work, hot, r0, feeds, outputs, sums);
+    gather<ROWS>(work, run, block, block.hot[n], r0, feeds.refined, hot);
+  }
   if (!block.cold_count) return;
-  Cold cold;
+  float most[ROWS];
   const bool plain = !block.mixed && !run.any_spoilt;
   for (int i = 0; i < ROWS;) {
     const int r = r0 + i, left = work.rows.count - r;
     if (left <= 0) {  // a row that fills up the block
-      __builtin_memset(cold.weight[i], 0, sizeof cold.weight[i]);
-      cold.most[i++] = 0;
+      most[i++] = 0;
     } else if (plain && left > 1 && i + 1 < ROWS) {
-      weigh_cold<2, true>(work, run, block, i, r, cold, feeds.refined, sums, outputs);
+      weigh_cold<2, true>(work, run, block, i, r, most, feeds.refined, sums, outputs);
       i += 2;
     } else {
       if (plain)
-        weigh_cold<1, true>(work, run, block, i, r, cold, feeds.refined, sums, outputs);
+        weigh_cold<1, true>(work, run, block, i, r, most, feeds.refined, sums, outputs);
       else
-        weigh_cold<1, false>(work, run, block, i, r, cold, feeds.refined, sums, outputs);
+        weigh_cold<1, false>(work, run, block, i, r, most, feeds.refined, sums, outputs);
       i++;
     }
   }
-  add_cold<ROWS>(work, run, block, cold, r0, feeds.values, outputs);
+  add_cold<ROWS>(work, run, block, most, r0, feeds.values, outputs);
 }
 
 // What is left of refined sub-tiles at the end of a segment.

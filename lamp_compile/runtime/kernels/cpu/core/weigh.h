@@ -8,22 +8,16 @@ struct Block {
   bool mixed;               // some sub-tile is in both lists
 };
 
-// Weights of cold sub-tiles, one after the other, relative to what the rows' factors say.
-struct Cold {
-  alignas(64) float weight[4][RUN_KEYS];  // times the scale of the value
-  float most[4];
-};
-
 // Refined sub-tiles, gathered from any runs of a segment until there are enough to weigh and multiply at once.
 struct Hot {
   int count;
-  const uint8_t *high[RUN], *residual[RUN];
-  int64_t key[RUN];
-  Scales scales[RUN];
-  uint32_t v_spoilt[RUN];
-  bool refined[RUN][4];                            // by row of the block
-  float factor[RUN][4];                            // from the chunk's weights to the row's
-  alignas(64) float difference[RUN][4 * SUBTILE];  // what refinement adds to the scores
+  const uint8_t *high[GATHERED], *residual[GATHERED];
+  int64_t key[GATHERED];
+  Scales scales[GATHERED];
+  uint32_t v_spoilt[GATHERED];
+  bool refined[GATHERED][4];                            // by row of the block
+  float factor[GATHERED][4];                            // from the chunk's weights to the row's
+  alignas(64) float difference[GATHERED][4 * SUBTILE];  // what refinement adds to the scores
 };
 
 template <int ROWS>
@@ -120,7 +114,7 @@ LAMP_INLINE void add_sums(const Sums &sums, Vf factor, Vf noise, Vf *to) {
 // Weights of COUNT rows from r on, the i-th of their block, in the sub-tiles that are not refined for them. PLAIN:
 // nothing is spoilt, and the block's rows agree on what is refined.
 template <int COUNT, bool PLAIN>
-LAMP_APART void weigh_cold(const Work &work, const Run &run, const Block &block, int i, int r, Cold &cold, Feed &feed,
+LAMP_APART void weigh_cold(const Work &work, const Run &run, const Block &block, int i, int r, float *most, Feed &feed,
                            Vf (*to)[KEY_SUMS], float *const *outputs) {
   const float *z = work.z + r * work.pitch + (run.first - work.rows.from);
   constexpr int SOON = 2 * COUNT;
@@ -128,7 +122,6 @@ LAMP_APART void weigh_cold(const Work &work, const Run &run, const Block &block,
   for (int k = 0; k < COUNT; k++) clear(sums[k]);
   for (int n = 0; n < block.cold_count; n++) {
     const int t = block.cold[n];
-    float *weight = cold.weight[i] + n * SUBTILE;
     if (!empty(feed)) {
       const uint8_t *soon = take(feed, 64 * SOON);
       for (int k = 0; k < SOON; k++) ask(soon + 64 * k);
@@ -138,9 +131,9 @@ LAMP_APART void weigh_cold(const Work &work, const Run &run, const Block &block,
 #pragma GCC unroll 2
       for (int k = 0; k < COUNT; k++) {
         const Vf p = load(z + k * work.pitch + t * SUBTILE + h * LANES);
-        const bool mine = PLAIN || !block.refined[t][i + k];
-        store(weight + k * RUN_KEYS + h * LANES, mine ? add_weights(run.scales[t], h, p, sums[k]) : splat(0.0f));
-        if (!PLAIN && mine && run.v_spoilt[t] && spoilt(run.v_spoilt[t], h, p * splat(run.factor[r + k])))
+        if (!PLAIN && block.refined[t][i + k]) continue;
+        add_weights(run.scales[t], h, p, sums[k]);
+        if (!PLAIN && run.v_spoilt[t] && spoilt(run.v_spoilt[t], h, p * splat(run.factor[r + k])))
           outputs[i + k][2 * work.call->planes.half_v + POISON] = 1;
       }
   }
@@ -149,7 +142,7 @@ LAMP_APART void weigh_cold(const Work &work, const Run &run, const Block &block,
     add_sums(sums[k], factor, splat(1.0f), to[r + k]);
     // The high plane reads (16 hi - 1/2) s: half a step off every channel.
     to[r + k][CORRECTION] -= splat(0.5f) * sums[k].value_weight * factor;
-    cold.most[i + k] = largest(sums[k].most);
+    most[i + k] = largest(sums[k].most);
   }
 }
 

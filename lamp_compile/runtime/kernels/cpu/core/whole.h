@@ -1,0 +1,218 @@
+// First pass over chunks whose keys all rows see, with AVX-512. Integer products leave half of the execution units
+// idle, so the scores and weights of sixteen keys are worked out between the products of the next sixteen. Weights
+// cannot wait for the largest score of their chunk then: they are relative to a level that the keys before left.
+
+constexpr int ABREAST = 4;         // rows that share the bytes of a key
+constexpr int MOST_LEVELS = 16;    // rows of a piece that may be looked at like this
+constexpr float FAR = 1048576.0f;  // times a level's weight: sums of squares stay far from the largest number
+
+// What the weights of a segment's next chunk are relative to, in base 2.
+struct Levels {
+  bool known = false;
+  float level[MOST_LEVELS];
+};
+
+// Adds to the sums of sixteen keys the products of four channels of each with four of a query. In this order: what is
+// put between products, so that it runs beside them, must not be moved together.
+LAMP_INLINE void add_four(__m512i &sum, __m512i nibbles, const int8_t *query) {
+  __asm__ volatile("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(nibbles), "m"(*(const int32_t *)query));
+}
+
+// Four vectors of four keys by sixteen channels, as four of sixteen keys by four channels.
+LAMP_INLINE void transpose(__m512i *v) {
+  const __m512i a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpackhi_epi32(v[0], v[1]);
+  const __m512i c = _mm512_unpacklo_epi32(v[2], v[3]), d = _mm512_unpackhi_epi32(v[2], v[3]);
+  v[0] = _mm512_unpacklo_epi64(a, c), v[1] = _mm512_unpackhi_epi64(a, c);
+  v[2] = _mm512_unpacklo_epi64(b, d), v[3] = _mm512_unpackhi_epi64(b, d);
+}
+
+// The first 32 bytes of sixteen keys.
+template <int HALF>
+LAMP_INLINE void begin_keys(const uint8_t *plane, __m512i (*bytes)[4]) {
+  for (int i = 0; i < 4; i++) {
+    __m512i two[2];
+    sixteen_of_four<HALF>(plane + i * HALF, two);
+    bytes[0][i] = two[0], bytes[1][i] = two[1];
+  }
+  transpose(bytes[0]);
+  transpose(bytes[1]);
+}
+
+// What turns products into weights, by row.
+struct Weigher {
+  float coefficient[ABREAST], mean[ABREAST], level[ABREAST];
+  int32_t surplus[ABREAST];                       // what the products with nibbles are too large by
+  alignas(64) int32_t products[ABREAST * LANES];  // of the sixteen keys before
+  Vf sum[ABREAST];
+  // Of those keys: their scales, where their weights go, by row, and where the squares of weights are added up.
+  Vf scale;
+  float *weight;
+  Vf *mass;
+  int64_t pitch, mass_pitch;
+};
+
+LAMP_INLINE void weigh_sixteen(Weigher &weigher, int r) {
+  const Vf product = floats(load(weigher.products + r * LANES));
+  const Vf y = product * splat(weigher.coefficient[r]) - splat(weigher.mean[r]);
+  const Vf x = exp2(y * weigher.scale - splat(weigher.level[r]));
+  store(weigher.weight + r * weigher.pitch, x);
+  weigher.sum[r] += x;
+  weigher.mass[r * weigher.mass_pitch] += x * x;
+}
+
+// Products of sixteen keys, whose first 32 bytes are `bytes`; those of the keys at `after` are there in the end. The
+// sixteen keys before are weighed on the way.
+template <int HALF>
+LAMP_INLINE void sixteen_keys(const uint8_t *plane, const uint8_t *after, const int8_t *q, Feed &feed, Weigher &weigher,
+                              __m512i (*bytes)[4]) {
+  __m512i sums[ABREAST][2];
+  for (int r = 0; r < ABREAST; r++) {
+    sums[r][0] = _mm512_set1_epi32(-weigher.surplus[r]);
+    sums[r][1] = _mm512_setzero_si512();
+  }
+#pragma GCC unroll 4
+  for (int first = 0; first < HALF; first += 32) {
+    const uint8_t *soon = take(feed, 8 * 64), *later = first + 32 < HALF ? plane + first + 32 : after;
+    __m512i next[2][4];
+    // Taken out of the loop, addresses of the query would be spilled and read again.
+    __asm__ volatile("" : "+r"(q));
+#pragma GCC unroll 2
+    for (int b = 0; b < 2; b++) {
+#pragma GCC unroll 4
+      for (int d = 0; d < 4; d++) {
+        const int8_t *four = q + first + 16 * b + 4 * d;
+        const __m512i x = flipped(bytes[b][d]), upper = upper_of(x), lower = lower_of(x);
+#pragma GCC unroll 4
+        for (int r = 0; r < ABREAST; r++) {
+          add_four(sums[r][0], upper, four + 2 * r * PADDED);
+          add_four(sums[r][1], lower, four + (2 * r + 1) * PADDED);
+        }
+        if (!b) {
+          __m512i two[2];
+          sixteen_of_four<HALF>(later + d * HALF, two);
+          next[0][d] = two[0], next[1][d] = two[1];
+          ask(soon + 64 * 2 * d), ask(soon + 64 * (2 * d + 1));
+        } else if (d & 1) {
+          transpose(next[d / 2]);
+        }
+        const int step = first / 4 + 4 * b + d;
+        constexpr int EVERY = HALF / 4 / ABREAST;
+        if (step % EVERY == EVERY / 2) weigh_sixteen(weigher, step / EVERY);
+      }
+    }
+    for (int b = 0; b < 2; b++)
+      for (int i = 0; i < 4; i++) bytes[b][i] = next[b][i];
+  }
+  for (int r = 0; r < ABREAST; r++)
+    _mm512_store_si512(weigher.products + r * LANES, _mm512_add_epi32(sums[r][0], sums[r][1]));
+}
+
+static void begin_weigher(const Rows &rows, int r0, const float *level, Weigher &weigher) {
+  for (int r = 0; r < ABREAST; r++) {
+    weigher.coefficient[r] = 16 * rows.coefficient[r0 + r];
+    weigher.mean[r] = rows.half_sum[r0 + r] * rows.coefficient[r0 + r];
+    weigher.level[r] = level[r0 + r];
+    weigher.surplus[r] = rows.sum8[r0 + r];
+    for (int k = 0; k < LANES; k++) weigher.products[r * LANES + k] = 0;
+  }
+  weigher.scale = splat(0.0f);
+  weigher.pitch = weigher.mass_pitch = 0;
+}
+
+// Weights of a chunk's keys for the rows from r0 on, their sums, and what each sub-tile weighs. False where one was far
+// above the level, or a NaN: nothing of it holds then.
+template <int HALF>
+LAMP_APART bool weigh_whole(Work &work, int64_t first, int r0, Feed &feed, const float *level) {
+  constexpr int SUBTILES = CHUNK / SUBTILE;
+  const LampPlanes &planes = work.call->planes;
+  const Rows &rows = work.rows;
+  Vf mass[ABREAST][SUBTILES], idle;
+  float nowhere[LANES];
+  __m512i bytes[2][4];
+  Weigher weigher;
+  begin_weigher(rows, r0, level, weigher);
+  // Before the first keys there are none to weigh.
+  idle = splat(0.0f);
+  weigher.weight = nowhere, weigher.mass = &idle;
+  Place place = place_of(planes, rows.b, rows.g, first);
+  begin_keys<HALF>(planes.k_high + key_at(planes, place), bytes);
+  for (int s = 0; s < SUBTILES; s++) {
+    const int64_t j = first + s * SUBTILE;
+    const Place next = s + 1 < SUBTILES ? place_of(planes, rows.b, rows.g, j + SUBTILE) : place;
+    const uint8_t *plane = planes.k_high + key_at(planes, place), *after = planes.k_high + key_at(planes, next);
+    if (!r0) ask_ahead(work, j + AHEAD, feed);
+    for (int r = 0; r < ABREAST; r++) mass[r][s] = splat(0.0f);
+    for (int h = 0; h < 2; h++) {
+      const uint8_t *here = plane + h * LANES * HALF;
+      sixteen_keys<HALF>(here, h ? after : here + LANES * HALF, rows.q[r0], feed, weigher, bytes);
+      for (int r = 0; j + h == first && r < ABREAST; r++) weigher.sum[r] = splat(0.0f);
+      const Vf scale = halves(planes.k_scale + scale_at(planes, place) + h * LANES);
+      weigher.scale = select(finite(scale), scale, splat(__builtin_nanf("")));
+      weigher.weight = work.z + r0 * work.pitch + (j - rows.from) + h * LANES;
+      weigher.mass = &mass[0][s];
+      weigher.pitch = work.pitch, weigher.mass_pitch = SUBTILES;
+    }
+    place = next;
+  }
+  for (int r = 0; r < ABREAST; r++) weigh_sixteen(weigher, r);
+  const int64_t at = (first - rows.from) / CHUNK * work.stride + r0;
+  bool near = true;
+  for (int r = 0; r < ABREAST; r++) {
+    const float sum = total(weigher.sum[r]);
+    near &= sum < FAR;
+    work.most[at + r] = level[r0 + r];
+    work.sum[at + r] = sum;
+    store(work.weight + (r0 + r) * (work.span / SUBTILE) + (first - rows.from) / SUBTILE, root(totals(mass[r])));
+  }
+  return near;
+}
+
+// The largest scores of a segment's first keys.
+static void begin_levels(Work &work, int64_t first, Feed &feed, Levels &levels) {
+  const LampPlanes &planes = work.call->planes;
+  const Rows &rows = work.rows;
+  const Place place = place_of(planes, rows.b, rows.g, first);
+  const uint8_t *plane = planes.k_high + key_at(planes, place);
+  Vf scale[2], most[MOST_LEVELS];
+  for (int h = 0; h < 2; h++) scale[h] = halves(planes.k_scale + scale_at(planes, place) + h * LANES);
+  for (int r = 0; r < rows.count; r++) most[r] = splat(-__builtin_inff());
+  for (int r = 0; r < rows.count; r += ABREAST)
+    look_at_subtile<ABREAST, true>(work, r, first, plane, plane, scale, feed, most);
+  levels.known = true;
+  for (int r = 0; r < rows.count; r++) {
+    levels.level[r] = largest(most[r]);
+    levels.known &= healthy(levels.level[r]);
+  }
+}
+
+// Whether all rows see all keys of the chunk, and nothing but products makes their scores.
+LAMP_INLINE bool is_whole(const Work &work, int64_t first) {
+  const LampAttend &call = *work.call;
+  const Rows &rows = work.rows;
+  if (call.mask || call.bias || call.softcap != 0 || call.rule != LAMP_ENERGY || settled(work) || work.order)
+    return false;
+  if (rows.count % ABREAST || rows.count > MOST_LEVELS) return false;
+  if (call.planes.half_k != 64 && call.planes.half_k != 128) return false;
+  for (int t = 0; t < rows.tokens; t++)
+    if (rows.low[t] > first || rows.high[t] < first + CHUNK) return false;
+  return true;
+}
+
+// False where the chunk must be looked at in the common way.
+static bool look_at_whole(Work &work, int64_t first, Feed &feed, Levels &levels) {
+  const Rows &rows = work.rows;
+  const bool whole = is_whole(work, first);
+  if (whole && !levels.known) begin_levels(work, first, feed, levels);
+  levels.known &= whole;
+  for (int r = 0; levels.known && r < rows.count; r += ABREAST)
+    levels.known = work.call->planes.half_k == 64 ? weigh_whole<64>(work, first, r, feed, levels.level)
+                                                  : weigh_whole<128>(work, first, r, feed, levels.level);
+  if (!levels.known) return false;
+  const int64_t chunk = (first - rows.from) / CHUNK;
+  for (int r = 0; r < rows.count; r++) {
+    const float sum = work.sum[chunk * work.stride + r];
+    if (sum > 1) levels.level[r] += log2_of(sum);
+  }
+  __builtin_memset(work.alive + chunk * (CHUNK / SUBTILE) * rows.tokens, 1, CHUNK / SUBTILE * rows.tokens);
+  return true;
+}
