@@ -47,6 +47,13 @@ CUTS = {
         "heads": 4, "kv_heads": 1, "batch": 1, "keys": 2 * SEGMENT + 300, "rule": "lamp_relaxed", "sharpness": 2.0,
     },
     "lengths": {"heads": 2, "kv_heads": 1, "keys": 3 * SEGMENT, "lengths": torch.tensor([5000, 31])},
+    # Chunks that four rows see whole are looked at in a way of their own, where instructions allow.
+    "whole chunks": {"heads": 4, "kv_heads": 1, "batch": 1, "keys": 2 * SEGMENT + 700, "dim": 128},
+    "whole chunks, wide": {"heads": 8, "kv_heads": 1, "batch": 1, "keys": SEGMENT + 1100, "dim": 256},
+    "whole chunks of tokens": {
+        "heads": 4, "kv_heads": 1, "batch": 1, "keys": SEGMENT + 513, "dim": 128, "tokens": 3, "causal": "bottom_right",
+        "lengths": torch.tensor([SEGMENT + 513]),
+    },
 }  # fmt: skip
 
 
@@ -190,6 +197,46 @@ def test_masks_and_biases_of_any_strides(native):
     turned = tuple(x.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0) for x in (mask, bias))
     assert not turned[0].is_contiguous()
     same(plain, calls.by_kernels(replace(call, seen=(*turned, *call.seen[2:])), native))
+
+
+@pytest.mark.parametrize(("step", "sharpness"), [(2.0**-5, 5.0), (2.0**3, 0.25)])
+def test_first_keys_of_a_segment_that_are_unlike_the_others(step, sharpness, native):
+    """Weights of a whole chunk are relative to scores of keys before it: those may be far below its own, or above."""
+    call = calls.make(heads=4, kv_heads=1, batch=1, keys=2 * SEGMENT + 700, dim=128, sharpness=sharpness)
+    size = torch.ones(call.planes[2].shape[-1])
+    for first in range(0, call.keys, SEGMENT):
+        size[first : first + 32] = step
+    planes = (*call.planes[:2], (call.planes[2] * size).half(), *call.planes[3:])
+    call = replace(call, k=call.k * size[: call.keys, None], planes=planes)
+    tau = calls.between(calls.importance_of(call), 0.1)
+    check(replace(call, hot=(torch.full((1,), float(tau)), *call.hot[1:])), native)
+
+
+def test_scores_that_no_level_is_near(native):
+    """A hundred powers of two above the first keys': on another instruction set, where there are no levels, alike."""
+    call = calls.make(heads=4, kv_heads=1, batch=1, keys=2 * SEGMENT + 700, dim=128, sharpness=60.0, share=0.1)
+    got = calls.by_kernels(call, native)
+    _library.load().lamp_use(b"portable")
+    plain = calls.by_kernels(call, calls.Native("portable"))
+    assert calls.whole(got.out, plain.out) <= CPU_KERNELS["sets"].bound
+    assert torch.equal(got.stats, plain.stats)
+
+
+@pytest.mark.parametrize("plane", ["k_scale", "v_scale"])
+def test_what_is_spoilt_in_a_whole_chunk_spoils_what_it_would_anywhere(plane, native):
+    """As on another instruction set; keys by scores, values by weights."""
+    call = calls.make(heads=8, kv_heads=2, batch=1, keys=SEGMENT + 700, dim=128, share=0.1)
+    planes = dict(zip(("k_high", "k_residual", "k_scale", "v_high", "v_residual", "v_scale"), call.planes, strict=True))
+    planes[plane] = planes[plane].clone()
+    planes[plane].view(2, -1)[1, 1234] = torch.nan
+    spoilt = replace(call, planes=tuple(planes.values()))
+    got = calls.by_kernels(spoilt, native)
+    _library.load().lamp_use(b"portable")
+    plain = calls.by_kernels(spoilt, calls.Native("portable"))
+    assert got.out[:, :4].isfinite().all()
+    assert got.out[:, 4:].isnan().all()
+    assert torch.equal(got.out.isnan(), plain.out.isnan())
+    assert calls.whole(got.out[:, :4], plain.out[:, :4]) <= CPU_KERNELS["sets"].bound
 
 
 def test_a_missing_page_is_dead_as_long_as_nobody_sees_it(native):

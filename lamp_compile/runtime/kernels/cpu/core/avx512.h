@@ -226,7 +226,7 @@ LAMP_INLINE void all_channels(int64_t stride, int half, int32_t *out, Multiply m
   }
 }
 
-constexpr int MOST_TILES = 16;  // in one call
+constexpr int MOST_TILES = 16;
 
 // Two pairs of channels: 16 * nibble times the weights of every row. With the lower nibble's highest bit flipped, bytes
 // are 16 times the upper nibble and the lower one, plus 8, and need no shift.
@@ -288,7 +288,6 @@ template <int ROWS, bool TOGETHER>
 LAMP_INLINE void multiply_fine(const uint8_t *const *high, const uint8_t *const *residual, int count, int64_t at,
                                int64_t stride, const uint8_t *w_upper, const uint8_t *w_lower, Feeds &feeds,
                                __m512i *upper, __m512i *lower) {
-  const __m512i flip = _mm512_set1_epi8(8);
   __m512i fine_upper[ROWS], fine_lower[ROWS];
   for (int r = 0; r < ROWS; r++) fine_upper[r] = fine_lower[r] = _mm512_setzero_si512();
   const uint8_t *soon = take(feeds.values, 64 * count), *refined = take(feeds.refined, 64 * count);
@@ -297,12 +296,13 @@ LAMP_INLINE void multiply_fine(const uint8_t *const *high, const uint8_t *const 
     ask(refined + 64 * t);
     const __m512i coarse = two_channels<TOGETHER>(high[t] + at, stride);
     const __m512i fine = two_channels<TOGETHER>(residual[t] + at, stride);
-    const __m512i above = _mm512_xor_si512(upper_of(coarse, fine), flip);
-    const __m512i below = _mm512_xor_si512(lower_of(coarse, fine), flip);
+    const __m512i flipped_fine = flipped(fine), mask = _mm512_set1_epi8((char)0xf0);
+    const __m512i above = _mm512_or_si512(_mm512_and_si512(coarse, mask), upper_of(flipped_fine));
+    const __m512i below = _mm512_or_si512(_mm512_and_si512(_mm512_slli_epi16(coarse, 4), mask), lower_of(flipped_fine));
     for (int r = 0; r < ROWS; r++) {
-      const int place = (t * ROWS + r) * SUBTILE;
-      const __m512i first = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)(w_upper + place)));
-      const __m512i second = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)(w_lower + place)));
+      const int place = (t * ROWS + r) * 2 * SUBTILE;
+      const __m512i first = _mm512_load_si512(w_upper + place);
+      const __m512i second = _mm512_load_si512(w_lower + place);
       add_products(upper[r], first, above);
       add_products(lower[r], first, below);
       add_products(fine_upper[r], second, above);
@@ -334,12 +334,19 @@ LAMP_INLINE int32_t surplus_of(const uint8_t *w_upper, const uint8_t *w_lower, i
 template <int ROWS, bool TOGETHER>
 LAMP_APART void fine_values_of(const uint8_t *const *high, const uint8_t *const *residual, int count, int64_t stride,
                                int half, const uint8_t *w_upper, const uint8_t *w_lower, Feeds &feeds, int32_t *out) {
+  alignas(64) uint8_t upper_twice[MOST_FINE * ROWS * 2 * SUBTILE], lower_twice[MOST_FINE * ROWS * 2 * SUBTILE];
+  for (int at = 0; at < count * ROWS * SUBTILE; at += SUBTILE) {
+    _mm512_store_si512(upper_twice + 2 * at,
+                       _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)(w_upper + at))));
+    _mm512_store_si512(lower_twice + 2 * at,
+                       _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)(w_lower + at))));
+  }
   all_channels<ROWS>(
       TOGETHER ? SUBTILE : stride, half, out,
       [&](const int64_t *at, __m512i(*upper)[ROWS], __m512i(*lower)[ROWS]) LAMP_LAMBDA {
 #pragma GCC unroll 2
         for (int i = 0; i < 2; i++)
-          multiply_fine<ROWS, TOGETHER>(high, residual, count, at[i], stride, w_upper, w_lower, feeds, upper[i],
+          multiply_fine<ROWS, TOGETHER>(high, residual, count, at[i], stride, upper_twice, lower_twice, feeds, upper[i],
                                         lower[i]);
       },
       [](int, __m512i &, __m512i &) LAMP_LAMBDA {});

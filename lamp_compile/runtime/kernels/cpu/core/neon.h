@@ -39,6 +39,7 @@ LAMP_INLINE void dots(const uint8_t *plane, int half, const int8_t *q, const int
   }
 }
 
+constexpr int MOST_TILES = 8;
 template <int ROWS>
 LAMP_INLINE void values(const uint8_t *const *tiles, int count, int64_t stride, int half, const uint8_t *w, Feed &feed,
                         int32_t *out) {

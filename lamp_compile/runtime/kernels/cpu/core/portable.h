@@ -4,8 +4,9 @@
 // fine_dots: out[r][j] = sum over channels of q[r][c] * (16 * high[j][c] + residual[j][c]), alike.
 // values: out[r][c] = 16 * sum over tiles and keys of w[t][r][j] * nibble[t][c][j], for 32 keys of each tile of V.
 // fine_values: out[r][c] = (256 * w_upper + w_lower) * (16 * high + residual), summed alike: fits into 32 bits for
-//         up to 8 tiles, because the high plane holds -7 to 7. Where WEIGHTS_OF_EIGHT_BITS, the residual plane is
+//         MOST_FINE tiles, because the high plane holds -7 to 7. Where WEIGHTS_OF_EIGHT_BITS, the residual plane is
 //         multiplied by 256 * w_eight.
+// MOST_TILES: how many of V `values` takes at once, which share a scale of weights.
 // feed: what will be read soon, which may be asked for in passing.
 // q is [rows][2][PADDED] with zeros behind the channels, w [tiles][rows][32], nibbles are -8 to 7.
 
@@ -26,6 +27,7 @@ LAMP_INLINE void dots(const uint8_t *plane, int half, const int8_t *q, const int
     }
 }
 
+constexpr int MOST_TILES = 8;
 template <int ROWS>
 LAMP_INLINE void values(const uint8_t *const *tiles, int count, int64_t stride, int half, const uint8_t *w, Feed &,
                         int32_t *out) {

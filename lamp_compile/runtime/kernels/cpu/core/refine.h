@@ -46,10 +46,10 @@ template <int ROWS>
 static void add_hot(const Work &work, Hot &hot, int r0, Feeds &feeds, float *const *outputs, Vf (*sums)[KEY_SUMS]) {
   if (!hot.count) return;
   const int half = (int)work.call->planes.half_v;
-  alignas(64) uint8_t upper[GATHERED * ROWS * SUBTILE], lower[GATHERED * ROWS * SUBTILE],
-      eight[GATHERED * ROWS * SUBTILE];
+  alignas(64) uint8_t upper[MOST_FINE * ROWS * SUBTILE], lower[MOST_FINE * ROWS * SUBTILE],
+      eight[MOST_FINE * ROWS * SUBTILE];
   float step[ROWS];
-  alignas(64) float weight[ROWS][GATHERED * SUBTILE];
+  alignas(64) float weight[ROWS][MOST_FINE * SUBTILE];
   Vf inverse[ROWS];
   for (int i = 0; i < ROWS; i++) {
     const int r = r0 + i;
@@ -94,7 +94,7 @@ LAMP_INLINE void refine_rows(const Work &work, const Run &run, int r0, Feeds &fe
   outputs_of<ROWS>(work, r0, partial, outputs);
   sort_subtiles<ROWS>(work, run, r0, block);
   for (int n = 0; n < block.hot_count; n++) {
-    if (hot.count == GATHERED) add_hot<ROWS>(work, hot, r0, feeds, outputs, sums);
+    if (hot.count == MOST_FINE) add_hot<ROWS>(work, hot, r0, feeds, outputs, sums);
     gather<ROWS>(work, run, block, block.hot[n], r0, feeds.refined, hot);
   }
   if (!block.cold_count) return;

@@ -1,7 +1,7 @@
 // Second pass, with the log-sum-exp of the first at hand: runs of sub-tiles, and what is refined of them.
 
-constexpr int RUN = 16;      // sub-tiles whose cold weights share a step: 512 keys
-constexpr int GATHERED = 8;  // refined sub-tiles that are multiplied at once: what fits into 32 bits
+constexpr int RUN = MOST_TILES;  // sub-tiles whose cold weights share a step: 256 or 512 keys
+static_assert(RUN <= LANES && CHUNK % (RUN * SUBTILE) == 0, "a run lies in one chunk, and is decided on at once");
 constexpr int RUN_KEYS = RUN * SUBTILE;
 
 // Where between two steps a weight is cut, by key: evenly spread over any stretch of keys, so that what is lost here is

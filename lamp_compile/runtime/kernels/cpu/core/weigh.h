@@ -11,13 +11,13 @@ struct Block {
 // Refined sub-tiles, gathered from any runs of a segment until there are enough to weigh and multiply at once.
 struct Hot {
   int count;
-  const uint8_t *high[GATHERED], *residual[GATHERED];
-  int64_t key[GATHERED];
-  Scales scales[GATHERED];
-  uint32_t v_spoilt[GATHERED];
-  bool refined[GATHERED][4];                            // by row of the block
-  float factor[GATHERED][4];                            // from the chunk's weights to the row's
-  alignas(64) float difference[GATHERED][4 * SUBTILE];  // what refinement adds to the scores
+  const uint8_t *high[MOST_FINE], *residual[MOST_FINE];
+  int64_t key[MOST_FINE];
+  Scales scales[MOST_FINE];
+  uint32_t v_spoilt[MOST_FINE];
+  bool refined[MOST_FINE][4];                            // by row of the block
+  float factor[MOST_FINE][4];                            // from the chunk's weights to the row's
+  alignas(64) float difference[MOST_FINE][4 * SUBTILE];  // what refinement adds to the scores
 };
 
 template <int ROWS>
