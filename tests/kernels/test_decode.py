@@ -271,6 +271,7 @@ def test_settings_that_change_during_a_step(triton_device, monkeypatch):
     """A controller writes tau whenever it likes: all launches of a step go by what it was when the step began."""
     from lamp_compile.runtime.kernels import decode
 
+    calls.use_launch(monkeypatch)
     call = calls.make(keys=600, batch=1, heads=2, kv_heads=1, share=0.2)
     wanted = calls.by_kernels(call, triton_device)
     arguments = call.arguments(triton_device)

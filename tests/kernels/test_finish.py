@@ -141,6 +141,27 @@ def test_what_it_cannot_do_stays_with_the_others(name, launches, triton_device):
     assert launches.launches == 0
 
 
+def test_settings_that_change_during_a_step(launches, triton_device, monkeypatch):
+    """A controller writes tau whenever it likes: the launch goes by what it was when the step began."""
+    from lamp_compile.runtime.kernels import decode
+
+    call = calls.make(keys=600, batch=1, heads=2, kv_heads=1, share=0.2)
+    wanted = calls.by_kernels(call, triton_device)
+    arguments = call.arguments(triton_device)
+    tau, floor = arguments[2][:2]
+    real, late = decode.finish, []
+
+    def refine_everything_from_here_on(*given):
+        tau.zero_()
+        floor.fill_(1.0)
+        late.append(real(*given))
+        return late[-1]
+
+    monkeypatch.setattr(decode, "finish", refine_everything_from_here_on)
+    assert torch.equal(decode.decode(*arguments).out.cpu(), wanted.out)
+    assert late == [True]
+
+
 def test_a_plan_may_do_without(launches, triton_device, monkeypatch):
     calls.use_launch(monkeypatch, most_finished=3)
     check(calls.make(batch=2, kv_heads=2), triton_device)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from pathlib import Path
 from typing import Any
 
-from tests.project.decode_page import CASE, latest, make_table, number_cells, targets_table
+from tests.project.decode_page import CASE, make_table, number_cells, targets_table
 
 BEGIN = "<!-- cpu table: make golden -->"
 NOTHING = "*No results of `benchmarks/cpu_decode.py` are committed yet.*\n"
@@ -18,7 +19,15 @@ WHOLE = "case ms tokens_per_s ratio_to_compiled kv_share_of_fp32 refined_share"
 
 def page(results: Path) -> str:
     """What docs/cpu.md shows of the results in a folder."""
-    return "\n".join(_run(name, data) for name, data in latest(results, "cpu_decode")) or NOTHING
+    return (
+        "\n".join(_run(path.name, json.loads(path.read_text(encoding="utf-8"))) for path in _newest(results)) or NOTHING
+    )
+
+
+def _newest(results: Path) -> list[Path]:
+    """The newest file of each machine, which is the last part of a name."""
+    paths = sorted(results.glob("*-cpu_decode-*.json"))
+    return sorted({path.stem.split("-")[-1]: path for path in paths}.values())
 
 
 def _run(name: str, data: dict[str, Any]) -> str:
