@@ -50,6 +50,14 @@ CUTS = {
     # Chunks that four rows see whole are looked at in a way of their own, where instructions allow.
     "whole chunks": {"heads": 4, "kv_heads": 1, "batch": 1, "keys": 2 * SEGMENT + 700, "dim": 128},
     "whole chunks, wide": {"heads": 8, "kv_heads": 1, "batch": 1, "keys": SEGMENT + 1100, "dim": 256},
+    "whole chunks, tiles of 128": {
+        "heads": 4, "kv_heads": 1, "batch": 1, "keys": SEGMENT + 1100, "dim": 128, "value_dim": 80, "tile": 128,
+        "causal": "bottom_right", "window": 1500,
+    },
+    "whole chunks, two tokens of two heads": {
+        "heads": 4, "kv_heads": 2, "batch": 1, "keys": SEGMENT + 600, "dim": 128, "value_dim": 20, "tokens": 2,
+        "causal": "bottom_right", "rotation": "none",
+    },
     "whole chunks of tokens": {
         "heads": 4, "kv_heads": 1, "batch": 1, "keys": SEGMENT + 513, "dim": 128, "tokens": 3, "causal": "bottom_right",
         "lengths": torch.tensor([SEGMENT + 513]),

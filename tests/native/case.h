@@ -13,7 +13,7 @@ constexpr uint16_t HALF_NAN = 0x7e00, HALF_INF = 0x7c00;
 // Wild cases hold NaN, infinities and numbers of any size anywhere; in others they are only where nobody looks.
 struct Case {
   Random random;
-  bool single, wild, paged;
+  bool single, wild, paged, whole;  // whole: long, and mostly seen whole by rows that nothing but products scores
   int64_t batch, kv_heads, group, queries, dim, value_dim, tile, pages, stored, keys, heads, room;
   Exact<uint8_t> k_high, k_residual, v_high, v_residual, mask;
   Exact<uint16_t> k_scale, v_scale;
@@ -79,8 +79,11 @@ struct Case {
     batch = 1 + random.below(large ? 2 : 3), kv_heads = 1 + random.below(large ? 2 : 3);
     if (large) group = std::min<int64_t>(group, 4), queries = std::min<int64_t>(queries, 5);
     while (group * queries > 256) queries = (queries + 1) / 2;
+    whole = random.chance(0.08);
+    if (whole) dim = random.chance(0.5) ? 128 : 256, group = 4, queries = single ? 1 : 1 + random.below(4);
     heads = group * kv_heads;
-    const int64_t wanted = large ? 1500 + random.below(6000) : 1 + random.below(random.chance(0.5) ? 70 : 700);
+    const int64_t wanted =
+        large || whole ? 1500 + random.below(large ? 6000 : 1500) : 1 + random.below(random.chance(0.5) ? 70 : 700);
     pages = (wanted + tile - 1) / tile + (random.chance(0.3) ? random.below(3) : 0);
     room = pages * tile;
     keys = random.chance(0.2) ? room + random.below(40) : wanted;
@@ -201,13 +204,13 @@ struct Case {
     call.causal = random.chance(0.5) ? LAMP_BOTTOM_RIGHT : random.below(2);
     if (call.causal && random.chance(0.4)) call.window = 1 + random.below(keys);
     const int64_t columns[] = {1, keys, room};
-    if (random.chance(0.25)) {
+    if (!whole && random.chance(0.25)) {
       call.mask_keys = random.pick(columns);
       mask = made<uint8_t>(broadcast(call.mask_strides, call.mask_keys));
       for (int64_t i = 0; i < mask.size(); i++) mask[i] = random.chance(0.7);
       call.mask = mask.data();
     }
-    if (random.chance(0.25)) {
+    if (!whole && random.chance(0.25)) {
       call.bias_keys = random.pick(columns);
       bias = made<float>(broadcast(call.bias_strides, call.bias_keys));
       for (int64_t i = 0; i < bias.size(); i++) bias[i] = random.chance(0.1) ? -INF : number(1);
@@ -248,21 +251,21 @@ struct Case {
     tau = made<float>(count), floor = made<float>(count), budget = made<float>(count);
     for (int64_t i = 0; i < count; i++) {
       tau[i] = wild && random.chance(0.05) ? NOT : random.pick(taus);
-      floor[i] = random.pick(floors);
+      floor[i] = whole ? 0.0f : random.pick(floors);
       budget[i] = random.chance(0.3) ? INF : (float)random.uniform();
     }
     call.tau = tau.data(), call.floor = floor.data(), call.budget = budget.data();
     call.tau_stride = call.floor_stride = call.budget_stride = each ? kv_heads : 0;
     state = made<float>(batch * kv_heads * 4), stats = made<int64_t>(batch * kv_heads * 7);
     for (int64_t i = 0; i < batch * kv_heads; i++) {
-      state[4 * i] = (float)random.uniform(), state[4 * i + 1] = (float)random.below(3);
+      state[4 * i] = (float)random.uniform(), state[4 * i + 1] = whole ? 0.0f : (float)random.below(3);
       state[4 * i + 2] = (float)random.below(5), state[4 * i + 3] = (float)random.below(4);
       for (int k = 0; k < 7; k++) stats[7 * i + k] = random.below(100);
     }
     call.state = state.data(), call.stats = stats.data();
     call.scale = 1.0f / std::sqrt((float)dim);
-    call.softcap = random.chance(0.2) ? (float)(1 + 30 * random.uniform()) : 0.0f;
-    call.rule = single ? (int64_t)LAMP_ENERGY : random.below(3);
+    call.softcap = !whole && random.chance(0.2) ? (float)(1 + 30 * random.uniform()) : 0.0f;
+    call.rule = single || whole ? (int64_t)LAMP_ENERGY : random.below(3);
     call.subtile = tile >> random.below(tile == 128 ? 3 : tile == 64 ? 2 : 1);
     call.guard_window = 1 + random.below(20), call.guard_hold = random.below(70), call.hysteresis = 0.5f;
     call.threads = 1;

@@ -25,9 +25,9 @@ def page(results: Path) -> str:
 
 
 def _newest(results: Path) -> list[Path]:
-    """The newest file of each machine, which is the last part of a name."""
+    """The newest file of each machine."""
     paths = sorted(results.glob("*-cpu_decode-*.json"))
-    return sorted({path.stem.split("-")[-1]: path for path in paths}.values())
+    return sorted({path.stem.partition("-cpu_decode-")[2]: path for path in paths}.values())
 
 
 def _run(name: str, data: dict[str, Any]) -> str:

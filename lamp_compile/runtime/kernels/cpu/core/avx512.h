@@ -1,5 +1,6 @@
 // Integer products with AVX-512 VNNI. What they compute: portable.h.
 
+#define LAMP_WHOLE  // whole.h is written in what follows
 #define LAMP_LAMBDA __attribute__((always_inline))
 
 // Adds to each of 16 sums four products of unsigned with signed bytes. Compilers know the instruction too, but copy its

@@ -8,6 +8,7 @@ LAMP_INLINE void fine_dots(const uint8_t *high, const uint8_t *residual, int hal
 }
 
 constexpr bool WEIGHTS_OF_EIGHT_BITS = true;
+static_assert(MOST_FINE <= MOST_TILES, "both are products of one plane here");
 
 template <int ROWS>
 LAMP_INLINE void fine_values(const uint8_t *const *high, const uint8_t *const *residual, int count, int64_t stride,

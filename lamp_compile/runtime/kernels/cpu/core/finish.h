@@ -6,6 +6,8 @@ struct Evidence {
   float counted, error, bad;
 };
 
+LAMP_INLINE bool healthy(float x) { return __builtin_fabsf(x) <= 3.4028235e38f; }
+
 // False where the scores, not the data, went out of range: refinement moved them too far from the look-ahead's maximum.
 LAMP_INLINE bool finish_row(Work &work, int r, int64_t segments, Evidence &evidence) {
   const LampAttend &call = *work.call;

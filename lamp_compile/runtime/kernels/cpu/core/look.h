@@ -215,7 +215,7 @@ LAMP_INLINE void look_at_chunk(Work &work, int64_t first, int64_t end, Feed &fee
 LAMP_INLINE float log2_of(float x) { return __builtin_log2f(x); }
 LAMP_INLINE float exp2_of(float x) { return exp2(splat(x > 127.0f ? 127.0f : x))[0]; }
 
-#if defined(__AVX512F__)
+#if defined(LAMP_WHOLE)
 #include "whole.h"
 #else
 struct Levels {};

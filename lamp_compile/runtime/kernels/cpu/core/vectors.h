@@ -49,7 +49,6 @@ LAMP_INLINE Vf smaller(Vf a, Vf b) { return select(a < b, a, b); }
 #endif
 LAMP_INLINE Vf magnitude(Vf v) { return (Vf)((Vi)v & splat(0x7fffffff)); }
 LAMP_INLINE Vi finite(Vf v) { return ((Vi)v & splat(0x7f800000)) != splat(0x7f800000); }
-LAMP_INLINE bool healthy(float x) { return __builtin_fabsf(x) <= 3.4028235e38f; }
 
 #if defined(__AVX512F__)
 LAMP_INLINE float total(Vf v) { return _mm512_reduce_add_ps((__m512)v); }

@@ -113,6 +113,7 @@ static void begin_weigher(const Rows &rows, int r0, const float *level, Weigher 
     weigher.mean[r] = rows.half_sum[r0 + r] * rows.coefficient[r0 + r];
     weigher.level[r] = level[r0 + r];
     weigher.surplus[r] = rows.sum8[r0 + r];
+    weigher.sum[r] = splat(0.0f);
     for (int k = 0; k < LANES; k++) weigher.products[r * LANES + k] = 0;
   }
   weigher.scale = splat(0.0f);
@@ -181,7 +182,8 @@ static void begin_levels(Work &work, int64_t first, Feed &feed, Levels &levels) 
   levels.known = true;
   for (int r = 0; r < rows.count; r++) {
     levels.level[r] = largest(most[r]);
-    levels.known &= healthy(levels.level[r]);
+    // Scores are worked out in another order than here: with millions, last bits would be powers of two apart.
+    levels.known &= __builtin_fabsf(levels.level[r]) < FAR;
   }
 }
 
