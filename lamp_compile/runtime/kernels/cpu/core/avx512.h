@@ -229,23 +229,32 @@ LAMP_INLINE void all_channels(int64_t stride, int half, int32_t *out, Multiply m
 
 constexpr int MOST_TILES = 16;
 
+// Weights of 32 keys next to themselves, as two channels need them: broadcasts would wait for the products' units.
+LAMP_INLINE void twice_over(const uint8_t *w, int count, uint8_t *to) {
+  for (int i = 0; i < count * SUBTILE; i += SUBTILE)
+    _mm512_store_si512(to + 2 * i, _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)(w + i))));
+}
+
+// 8 times the sum of each row's weights, which is what a plus 8 makes too much.
+template <int ROWS>
+LAMP_INLINE void surplus_of(const uint8_t *twice, int count, int32_t *to) {
+  __m512i sum[ROWS];
+  for (int r = 0; r < ROWS; r++) sum[r] = _mm512_setzero_si512();
+  for (int t = 0; t < count; t++)
+    for (int r = 0; r < ROWS; r++)
+      add_products(sum[r], _mm512_load_si512(twice + (t * ROWS + r) * 2 * SUBTILE), _mm512_set1_epi8(4));
+  for (int r = 0; r < ROWS; r++) to[r] = _mm512_reduce_add_epi32(sum[r]);
+}
+
 // Two pairs of channels: 16 * nibble times the weights of every row. With the lower nibble's highest bit flipped, bytes
 // are 16 times the upper nibble and the lower one, plus 8, and need no shift.
 template <int ROWS, bool TOGETHER>
 LAMP_APART void values_of(const uint8_t *const *tiles, int count, int64_t stride, int half, const uint8_t *w,
                           Feed &feed, int32_t *out) {
   alignas(64) uint8_t twice[MOST_TILES * ROWS * 2 * SUBTILE];
-  __m512i sum[ROWS];
-  for (int r = 0; r < ROWS; r++) sum[r] = _mm512_setzero_si512();
-  for (int t = 0; t < count; t++)
-    for (int r = 0; r < ROWS; r++) {
-      const int at = (t * ROWS + r) * SUBTILE;
-      const __m512i weight = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)(w + at)));
-      add_products(sum[r], weight, _mm512_set1_epi8(64));  // twice 64 is what a sum of lower ones is too large by
-      _mm512_store_si512(twice + 2 * at, weight);
-    }
+  twice_over(w, count * ROWS, twice);
   int32_t surplus[ROWS];
-  for (int r = 0; r < ROWS; r++) surplus[r] = _mm512_reduce_add_epi32(sum[r]);
+  surplus_of<ROWS>(twice, count, surplus);
   all_channels<ROWS>(
       TOGETHER ? SUBTILE : stride, half, out,
       [&](const int64_t *at, __m512i(*upper)[ROWS], __m512i(*lower)[ROWS]) LAMP_LAMBDA {
@@ -270,7 +279,7 @@ LAMP_APART void values_of(const uint8_t *const *tiles, int count, int64_t stride
       },
       [&](int r, __m512i &upper, __m512i &lower) LAMP_LAMBDA {
         upper = _mm512_sub_epi32(upper, lower);
-        lower = _mm512_sub_epi32(_mm512_slli_epi32(lower, 4), _mm512_set1_epi32(surplus[r]));
+        lower = _mm512_sub_epi32(_mm512_slli_epi32(lower, 4), _mm512_set1_epi32(16 * surplus[r]));
       });
 }
 
@@ -316,32 +325,12 @@ LAMP_INLINE void multiply_fine(const uint8_t *const *high, const uint8_t *const 
   }
 }
 
-// 8 times the sum of a row's weights, which is what the plus 8 made too much.
-template <int ROWS>
-LAMP_INLINE int32_t surplus_of(const uint8_t *w_upper, const uint8_t *w_lower, int count, int r) {
-  const __m256i eight = _mm256_set1_epi8(8);
-  __m256i first = _mm256_setzero_si256(), second = first;
-  for (int t = 0; t < count; t++) {
-    const int place = (t * ROWS + r) * SUBTILE;
-    first = _mm256_dpbusd_epi32(first, _mm256_loadu_si256((const __m256i *)(w_upper + place)), eight);
-    second = _mm256_dpbusd_epi32(second, _mm256_loadu_si256((const __m256i *)(w_lower + place)), eight);
-  }
-  int32_t sums[8], sum = 0;
-  _mm256_storeu_si256((__m256i *)sums, _mm256_add_epi32(_mm256_slli_epi32(first, 8), second));
-  for (int i = 0; i < 8; i++) sum += sums[i];
-  return sum;
-}
-
 template <int ROWS, bool TOGETHER>
 LAMP_APART void fine_values_of(const uint8_t *const *high, const uint8_t *const *residual, int count, int64_t stride,
                                int half, const uint8_t *w_upper, const uint8_t *w_lower, Feeds &feeds, int32_t *out) {
   alignas(64) uint8_t upper_twice[MOST_FINE * ROWS * 2 * SUBTILE], lower_twice[MOST_FINE * ROWS * 2 * SUBTILE];
-  for (int at = 0; at < count * ROWS * SUBTILE; at += SUBTILE) {
-    _mm512_store_si512(upper_twice + 2 * at,
-                       _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)(w_upper + at))));
-    _mm512_store_si512(lower_twice + 2 * at,
-                       _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)(w_lower + at))));
-  }
+  twice_over(w_upper, count * ROWS, upper_twice);
+  twice_over(w_lower, count * ROWS, lower_twice);
   all_channels<ROWS>(
       TOGETHER ? SUBTILE : stride, half, out,
       [&](const int64_t *at, __m512i(*upper)[ROWS], __m512i(*lower)[ROWS]) LAMP_LAMBDA {
@@ -351,8 +340,11 @@ LAMP_APART void fine_values_of(const uint8_t *const *high, const uint8_t *const 
                                         lower[i]);
       },
       [](int, __m512i &, __m512i &) LAMP_LAMBDA {});
+  int32_t above[ROWS], below[ROWS];
+  surplus_of<ROWS>(upper_twice, count, above);
+  surplus_of<ROWS>(lower_twice, count, below);
   for (int r = 0; r < ROWS; r++) {
-    const int32_t surplus = surplus_of<ROWS>(w_upper, w_lower, count, r);
+    const int32_t surplus = 256 * above[r] + below[r];
     for (int c = 0; c < 2 * half; c++) out[r * 2 * half + c] -= surplus;
   }
 }
