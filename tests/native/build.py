@@ -65,10 +65,17 @@ def compile_core(folder: Path, kind: str) -> list[Path]:
 
 def build(folder: Path, kind: str, source: str = "fuzz") -> Path:
     """A program of this folder: ``fuzz`` calls the core, ``ort_fuzz`` the operators of ONNX Runtime, ``segments`` and
-    ``helping`` what threads share. Object files that are there are used again."""
+    ``helping`` what threads share, ``whole`` a part of the kernels for AVX-512. Object files that are there are used
+    again."""
     settings, program = KINDS[kind], folder / source
     objects = sorted(folder.glob("*.o")) or compile_core(folder, kind)
     flags = [flag for flag in settings.flags if not flag.startswith("-W")]
+    if source == "whole":
+        flags += [
+            *setup_file().instruction_sets(settings.machine or platform.machine())[1]["avx512"],
+            "-DLAMP_X86",
+            "-w",
+        ]
     command = [*settings.compiler, "-std=c++17", f"-I{CORE}", *flags, str(ROOT / f"tests/native/{source}.cpp"),
                *map(str, objects), "-pthread", "-o", str(program)]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True, text=True, timeout=500)

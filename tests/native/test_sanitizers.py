@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from lamp_compile.runtime.kernels import cpu
 from tests.native.build import KINDS, build, compile_core
 
 FIRST = 1
@@ -56,6 +57,15 @@ def addresses(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_nothing_is_read_or_written_out_of_bounds(addresses: Path) -> None:
     fuzz(made(addresses, "address"), "address", ASAN_OPTIONS="detect_leaks=0")
+
+
+@pytest.mark.skipif("avx512" not in cpu.instruction_sets(), reason="this processor has no AVX-512 VNNI")
+def test_whole_chunks_are_what_they_are_in_the_common_way(addresses: Path) -> None:
+    """And there are some: weights relative to a level are a way of their own, which nobody need notice losing."""
+    said = run([str(made(addresses, "address", "whole")), str(FIRST), "400"], ASAN_OPTIONS="detect_leaks=0")
+    cases, chunks = (int(word) for word in re.findall(r"(\d+) (?:cases|chunks)", said))
+    assert cases > 10
+    assert chunks > cases
 
 
 def test_operators_of_onnxruntime_refuse_what_does_not_fit(addresses: Path) -> None:
