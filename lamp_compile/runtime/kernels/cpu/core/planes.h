@@ -36,6 +36,13 @@ LAMP_INLINE Place place_of(const LampPlanes &planes, int64_t b, int64_t g, int64
   place.tile = planes.table ? g * planes.stored_tiles : 0;
   return place;
 }
+// The place of the sub-tile behind one at `place`, where neither a table nor an order says otherwise.
+LAMP_INLINE void advance(const LampPlanes &planes, Place &place) {
+  place.offset += SUBTILE;
+  if (place.offset < planes.tile) return;
+  place.offset = 0;
+  place.tile++;
+}
 LAMP_INLINE int64_t key_at(const LampPlanes &planes, const Place &place) {
   return (place.tile * planes.tile + place.offset) * planes.half_k;
 }

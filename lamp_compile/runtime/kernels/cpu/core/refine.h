@@ -1,43 +1,52 @@
 // The values of a run, as its keys weigh: those of refined sub-tiles from both planes.
 
-LAMP_INLINE void as_bytes(Vi x, uint8_t *to) {
-  const Vb b = __builtin_convertvector(x, Vb);
-  __builtin_memcpy(to, &b, sizeof b);
-}
-
 // Adds what a call of `values` found to a block's outputs.
 template <int ROWS>
 LAMP_APART void add_to(const Work &work, int r0, const float *step, const int32_t *found, float *const *outputs) {
   const int value_dim = 2 * (int)work.call->planes.half_v;
-  for (int i = 0; i < ROWS && r0 + i < work.rows.count; i++)
-    for (int c = 0; c < value_dim; c++) outputs[i][c] += step[i] * (float)found[i * value_dim + c];
+  for (int i = 0; i < ROWS && r0 + i < work.rows.count; i++) {
+    float *to = outputs[i];
+    const int32_t *from = found + i * value_dim;
+    int c = 0;
+    for (; c + LANES <= value_dim; c += LANES) store(to + c, load(to + c) + floats(load(from + c)) * splat(step[i]));
+    for (; c < value_dim; c++) to[c] += step[i] * (float)from[c];
+  }
 }
 
-// Weights of 8 bits on the high plane, relative to the largest of each row, `most`.
-template <int ROWS>
-LAMP_APART void add_cold(const Work &work, const Run &run, const Block &block, const float *most, int r0, Feed &feed,
+// Weights of 8 bits on the high plane, relative to the largest of each row, `most`. MIXED: rows differ in what is
+// refined.
+template <int ROWS, bool MIXED>
+LAMP_APART void add_cold(const Work &work, const Run &run, const Block &block, const float *most, int r0, Feeds &feeds,
                          float *const *outputs) {
-  alignas(64) uint8_t w[RUN * ROWS * SUBTILE];
+  alignas(64) uint8_t w[RUN * ROWS * WEIGHT_ROOM];
   float step[ROWS];
   const uint8_t *high[RUN];
   for (int n = 0; n < block.cold_count; n++) high[n] = run.v_high[block.cold[n]];
+  const float *z[ROWS];
+  Vf inverse[ROWS];
   for (int i = 0; i < ROWS; i++) {
     const int r = r0 + i < work.rows.count ? r0 + i : r0;  // one that fills up the block weighs nothing
-    const float *z = work.z + r * work.pitch + (run.first - work.rows.from);
-    const Vf inverse = splat(most[i] > 0 ? 255.0f / most[i] : 0.0f);
+    z[i] = work.z + r * work.pitch + (run.first - work.rows.from);
+    inverse[i] = splat(most[i] > 0 ? 255.0f / most[i] : 0.0f);
     step[i] = r0 + i < work.rows.count ? most[i] / 255.0f * run.factor[r0 + i] : 0.0f;
-    for (int n = 0; n < block.cold_count; n++)
-      for (int h = 0; h < 2; h++) {
-        const int t = block.cold[n];
-        Vf p = load(z + t * SUBTILE + h * LANES) * run.scales[t].v[h];
-        if (block.mixed && block.refined[t][i]) p = splat(0.0f);
-        const Vf x = smaller(p * inverse + run.cut[t][h], splat(255.0f));
-        as_bytes(__builtin_convertvector(x, Vi), w + (n * ROWS + i) * SUBTILE + h * LANES);
+  }
+  for (int n = 0; n < block.cold_count; n++) {
+    const int t = block.cold[n];
+    Vi rounded[ROWS][2];
+    for (int h = 0; h < 2; h++) {
+      const int at = t * SUBTILE + h * LANES;
+      const Vf cut = dither(run.first + at);
+      for (int i = 0; i < ROWS; i++) {
+        Vf p = load(z[i] + at) * run.scales[t].v[h];
+        if (MIXED && block.refined[i] >> t & 1) p = splat(0.0f);
+        rounded[i][h] = whole(smaller(p * inverse[i] + cut, splat(255.0f)));
       }
+    }
+    place_weights<ROWS>(rounded, w + n * ROWS * WEIGHT_ROOM);
   }
   const int half = (int)work.call->planes.half_v;
   alignas(64) int32_t found[ROWS * MOST_DIM];
-  values<ROWS>(high, block.cold_count, work.call->planes.tile, half, w, feed, found);
+  values<ROWS>(high, block.cold_count, work.call->planes.tile, half, w, feeds.values, feeds.refined, found);
   add_to<ROWS>(work, r0, step, found, outputs);
 }
 
@@ -46,34 +55,44 @@ template <int ROWS>
 static void add_hot(const Work &work, Hot &hot, int r0, Feeds &feeds, float *const *outputs, Vf (*sums)[KEY_SUMS]) {
   if (!hot.count) return;
   const int half = (int)work.call->planes.half_v;
-  alignas(64) uint8_t upper[MOST_FINE * ROWS * SUBTILE], lower[MOST_FINE * ROWS * SUBTILE],
-      eight[MOST_FINE * ROWS * SUBTILE];
-  float step[ROWS];
+  constexpr int ROOM = MOST_FINE * ROWS * WEIGHT_ROOM;
+  alignas(64) uint8_t upper[ROOM], lower[ROOM], eight[WEIGHTS_OF_EIGHT_BITS ? ROOM : 1];
+  float step[ROWS], most[ROWS];
   alignas(64) float weight[ROWS][MOST_FINE * SUBTILE];
   Vf inverse[ROWS];
-  for (int i = 0; i < ROWS; i++) {
-    const int r = r0 + i;
-    float most = 0;
-    if (r < work.rows.count)
-      most = weigh_hot(work, hot, i, r, weight[i], sums[r], outputs[i][2 * half + POISON]);
-    else
-      __builtin_memset(weight[i], 0, sizeof weight[i]);  // a row that fills up the block
-    step[i] = most / 65280.0f;                           // 255 * 256
-    inverse[i] = splat(most > 0 ? 65280.0f / most : 0.0f);
+  for (int i = 0; i < ROWS;) {
+    const int r = r0 + i, left = work.rows.count - r;
+    if (left <= 0) {  // a row that fills up the block
+      __builtin_memset(weight[i], 0, sizeof weight[i]);
+      most[i++] = 0;
+    } else if (hot.plain && left > 1 && i + 1 < ROWS) {
+      weigh_hot<2, true>(work, hot, i, r, weight + i, most, sums, outputs);
+      i += 2;
+    } else {
+      weigh_hot<1, false>(work, hot, i, r, weight + i, most, sums, outputs);
+      i++;
+    }
   }
-  for (int n = 0; n < hot.count; n++)
+  for (int i = 0; i < ROWS; i++) {
+    step[i] = most[i] / 65280.0f;  // 255 * 256
+    inverse[i] = splat(most[i] > 0 ? 65280.0f / most[i] : 0.0f);
+  }
+  for (int n = 0; n < hot.count; n++) {
+    Vi above[ROWS][2], below[ROWS][2], alone[ROWS][2];
     for (int h = 0; h < 2; h++) {
       const Vf cut = dither(hot.key[n] + h * LANES);
       for (int i = 0; i < ROWS; i++) {
         const Vf x = smaller(load(weight[i] + n * SUBTILE + h * LANES) * inverse[i], splat(65280.0f));
-        const Vi fine = __builtin_convertvector(x + cut, Vi);
-        const int at = (n * ROWS + i) * SUBTILE + h * LANES;
-        as_bytes(fine >> 8, upper + at);
-        as_bytes(fine & splat(255), lower + at);
-        if (WEIGHTS_OF_EIGHT_BITS)
-          as_bytes(__builtin_convertvector(smaller(x * splat(1.0f / 256.0f) + cut, splat(255.0f)), Vi), eight + at);
+        const Vi fine = whole(x + cut);
+        above[i][h] = fine >> 8;
+        below[i][h] = fine & splat(255);
+        if (WEIGHTS_OF_EIGHT_BITS) alone[i][h] = whole(smaller(x * splat(1.0f / 256.0f) + cut, splat(255.0f)));
       }
     }
+    place_weights<ROWS>(above, upper + n * ROWS * WEIGHT_ROOM);
+    place_weights<ROWS>(below, lower + n * ROWS * WEIGHT_ROOM);
+    if (WEIGHTS_OF_EIGHT_BITS) place_weights<ROWS>(alone, eight + n * ROWS * WEIGHT_ROOM);
+  }
   alignas(64) int32_t found[ROWS * MOST_DIM];
   fine_values<ROWS>(hot.high, hot.residual, hot.count, work.call->planes.tile, half, upper, lower, eight, feeds, found);
   add_to<ROWS>(work, r0, step, found, outputs);
@@ -105,17 +124,20 @@ LAMP_INLINE void refine_rows(const Work &work, const Run &run, int r0, Feeds &fe
     if (left <= 0) {  // a row that fills up the block
       most[i++] = 0;
     } else if (plain && left > 1 && i + 1 < ROWS) {
-      weigh_cold<2, true>(work, run, block, i, r, most, feeds.refined, sums, outputs);
+      weigh_cold<2, true>(work, run, block, i, r, most, sums, outputs);
       i += 2;
     } else {
       if (plain)
-        weigh_cold<1, true>(work, run, block, i, r, most, feeds.refined, sums, outputs);
+        weigh_cold<1, true>(work, run, block, i, r, most, sums, outputs);
       else
-        weigh_cold<1, false>(work, run, block, i, r, most, feeds.refined, sums, outputs);
+        weigh_cold<1, false>(work, run, block, i, r, most, sums, outputs);
       i++;
     }
   }
-  add_cold<ROWS>(work, run, block, most, r0, feeds.values, outputs);
+  if (block.mixed)
+    add_cold<ROWS, true>(work, run, block, most, r0, feeds, outputs);
+  else
+    add_cold<ROWS, false>(work, run, block, most, r0, feeds, outputs);
 }
 
 // What is left of refined sub-tiles at the end of a segment.

@@ -102,15 +102,22 @@ static void prepare_rows(const LampAttend &call, Rows &rows) {
   rows.from -= rows.from % SEGMENT;
 }
 
-// One bit for each of 32 bytes, set where it is not 0.
+// One bit for each of 8 or 32 bytes, set where it is not 0.
+LAMP_INLINE uint32_t eight_bits(const uint8_t *bytes) {
+  uint32_t found = 0;
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+  uint64_t x;
+  __builtin_memcpy(&x, bytes, 8);
+  const uint64_t ones = (((x & 0x7f7f7f7f7f7f7f7full) + 0x7f7f7f7f7f7f7f7full) | x) >> 7 & 0x0101010101010101ull;
+  found = (uint32_t)(ones * 0x0102040810204080ull >> 56);
+#else
+  for (int i = 0; i < 8; i++) found |= (uint32_t)(bytes[i] != 0) << i;
+#endif
+  return found;
+}
 LAMP_INLINE uint32_t bits_of(const uint8_t *bytes) {
   uint32_t found = 0;
-  for (int i = 0; i < SUBTILE / 8; i++) {
-    uint64_t x;
-    __builtin_memcpy(&x, bytes + 8 * i, 8);
-    const uint64_t ones = (((x & 0x7f7f7f7f7f7f7f7full) + 0x7f7f7f7f7f7f7f7full) | x) >> 7 & 0x0101010101010101ull;
-    found |= (uint32_t)(ones * 0x0102040810204080ull >> 56) << (8 * i);
-  }
+  for (int i = 0; i < SUBTILE; i += 8) found |= eight_bits(bytes + i) << i;
   return found;
 }
 
@@ -127,9 +134,7 @@ LAMP_INLINE uint32_t visible(const LampAttend &call, const Rows &rows, int r, in
   if (!call.mask) return seen;
   const int64_t *steps = call.mask_strides, head = rows.head[r];
   const uint8_t *mask = call.mask + rows.b * steps[0] + head * steps[1] + (rows.first_token + t) * steps[2];
-#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
   if (steps[3] == 1 && j + SUBTILE <= call.mask_keys) return seen & bits_of(mask + j);
-#endif
   for (int i = 0; i < SUBTILE; i++) {
     const int64_t key = call.mask_keys == 1 ? 0 : j + i;
     if (key >= call.mask_keys || !mask[key * steps[3]]) seen &= ~(1u << i);

@@ -23,20 +23,26 @@ LAMP_INLINE void square(Scales &scales, int h, Vf k) {
   scales.both[h] = scales.k_square[h] * (scales.v[h] * scales.v[h]);
 }
 
-// What all rows share of one run of sub-tiles.
+// What all rows share of one run of sub-tiles. Sets of them have one bit each.
 struct Run {
   int64_t first;  // key
   int count;      // sub-tiles
   const uint8_t *k_high[RUN], *k_residual[RUN], *v_high[RUN], *v_residual[RUN];
-  Vf k_scale[RUN][2];
+  const uint16_t *k_scale[RUN];
   Scales scales[RUN];
-  Vf cut[RUN][2];          // where weights are cut
   uint32_t v_spoilt[RUN];  // keys whose value has no finite scale
   bool any_spoilt;
-  float factor[MOST_ROWS];                              // from the chunk's weights to the row's
-  bool alive[RUN][MOST_ROWS], hot_for[RUN][MOST_ROWS];  // by token
-  bool hot[RUN];                                        // for any token
+  float factor[MOST_ROWS];                        // from the chunk's weights to the row's
+  uint32_t alive[MOST_ROWS], hot_for[MOST_ROWS];  // by token
+  uint32_t hot;                                   // for any token
 };
+
+// The lowest of a set that is not empty; taken out of it.
+LAMP_INLINE int take_lowest(uint32_t &set) {
+  const int lowest = __builtin_ctz(set);
+  set &= set - 1;
+  return lowest;
+}
 
 // Whether a row wants units of decision refined, for the sixteen sub-tiles from `first` on (those of a unit alike). Not
 // "above tau": NaN cannot be judged, so it is refined.
@@ -64,8 +70,40 @@ LAMP_INLINE Vi wanted(const Work &work, const Run &run, int64_t first, int r) {
   return ~(weight <= splat(work.tau));
 }
 
-// Which sub-tiles of a run are alive and which are refined, for every token: for all of its heads when one asks for it.
-// Counts both in the partial result of the token's first row.
+// Of a run's sub-tiles those that a token sees any key of, in whole units of decision.
+LAMP_INLINE uint32_t alive_for(const Work &work, const Run &run, int64_t base, int token) {
+  const int tokens = work.rows.tokens, unit = (int)(work.call->subtile / SUBTILE);
+  const uint8_t *alive = work.alive + base * tokens + token;
+  uint32_t set = 0;
+  if (tokens == 1 && run.count == RUN) {
+    for (int t = 0; t < RUN; t += 8) set |= eight_bits(alive + t) << t;
+  } else {
+    for (int t = 0; t < run.count; t++) set |= (uint32_t)(alive[t * tokens] != 0) << t;
+  }
+  if (unit == 1) return set;
+  uint32_t joined = 0;
+  for (int t = 0; t < run.count; t += unit) {
+    const uint32_t within = ((1u << unit) - 1) << t;
+    if (set & within) joined |= within;
+  }
+  return joined & ((1u << run.count) - 1);
+}
+
+// Those of a run that a token's heads want refined; all of them when one asks for it.
+LAMP_INLINE uint32_t hot_for(const Work &work, const Run &run, int64_t base, int token) {
+  if (work.level >= 1) return ~0u;
+  uint32_t set = 0;
+  if (work.hot) {
+    for (int t = 0; t < run.count; t++) set |= (uint32_t)(work.hot[base + t] != 0) << t;
+    return set;
+  }
+  Vi hot = splat(0);
+  for (int r = token * work.rows.group; r < (token + 1) * work.rows.group; r++) hot |= wanted(work, run, base, r);
+  return signs_of(hot);
+}
+
+// Which sub-tiles of a run are alive and which are refined, for every token. Counts both, in units of decision, in the
+// partial result of the token's first row.
 LAMP_APART void decide(const Work &work, Run &run, float *partial) {
   const Rows &rows = work.rows;
   const int unit = (int)(work.call->subtile / SUBTILE), width = 2 * (int)work.call->planes.half_v + SUMS;
@@ -75,31 +113,26 @@ LAMP_APART void decide(const Work &work, Run &run, float *partial) {
     const Vf lse = load(work.lse + r), x = exp2(smaller(splat(127.0f), load(most + r) - lse));
     store(run.factor + r, select(lse == splat(-__builtin_inff()), splat(0.0f), x));
   }
+  run.hot = 0;
+  uint32_t firsts = 0;  // sub-tiles that units begin with
+  for (int t = 0; t < run.count; t += unit) firsts |= 1u << t;
   for (int token = 0; token < rows.tokens; token++) {
-    Vi hot = splat(work.level >= 1 ? -1 : 0);
-    for (int r = token * rows.group; !settled(work) && r < (token + 1) * rows.group; r++)
-      hot |= wanted(work, run, base, r);
-    int32_t flags[LANES];
-    __builtin_memcpy(flags, &hot, sizeof flags);
-    for (int t = 0; work.level < 1 && work.hot && t < run.count; t++) flags[t] = work.hot[base + t];
+    run.alive[token] = alive_for(work, run, base, token);
+    run.hot_for[token] = run.alive[token] & hot_for(work, run, base, token);
+    run.hot |= run.hot_for[token];
     float *sums = partial + token * rows.group * width + width - SUMS;
-    for (int t = 0; t < run.count; t += unit) {
-      const int end = t + unit < run.count ? t + unit : run.count;
-      bool alive = false;
-      for (int s = t; s < end; s++) alive |= work.alive[(base + s) * rows.tokens + token];
-      for (int s = t; s < end; s++) {
-        run.alive[s][token] = alive;
-        run.hot_for[s][token] = alive && flags[t];
-        run.hot[s] |= run.hot_for[s][token];
-      }
-      sums[ALIVE] += alive;
-      sums[REFINED] += alive && flags[t];
-    }
+    sums[ALIVE] += (float)__builtin_popcount(run.alive[token] & firsts);
+    sums[REFINED] += (float)__builtin_popcount(run.hot_for[token] & firsts);
   }
 }
 
-// Scales that are not finite become 0. Of a key they have spoilt its scores already; of a value they spoil the rows
-// that weigh it.
+// A scale of keys, 0 where it is not finite: that has spoilt the key's scores already.
+LAMP_INLINE Vf known_halves(const uint16_t *from) {
+  const Vf scale = halves(from);
+  return select(finite(scale), scale, splat(0.0f));
+}
+
+// Scales that are not finite become 0. Those of a value spoil the rows that weigh it.
 LAMP_APART void leave_out_bad(Run &run) {
   for (int t = 0; t < run.count; t++)
     for (int h = 0; h < 2; h++) {
@@ -107,37 +140,41 @@ LAMP_APART void leave_out_bad(Run &run) {
       for (int i = 0; i < LANES; i++)
         if (!known[i]) run.v_spoilt[t] |= 1u << (h * LANES + i);
       run.any_spoilt |= any(~known);
-      run.k_scale[t][h] = select(finite(run.k_scale[t][h]), run.k_scale[t][h], splat(0.0f));
       run.scales[t].v[h] = select(known, run.scales[t].v[h], splat(0.0f));
-      square(run.scales[t], h, run.k_scale[t][h]);
+      square(run.scales[t], h, known_halves(run.k_scale[t] + h * LANES));
     }
 }
 
 LAMP_APART void open_run(const Work &work, int64_t first, int64_t end, Run &run) {
   const LampPlanes &planes = work.call->planes;
+  const bool in_order = !planes.table && !work.order;
   run.first = first;
   run.count = 0;
   run.any_spoilt = false;
   Vf bad = splat(0.0f);
+  Place place = place_of(planes, work.rows.b, work.rows.g, key_of(work, first));
   for (int64_t j = first; j < first + RUN_KEYS && j < end; j += SUBTILE) {
-    const Place place = place_of(planes, work.rows.b, work.rows.g, key_of(work, j));
-    const int64_t later = key_of(work, j + RUN_KEYS < end ? j + RUN_KEYS : j);
-    fetch(planes.v_scale + scale_at(planes, place_of(planes, work.rows.b, work.rows.g, later)), 2 * SUBTILE);
     const int t = run.count++;
-    run.k_high[t] = planes.k_high + key_at(planes, place);
-    run.k_residual[t] = planes.k_residual + key_at(planes, place);
-    run.v_high[t] = planes.v_high + value_at(planes, place);
-    run.v_residual[t] = planes.v_residual + value_at(planes, place);
+    const int64_t key = key_at(planes, place), value = value_at(planes, place), scale = scale_at(planes, place);
+    run.k_high[t] = planes.k_high + key;
+    run.k_residual[t] = planes.k_residual + key;
+    run.v_high[t] = planes.v_high + value;
+    run.v_residual[t] = planes.v_residual + value;
+    run.k_scale[t] = planes.k_scale + scale;
     run.v_spoilt[t] = 0;
-    run.hot[t] = false;
     for (int h = 0; h < 2; h++) {
-      const Vf k = halves(planes.k_scale + scale_at(planes, place) + h * LANES);
-      const Vf v = halves(planes.v_scale + scale_at(planes, place) + h * LANES);
-      run.k_scale[t][h] = k;
+      const Vf k = halves(planes.k_scale + scale + h * LANES), v = halves(planes.v_scale + scale + h * LANES);
       run.scales[t].v[h] = v;
       square(run.scales[t], h, k);
-      run.cut[t][h] = dither(j + h * LANES);
       bad += k * splat(0.0f) + v * splat(0.0f);  // NaN for NaN and infinity
+    }
+    if (in_order) {
+      fetch(planes.v_scale + scale + RUN_KEYS, 2 * SUBTILE);
+      advance(planes, place);
+    } else {
+      const int64_t later = key_of(work, j + RUN_KEYS < end ? j + RUN_KEYS : j);
+      fetch(planes.v_scale + scale_at(planes, place_of(planes, work.rows.b, work.rows.g, later)), 2 * SUBTILE);
+      if (j + SUBTILE < end) place = place_of(planes, work.rows.b, work.rows.g, key_of(work, j + SUBTILE));
     }
   }
   if (any(bad != bad)) leave_out_bad(run);
@@ -147,13 +184,13 @@ LAMP_APART void open_run(const Work &work, int64_t first, int64_t end, Run &run)
 LAMP_APART void ask_for(const Work &work, const Run &run, Feeds &feeds) {
   const LampPlanes &planes = work.call->planes;
   const int64_t stored = planes.tile * planes.half_v;
-  for (int t = 0; t < run.count && !settled(work); t++)
-    if (run.hot[t]) push(feeds.refined, run.k_residual[t], SUBTILE * planes.half_k);
+  for (uint32_t hot = settled(work) ? 0 : run.hot; hot;)
+    push(feeds.refined, run.k_residual[take_lowest(hot)], SUBTILE * planes.half_k);
   for (int t = 0; t < run.count; t++)
     if (planes.tile == SUBTILE || !t || run.v_high[t] != run.v_high[t - 1] + SUBTILE)
       push(feeds.values, run.v_high[t], stored);
-  for (int t = 0; t < run.count; t++) {
-    if (!run.hot[t]) continue;
+  for (uint32_t hot = run.hot; hot;) {
+    const int t = take_lowest(hot);
     if (planes.tile == SUBTILE)
       push(feeds.refined, run.v_residual[t], stored);
     else

@@ -30,6 +30,7 @@ LAMP_INLINE Vi load(const int32_t *from) {
 }
 LAMP_INLINE void store(float *to, Vf v) { __builtin_memcpy(to, &v, sizeof v); }
 LAMP_INLINE Vf floats(Vi v) { return __builtin_convertvector(v, Vf); }
+LAMP_INLINE Vi whole(Vf v) { return __builtin_convertvector(v, Vi); }
 LAMP_INLINE Vf bits(Vi v) { return (Vf)v; }
 // Compilers pick lanes of a vector wider than the machine's one by one; bits they take as wide as they can.
 LAMP_INLINE Vf select(Vi where, Vf a, Vf b) {
@@ -101,6 +102,17 @@ LAMP_INLINE bool any(Vi v) {
   __builtin_memcpy(a, &v, sizeof v);
   for (int i = 0; i < 8; i++) found |= a[i];
   return found != 0;
+}
+#endif
+
+// The signs of sixteen numbers, one bit each.
+#if defined(__AVX512F__)
+LAMP_INLINE uint32_t signs_of(Vi v) { return _mm512_cmplt_epi32_mask((__m512i)v, _mm512_setzero_si512()); }
+#else
+LAMP_INLINE uint32_t signs_of(Vi v) {
+  uint32_t found = 0;
+  for (int i = 0; i < LANES; i++) found |= (uint32_t)v[i] >> 31 << i;
+  return found;
 }
 #endif
 

@@ -3,14 +3,15 @@
 // Which sub-tiles of a run matter to a block of rows, and how. Rows that see nothing of one have no part in it.
 struct Block {
   int cold_count, hot_count;
-  int cold[RUN], hot[RUN];  // sub-tiles of the run; one may be in both lists, where rows differ
-  bool refined[RUN][4];     // by row of the block
-  bool mixed;               // some sub-tile is in both lists
+  int cold[RUN + 1], hot[RUN];  // sub-tiles of the run; one may be in both lists, where rows differ
+  uint32_t refined[4];          // sub-tiles, by row of the block
+  bool mixed;                   // some sub-tile is in both lists
 };
 
 // Refined sub-tiles, gathered from any runs of a segment until there are enough to weigh and multiply at once.
 struct Hot {
   int count;
+  bool plain;  // none is spoilt, and all rows of the block agree
   const uint8_t *high[MOST_FINE], *residual[MOST_FINE];
   int64_t key[MOST_FINE];
   Scales scales[MOST_FINE];
@@ -22,26 +23,22 @@ struct Hot {
 
 template <int ROWS>
 LAMP_INLINE void sort_subtiles(const Work &work, const Run &run, int r0, Block &block) {
-  block.cold_count = block.hot_count = 0;
-  block.mixed = false;
-  for (int t = 0; t < run.count; t++) {
-    bool cold = false, hot = false;
-    if (work.rows.tokens == 1) {
-      hot = run.hot_for[t][0];
-      cold = run.alive[t][0] && !hot;
-      for (int i = 0; i < ROWS; i++) block.refined[t][i] = hot;
-    } else {
-      for (int i = 0; i < ROWS; i++) {
-        const int r = r0 + i, token = work.rows.token[r];
-        block.refined[t][i] = r < work.rows.count && run.hot_for[t][token];
-        hot |= block.refined[t][i];
-        cold |= r < work.rows.count && run.alive[t][token] && !run.hot_for[t][token];
-      }
-    }
-    if (cold) block.cold[block.cold_count++] = t;
-    if (hot) block.hot[block.hot_count++] = t;
-    block.mixed |= cold && hot;
+  uint32_t cold = 0, hot = 0;
+  for (int i = 0; i < ROWS; i++) {
+    const bool there = r0 + i < work.rows.count;
+    const int token = work.rows.token[r0 + i];
+    block.refined[i] = there ? run.hot_for[token] : 0;
+    hot |= block.refined[i];
+    if (there) cold |= run.alive[token] & ~run.hot_for[token];
   }
+  block.mixed = (cold & hot) != 0;
+  block.cold_count = block.hot_count = 0;
+  // Without branches, which nobody could foresee.
+  for (int t = 0; t < run.count; t++) {
+    block.cold[block.cold_count] = t;
+    block.cold_count += cold >> t & 1;
+  }
+  while (hot) block.hot[block.hot_count++] = take_lowest(hot);
 }
 
 // What refinement adds to the scores of 32 keys, in base 2.
@@ -53,17 +50,17 @@ LAMP_APART void score_differences(const Work &work, const Run &run, int t, int r
   alignas(64) int32_t fine[ROWS * SUBTILE], coarse[ROWS * SUBTILE];
   dots<ROWS>(run.k_residual[t], half, rows.q[r0], rows.sum8 + r0, feed, fine);
   if (call.softcap != 0) dots<ROWS>(run.k_high[t], half, rows.q[r0], rows.sum8 + r0, feed, coarse);
+  const Vf scale[2] = {known_halves(run.k_scale[t]), known_halves(run.k_scale[t] + LANES)};
   for (int i = 0; i < ROWS; i++)
     for (int h = 0; h < 2; h++) {
       const int at = i * SUBTILE + h * LANES;
       const Vf low = floats(load(fine + at)), mean = splat(rows.half_sum[r0 + i]);
       Vf d;
       if (call.softcap == 0) {
-        d = (low + mean) * run.k_scale[t][h] * splat(rows.coefficient[r0 + i]);
+        d = (low + mean) * scale[h] * splat(rows.coefficient[r0 + i]);
       } else {
         const Vf high = floats(load(coarse + at)) * splat(16.0f);
-        d = scores(call, rows, r0 + i, high + low, run.k_scale[t][h]) -
-            scores(call, rows, r0 + i, high - mean, run.k_scale[t][h]);
+        d = scores(call, rows, r0 + i, high + low, scale[h]) - scores(call, rows, r0 + i, high - mean, scale[h]);
       }
       store(difference + at, d);
     }
@@ -114,24 +111,19 @@ LAMP_INLINE void add_sums(const Sums &sums, Vf factor, Vf noise, Vf *to) {
 // Weights of COUNT rows from r on, the i-th of their block, in the sub-tiles that are not refined for them. PLAIN:
 // nothing is spoilt, and the block's rows agree on what is refined.
 template <int COUNT, bool PLAIN>
-LAMP_APART void weigh_cold(const Work &work, const Run &run, const Block &block, int i, int r, float *most, Feed &feed,
+LAMP_APART void weigh_cold(const Work &work, const Run &run, const Block &block, int i, int r, float *most,
                            Vf (*to)[KEY_SUMS], float *const *outputs) {
   const float *z = work.z + r * work.pitch + (run.first - work.rows.from);
-  constexpr int SOON = 2 * COUNT;
   Sums sums[COUNT];
   for (int k = 0; k < COUNT; k++) clear(sums[k]);
   for (int n = 0; n < block.cold_count; n++) {
     const int t = block.cold[n];
-    if (!empty(feed)) {
-      const uint8_t *soon = take(feed, 64 * SOON);
-      for (int k = 0; k < SOON; k++) ask(soon + 64 * k);
-    }
 #pragma GCC unroll 2
     for (int h = 0; h < 2; h++)
 #pragma GCC unroll 2
       for (int k = 0; k < COUNT; k++) {
         const Vf p = load(z + k * work.pitch + t * SUBTILE + h * LANES);
-        if (!PLAIN && block.refined[t][i + k]) continue;
+        if (!PLAIN && block.refined[i + k] >> t & 1) continue;
         add_weights(run.scales[t], h, p, sums[k]);
         if (!PLAIN && run.v_spoilt[t] && spoilt(run.v_spoilt[t], h, p * splat(run.factor[r + k])))
           outputs[i + k][2 * work.call->planes.half_v + POISON] = 1;
@@ -146,31 +138,43 @@ LAMP_APART void weigh_cold(const Work &work, const Run &run, const Block &block,
   }
 }
 
-// Weights of row r, the i-th of its block, in refined sub-tiles, times the scale of the value; gives back the largest.
-LAMP_APART float weigh_hot(const Work &work, const Hot &hot, int i, int r, float *weight, Vf *to, float &poison) {
+// Weights of COUNT rows from r on, the i-th of their block, in refined sub-tiles, times the scales of values. PLAIN: as
+// above.
+template <int COUNT, bool PLAIN>
+LAMP_APART void weigh_hot(const Work &work, const Hot &hot, int i, int r, float (*weight)[MOST_FINE * SUBTILE],
+                          float *most, Vf (*to)[KEY_SUMS], float *const *outputs) {
   const float *z = work.z + r * work.pitch - work.rows.from;
-  Sums sums[2];  // in two parts, so that additions need not wait for each other
-  for (Sums &part : sums) clear(part);
+  const bool moved = !settled(work);
+  Sums sums[COUNT];
+  for (int k = 0; k < COUNT; k++) clear(sums[k]);
   for (int n = 0; n < hot.count; n++)
-    for (int h = 0; h < 2; h++) {
-      const int at = n * SUBTILE + h * LANES;
-      if (!hot.refined[n][i]) {
-        store(weight + at, splat(0.0f));
-        continue;
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; h++)
+#pragma GCC unroll 2
+      for (int k = 0; k < COUNT; k++) {
+        const int at = n * SUBTILE + h * LANES;
+        if (!PLAIN && !hot.refined[n][i + k]) {
+          store(weight[k] + at, splat(0.0f));
+          continue;
+        }
+        Vf p = load(z + k * work.pitch + hot.key[n] + h * LANES) * splat(hot.factor[n][i + k]);
+        const float *difference = hot.difference[n] + (i + k) * SUBTILE + h * LANES;
+        if (moved) p *= exp2(smaller(splat(127.0f), load(difference)));
+        store(weight[k] + at, add_weights(hot.scales[n], h, p, sums[k]));
+        if (!PLAIN && hot.v_spoilt[n] && spoilt(hot.v_spoilt[n], h, p))
+          outputs[i + k][2 * work.call->planes.half_v + POISON] = 1;
       }
-      Vf p = load(z + hot.key[n] + h * LANES) * splat(hot.factor[n][i]);
-      if (!settled(work)) p *= exp2(smaller(splat(127.0f), load(hot.difference[n] + i * SUBTILE + h * LANES)));
-      store(weight + at, add_weights(hot.scales[n], h, p, sums[h]));
-      if (hot.v_spoilt[n] && spoilt(hot.v_spoilt[n], h, p)) poison = 1;
-    }
-  for (const Sums &part : sums) add_sums(part, splat(1.0f), splat(1.0f / 256.0f), to);
-  return largest(larger(sums[0].most, sums[1].most));
+  for (int k = 0; k < COUNT; k++) {
+    add_sums(sums[k], splat(1.0f), splat(1.0f / 256.0f), to[r + k]);
+    most[i + k] = largest(sums[k].most);
+  }
 }
 
 // Keeps a refined sub-tile of a run for later.
 template <int ROWS>
 LAMP_INLINE void gather(const Work &work, const Run &run, const Block &block, int t, int r0, Feed &feed, Hot &hot) {
   const int n = hot.count++;
+  hot.plain = (n == 0 || hot.plain) && !run.any_spoilt;
   if (!settled(work)) score_differences<ROWS>(work, run, t, r0, feed, hot.difference[n]);
   hot.high[n] = run.v_high[t];
   hot.residual[n] = run.v_residual[t];
@@ -178,7 +182,8 @@ LAMP_INLINE void gather(const Work &work, const Run &run, const Block &block, in
   hot.scales[n] = run.scales[t];
   hot.v_spoilt[n] = run.v_spoilt[t];
   for (int i = 0; i < ROWS; i++) {
-    hot.refined[n][i] = block.refined[t][i];
+    hot.refined[n][i] = block.refined[i] >> t & 1;
+    hot.plain &= hot.refined[n][i];
     hot.factor[n][i] = r0 + i < work.rows.count ? run.factor[r0 + i] : 0.0f;
   }
 }
