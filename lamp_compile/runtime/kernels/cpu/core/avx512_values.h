@@ -48,8 +48,8 @@ constexpr int MOST_TILES = 16;
 // Weights of 32 keys lie there twice, next to themselves, as two channels need them: broadcasts would wait for the
 // products' units.
 constexpr int WEIGHT_ROOM = 2 * SUBTILE;
-// Weights of 0 to 255, of sixteen and sixteen keys of every row. Written sixteen bytes at a time they could not be read
-// at once.
+// Weights of 0 to 255, of sixteen and sixteen keys of every row; what is above counts as 255. Written sixteen bytes at a
+// time they could not be read at once.
 template <int ROWS>
 LAMP_INLINE void place_weights(const Vi (*x)[2], uint8_t *to) {
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 0, 4, 8, 12, 1, 5, 9, 13);

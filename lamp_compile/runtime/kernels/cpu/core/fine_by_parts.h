@@ -9,11 +9,12 @@ LAMP_INLINE void fine_dots(const uint8_t *high, const uint8_t *residual, int hal
 
 // Bytes that the weights of 32 keys of one row take.
 constexpr int WEIGHT_ROOM = SUBTILE;
-// Weights of 0 to 255, of sixteen and sixteen keys of every row, as `values` takes them.
+// Weights of 0 to 255, of sixteen and sixteen keys of every row, as `values` takes them. What is above counts as 255.
 template <int ROWS>
 LAMP_INLINE void place_weights(const Vi (*x)[2], uint8_t *to) {
   for (int i = 0; i < 2 * ROWS; i++) {
-    const Vb bytes = __builtin_convertvector(x[i / 2][i % 2], Vb);
+    const Vi top = splat(255), above = x[i / 2][i % 2] > top;
+    const Vb bytes = __builtin_convertvector((x[i / 2][i % 2] & ~above) | (top & above), Vb);
     __builtin_memcpy(to + i * LANES, &bytes, sizeof bytes);
   }
 }

@@ -13,37 +13,38 @@ LAMP_APART void add_to(const Work &work, int r0, const float *step, const int32_
   }
 }
 
-// Weights of 8 bits on the high plane, relative to the largest of each row, `most`. MIXED: rows differ in what is
-// refined.
-template <int ROWS, bool MIXED>
-LAMP_APART void add_cold(const Work &work, const Run &run, const Block &block, const float *most, int r0, Feeds &feeds,
-                         float *const *outputs) {
+// Bytes that weigh nothing, of a row that fills up the block.
+template <int ROWS>
+LAMP_INLINE void weigh_nothing(int count, int i, uint8_t *to) {
+  const Vi nothing[1][2] = {{splat(0), splat(0)}};
+  for (int n = 0; n < count; n++) place_weights<1>(nothing, to + (n * ROWS + i) * WEIGHT_ROOM);
+}
+
+// What is not refined: weights of 8 bits on the high plane.
+template <int ROWS>
+LAMP_APART void add_cold(const Work &work, const Run &run, const Block &block, int r0, Feeds &feeds,
+                         Vf (*sums)[KEY_SUMS], float *const *outputs) {
   alignas(64) uint8_t w[RUN * ROWS * WEIGHT_ROOM];
   float step[ROWS];
+  const bool plain = !block.mixed && !run.any_spoilt;
+  for (int i = 0; i < ROWS;) {
+    const int r = r0 + i, left = work.rows.count - r;
+    if (left <= 0) {
+      step[i] = 0;
+      weigh_nothing<ROWS>(block.cold_count, i++, w);
+    } else if (plain && left > 1 && i + 1 < ROWS) {
+      weigh_cold<ROWS, 2, true>(work, run, block, i, r, step, w, sums, outputs);
+      i += 2;
+    } else {
+      if (plain)
+        weigh_cold<ROWS, 1, true>(work, run, block, i, r, step, w, sums, outputs);
+      else
+        weigh_cold<ROWS, 1, false>(work, run, block, i, r, step, w, sums, outputs);
+      i++;
+    }
+  }
   const uint8_t *high[RUN];
   for (int n = 0; n < block.cold_count; n++) high[n] = run.v_high[block.cold[n]];
-  const float *z[ROWS];
-  Vf inverse[ROWS];
-  for (int i = 0; i < ROWS; i++) {
-    const int r = r0 + i < work.rows.count ? r0 + i : r0;  // one that fills up the block weighs nothing
-    z[i] = work.z + r * work.pitch + (run.first - work.rows.from);
-    inverse[i] = splat(most[i] > 0 ? 255.0f / most[i] : 0.0f);
-    step[i] = r0 + i < work.rows.count ? most[i] / 255.0f * run.factor[r0 + i] : 0.0f;
-  }
-  for (int n = 0; n < block.cold_count; n++) {
-    const int t = block.cold[n];
-    Vi rounded[ROWS][2];
-    for (int h = 0; h < 2; h++) {
-      const int at = t * SUBTILE + h * LANES;
-      const Vf cut = dither(run.first + at);
-      for (int i = 0; i < ROWS; i++) {
-        Vf p = load(z[i] + at) * run.scales[t].v[h];
-        if (MIXED && block.refined[i] >> t & 1) p = splat(0.0f);
-        rounded[i][h] = whole(smaller(p * inverse[i] + cut, splat(255.0f)));
-      }
-    }
-    place_weights<ROWS>(rounded, w + n * ROWS * WEIGHT_ROOM);
-  }
   const int half = (int)work.call->planes.half_v;
   alignas(64) int32_t found[ROWS * MOST_DIM];
   values<ROWS>(high, block.cold_count, work.call->planes.tile, half, w, feeds.values, feeds.refined, found);
@@ -80,13 +81,13 @@ static void add_hot(const Work &work, Hot &hot, int r0, Feeds &feeds, float *con
   for (int n = 0; n < hot.count; n++) {
     Vi above[ROWS][2], below[ROWS][2], alone[ROWS][2];
     for (int h = 0; h < 2; h++) {
-      const Vf cut = dither(hot.key[n] + h * LANES);
+      const Vf cut = cuts_of(hot.key[n] + h * LANES);
       for (int i = 0; i < ROWS; i++) {
         const Vf x = smaller(load(weight[i] + n * SUBTILE + h * LANES) * inverse[i], splat(65280.0f));
         const Vi fine = whole(x + cut);
         above[i][h] = fine >> 8;
         below[i][h] = fine & splat(255);
-        if (WEIGHTS_OF_EIGHT_BITS) alone[i][h] = whole(smaller(x * splat(1.0f / 256.0f) + cut, splat(255.0f)));
+        if (WEIGHTS_OF_EIGHT_BITS) alone[i][h] = whole(x * splat(1.0f / 256.0f) + cut);
       }
     }
     place_weights<ROWS>(above, upper + n * ROWS * WEIGHT_ROOM);
@@ -116,28 +117,7 @@ LAMP_INLINE void refine_rows(const Work &work, const Run &run, int r0, Feeds &fe
     if (hot.count == MOST_FINE) add_hot<ROWS>(work, hot, r0, feeds, outputs, sums);
     gather<ROWS>(work, run, block, block.hot[n], r0, feeds.refined, hot);
   }
-  if (!block.cold_count) return;
-  float most[ROWS];
-  const bool plain = !block.mixed && !run.any_spoilt;
-  for (int i = 0; i < ROWS;) {
-    const int r = r0 + i, left = work.rows.count - r;
-    if (left <= 0) {  // a row that fills up the block
-      most[i++] = 0;
-    } else if (plain && left > 1 && i + 1 < ROWS) {
-      weigh_cold<2, true>(work, run, block, i, r, most, sums, outputs);
-      i += 2;
-    } else {
-      if (plain)
-        weigh_cold<1, true>(work, run, block, i, r, most, sums, outputs);
-      else
-        weigh_cold<1, false>(work, run, block, i, r, most, sums, outputs);
-      i++;
-    }
-  }
-  if (block.mixed)
-    add_cold<ROWS, true>(work, run, block, most, r0, feeds, outputs);
-  else
-    add_cold<ROWS, false>(work, run, block, most, r0, feeds, outputs);
+  if (block.cold_count) add_cold<ROWS>(work, run, block, r0, feeds, sums, outputs);
 }
 
 // What is left of refined sub-tiles at the end of a segment.
@@ -196,45 +176,66 @@ LAMP_INLINE void close_segment(const Work &work, Feeds &feeds, float *partial, C
     for (int i = 0; i < KEY_SUMS; i++) partial[r * width + width - SUMS + i] = total(carried.sums[r][i]);
 }
 
-// A segment that was taken, and, one after the other, those behind it that nobody else takes from `more`. Each has a
-// partial result of its own.
-static void refine_segments(Work &work, int64_t first, Segments *more) {
+// Runs in the order in which they are worked on: those of a segment that was taken, then those of segments behind it
+// that nobody else takes from `more`.
+struct Course {
+  Segments *more;
+  int64_t segment;  // -1 behind the last
+  int64_t at, end;  // keys of it that are left
+};
+struct Step {
+  Run run;
+  int64_t segment;  // -1 where there is no run
+  bool closes;      // the last of its segment
+};
+
+LAMP_INLINE float *partial_of(const Work &work, int64_t segment) {
+  return work.partial + segment * work.rows.count * (2 * work.call->planes.half_v + SUMS);
+}
+
+LAMP_INLINE void enter(const Work &work, int64_t segment, Course &course) {
   const Rows &rows = work.rows;
-  const int64_t size = rows.count * (2 * work.call->planes.half_v + SUMS);
-  const int64_t begin = rows.from + first * SEGMENT;
-  int64_t end = begin;
-  Run runs[2];  // one is worked on while what the next one reads is on its way
+  course.segment = segment;
+  if (segment < 0) return;
+  course.at = rows.from + segment * SEGMENT;
+  course.end = course.at + SEGMENT < rows.to ? course.at + SEGMENT : rows.to;
+  float *partial = partial_of(work, segment);
+  __builtin_memset(partial, 0, (char *)partial_of(work, segment + 1) - (char *)partial);
+}
+
+// Opens the next run of the course and decides on it.
+static void take_step(Work &work, Course &course, Feeds &feeds, Step &step) {
+  step.segment = course.segment;
+  if (step.segment < 0) return;
+  open_run(work, course.at, work.rows.to, step.run);
+  decide(work, step.run, partial_of(work, step.segment));
+  ask_for_refined(work, step.run, feeds.refined);
+  course.at += RUN_KEYS;
+  step.closes = course.at >= course.end;
+  if (step.closes) enter(work, course.more ? take_segment(*course.more, false) : -1, course);
+}
+
+// A segment that was taken, and others that nobody takes first. Each has a partial result of its own.
+static void refine_segments(Work &work, int64_t first, Segments *more) {
+  constexpr int STEPS = 2;  // one is worked on while what the next one reads is on its way
+  Step steps[STEPS];
+  Course course = {more, -1, 0, 0};
   Carried carried;
   Feeds feeds;
   clear(feeds.refined, &feeds);
-  for (int64_t j = begin, segment = first; segment >= 0; j += RUN_KEYS) {
-    const int64_t after = j + RUN_KEYS;
-    const int now = (int)(j / RUN_KEYS % 2);
-    float *partial = work.partial + segment * size;
-    if (j == end) {
-      clear(rows, carried);
-      end = j + SEGMENT < rows.to ? j + SEGMENT : rows.to;
-    }
-    if (j == begin) {
-      __builtin_memset(partial, 0, sizeof(float) * size);
-      open_run(work, j, rows.to, runs[now]);
-      decide(work, runs[now], partial);
-    }
+  clear(work.rows, carried);
+  enter(work, first, course);
+  for (int i = 0; i + 1 < STEPS; i++) take_step(work, course, feeds, steps[i]);
+  for (int now = 0; steps[now].segment >= 0; now = (now + 1) % STEPS) {
+    const Step &step = steps[now], &next = steps[(now + 1) % STEPS];
+    take_step(work, course, feeds, steps[(now + STEPS - 1) % STEPS]);
     clear(feeds.values, &feeds);
-    const bool closes = after >= end;
-    const int64_t next = !closes ? segment : more ? take_segment(*more, false) : -1;
-    if (next >= 0) {
-      float *following = work.partial + next * size;
-      if (closes) __builtin_memset(following, 0, sizeof(float) * size);
-      open_run(work, after, rows.to, runs[now ^ 1]);
-      decide(work, runs[now ^ 1], following);
-      ask_for(work, runs[now ^ 1], feeds);
-    }
-    refine_run(work, runs[now], feeds, partial, carried);
-    if (closes) {
-      close_segment(work, feeds, partial, carried);
-      if (more) done_with_one(*more);
-    }
-    segment = next;
+    if (next.segment >= 0) ask_for_values(work, next.run, feeds.values);
+    float *partial = partial_of(work, step.segment);
+    refine_run(work, step.run, feeds, partial, carried);
+    if (!step.closes) continue;
+    close_segment(work, feeds, partial, carried);
+    clear(work.rows, carried);
+    if (more) done_with_one(*more);
   }
 }

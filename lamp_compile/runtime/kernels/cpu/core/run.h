@@ -4,15 +4,20 @@ constexpr int RUN = MOST_TILES;  // sub-tiles whose cold weights share a step: 2
 static_assert(RUN <= LANES && CHUNK % (RUN * SUBTILE) == 0, "a run lies in one chunk, and is decided on at once");
 constexpr int RUN_KEYS = RUN * SUBTILE;
 
-// Where between two steps a weight is cut, by key: evenly spread over any stretch of keys, so that what is lost here is
-// gained there, however small the weights are.
-LAMP_INLINE Vf dither(int64_t key) {
-  typedef uint32_t Vu __attribute__((vector_size(64)));
-  constexpr uint32_t GOLDEN = 2654435769u;  // 2^32 / golden ratio: of its multiples the fractions
-  Vu steps;
-  for (uint32_t i = 0; i < LANES; i++) steps[i] = i * GOLDEN;
-  return floats((Vi)((steps + (uint32_t)key * GOLDEN) >> 8)) * splat(5.9604645e-8f);
-}
+// Where between two steps the weight of a key is cut: evenly spread over any stretch of keys, so that what is lost here
+// is gained there, however small the weights are. The same again every 512 keys.
+struct Cuts {
+  static constexpr int PERIOD = 512;
+  alignas(64) float at[PERIOD] = {};
+
+  constexpr Cuts() {
+    constexpr uint32_t GOLDEN = 2654435769u;  // 2^32 / golden ratio: of its multiples the fractions
+    for (uint32_t i = 0; i < PERIOD; i++) at[i] = (float)(i * GOLDEN >> 8) * (1.0f / 16777216.0f);
+  }
+};
+static constexpr Cuts CUTS;
+// Of sixteen keys, from a multiple of sixteen on.
+LAMP_INLINE Vf cuts_of(int64_t key) { return load(CUTS.at + (key & (Cuts::PERIOD - 1))); }
 
 // What all rows share of 32 keys: the scales of values, squares of those of keys, and products of both squares.
 struct Scales {
@@ -32,6 +37,7 @@ struct Run {
   Scales scales[RUN];
   uint32_t v_spoilt[RUN];  // keys whose value has no finite scale
   bool any_spoilt;
+  float v_most;  // the largest scale of a value
   float factor[MOST_ROWS];                        // from the chunk's weights to the row's
   uint32_t alive[MOST_ROWS], hot_for[MOST_ROWS];  // by token
   uint32_t hot;                                   // for any token
@@ -134,6 +140,7 @@ LAMP_INLINE Vf known_halves(const uint16_t *from) {
 
 // Scales that are not finite become 0. Those of a value spoil the rows that weigh it.
 LAMP_APART void leave_out_bad(Run &run) {
+  Vf most = splat(0.0f);
   for (int t = 0; t < run.count; t++)
     for (int h = 0; h < 2; h++) {
       const Vi known = finite(run.scales[t].v[h]);
@@ -141,8 +148,10 @@ LAMP_APART void leave_out_bad(Run &run) {
         if (!known[i]) run.v_spoilt[t] |= 1u << (h * LANES + i);
       run.any_spoilt |= any(~known);
       run.scales[t].v[h] = select(known, run.scales[t].v[h], splat(0.0f));
+      most = larger(run.scales[t].v[h], most);
       square(run.scales[t], h, known_halves(run.k_scale[t] + h * LANES));
     }
+  run.v_most = largest(most);
 }
 
 LAMP_APART void open_run(const Work &work, int64_t first, int64_t end, Run &run) {
@@ -151,7 +160,7 @@ LAMP_APART void open_run(const Work &work, int64_t first, int64_t end, Run &run)
   run.first = first;
   run.count = 0;
   run.any_spoilt = false;
-  Vf bad = splat(0.0f);
+  Vf bad = splat(0.0f), most = splat(0.0f);
   Place place = place_of(planes, work.rows.b, work.rows.g, key_of(work, first));
   for (int64_t j = first; j < first + RUN_KEYS && j < end; j += SUBTILE) {
     const int t = run.count++;
@@ -165,6 +174,7 @@ LAMP_APART void open_run(const Work &work, int64_t first, int64_t end, Run &run)
     for (int h = 0; h < 2; h++) {
       const Vf k = halves(planes.k_scale + scale + h * LANES), v = halves(planes.v_scale + scale + h * LANES);
       run.scales[t].v[h] = v;
+      most = larger(v, most);
       square(run.scales[t], h, k);
       bad += k * splat(0.0f) + v * splat(0.0f);  // NaN for NaN and infinity
     }
@@ -177,23 +187,28 @@ LAMP_APART void open_run(const Work &work, int64_t first, int64_t end, Run &run)
       if (j + SUBTILE < end) place = place_of(planes, work.rows.b, work.rows.g, key_of(work, j + SUBTILE));
     }
   }
+  run.v_most = largest(most);
   if (any(bad != bad)) leave_out_bad(run);
 }
 
-// What a run that is decided on will read, in order.
-LAMP_APART void ask_for(const Work &work, const Run &run, Feeds &feeds) {
+// What a run that is decided on will read of residual planes, in order.
+LAMP_APART void ask_for_refined(const Work &work, const Run &run, Feed &feed) {
   const LampPlanes &planes = work.call->planes;
-  const int64_t stored = planes.tile * planes.half_v;
   for (uint32_t hot = settled(work) ? 0 : run.hot; hot;)
-    push(feeds.refined, run.k_residual[take_lowest(hot)], SUBTILE * planes.half_k);
-  for (int t = 0; t < run.count; t++)
-    if (planes.tile == SUBTILE || !t || run.v_high[t] != run.v_high[t - 1] + SUBTILE)
-      push(feeds.values, run.v_high[t], stored);
+    push(feed, run.k_residual[take_lowest(hot)], SUBTILE * planes.half_k);
   for (uint32_t hot = run.hot; hot;) {
     const int t = take_lowest(hot);
     if (planes.tile == SUBTILE)
-      push(feeds.refined, run.v_residual[t], stored);
+      push(feed, run.v_residual[t], planes.tile * planes.half_v);
     else
       for (int64_t c = 0; c < planes.half_v; c++) ask(run.v_residual[t] + c * planes.tile);
   }
+}
+
+// And of the high plane of values.
+LAMP_APART void ask_for_values(const Work &work, const Run &run, Feed &feed) {
+  const LampPlanes &planes = work.call->planes;
+  for (int t = 0; t < run.count; t++)
+    if (planes.tile == SUBTILE || !t || run.v_high[t] != run.v_high[t - 1] + SUBTILE)
+      push(feed, run.v_high[t], planes.tile * planes.half_v);
 }
