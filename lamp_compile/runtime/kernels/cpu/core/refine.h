@@ -13,38 +13,37 @@ LAMP_APART void add_to(const Work &work, int r0, const float *step, const int32_
   }
 }
 
-// Bytes that weigh nothing, of a row that fills up the block.
-template <int ROWS>
-LAMP_INLINE void weigh_nothing(int count, int i, uint8_t *to) {
-  const Vi nothing[1][2] = {{splat(0), splat(0)}};
-  for (int n = 0; n < count; n++) place_weights<1>(nothing, to + (n * ROWS + i) * WEIGHT_ROOM);
-}
-
-// What is not refined: weights of 8 bits on the high plane.
-template <int ROWS>
-LAMP_APART void add_cold(const Work &work, const Run &run, const Block &block, int r0, Feeds &feeds,
-                         Vf (*sums)[KEY_SUMS], float *const *outputs) {
+// Weights of 8 bits on the high plane, relative to the largest of each row, `most`. MIXED: rows differ in what is
+// refined.
+template <int ROWS, bool MIXED>
+LAMP_APART void add_cold(const Work &work, const Run &run, const Block &block, const float *most, int r0, Feeds &feeds,
+                         float *const *outputs) {
   alignas(64) uint8_t w[RUN * ROWS * WEIGHT_ROOM];
   float step[ROWS];
-  const bool plain = !block.mixed && !run.any_spoilt;
-  for (int i = 0; i < ROWS;) {
-    const int r = r0 + i, left = work.rows.count - r;
-    if (left <= 0) {
-      step[i] = 0;
-      weigh_nothing<ROWS>(block.cold_count, i++, w);
-    } else if (plain && left > 1 && i + 1 < ROWS) {
-      weigh_cold<ROWS, 2, true>(work, run, block, i, r, step, w, sums, outputs);
-      i += 2;
-    } else {
-      if (plain)
-        weigh_cold<ROWS, 1, true>(work, run, block, i, r, step, w, sums, outputs);
-      else
-        weigh_cold<ROWS, 1, false>(work, run, block, i, r, step, w, sums, outputs);
-      i++;
-    }
-  }
   const uint8_t *high[RUN];
   for (int n = 0; n < block.cold_count; n++) high[n] = run.v_high[block.cold[n]];
+  const float *z[ROWS];
+  Vf inverse[ROWS];
+  for (int i = 0; i < ROWS; i++) {
+    const int r = r0 + i < work.rows.count ? r0 + i : r0;  // one that fills up the block weighs nothing
+    z[i] = work.z + r * work.pitch + (run.first - work.rows.from);
+    inverse[i] = splat(most[i] > 0 ? 255.0f / most[i] : 0.0f);
+    step[i] = r0 + i < work.rows.count ? most[i] / 255.0f * run.factor[r0 + i] : 0.0f;
+  }
+  for (int n = 0; n < block.cold_count; n++) {
+    const int t = block.cold[n];
+    Vi rounded[ROWS][2];
+    for (int h = 0; h < 2; h++) {
+      const int at = t * SUBTILE + h * LANES;
+      const Vf cut = cuts_of(run.first + at);
+      for (int i = 0; i < ROWS; i++) {
+        Vf p = load(z[i] + at) * run.scales[t].v[h];
+        if (MIXED && block.refined[i] >> t & 1) p = splat(0.0f);
+        rounded[i][h] = whole(p * inverse[i] + cut);
+      }
+    }
+    place_weights<ROWS>(rounded, w + n * ROWS * WEIGHT_ROOM);
+  }
   const int half = (int)work.call->planes.half_v;
   alignas(64) int32_t found[ROWS * MOST_DIM];
   values<ROWS>(high, block.cold_count, work.call->planes.tile, half, w, feeds.values, feeds.refined, found);
@@ -117,7 +116,28 @@ LAMP_INLINE void refine_rows(const Work &work, const Run &run, int r0, Feeds &fe
     if (hot.count == MOST_FINE) add_hot<ROWS>(work, hot, r0, feeds, outputs, sums);
     gather<ROWS>(work, run, block, block.hot[n], r0, feeds.refined, hot);
   }
-  if (block.cold_count) add_cold<ROWS>(work, run, block, r0, feeds, sums, outputs);
+  if (!block.cold_count) return;
+  float most[ROWS];
+  const bool plain = !block.mixed && !run.any_spoilt;
+  for (int i = 0; i < ROWS;) {
+    const int r = r0 + i, left = work.rows.count - r;
+    if (left <= 0) {  // a row that fills up the block
+      most[i++] = 0;
+    } else if (plain && left > 1 && i + 1 < ROWS) {
+      weigh_cold<2, true>(work, run, block, i, r, most, sums, outputs);
+      i += 2;
+    } else {
+      if (plain)
+        weigh_cold<1, true>(work, run, block, i, r, most, sums, outputs);
+      else
+        weigh_cold<1, false>(work, run, block, i, r, most, sums, outputs);
+      i++;
+    }
+  }
+  if (block.mixed)
+    add_cold<ROWS, true>(work, run, block, most, r0, feeds, outputs);
+  else
+    add_cold<ROWS, false>(work, run, block, most, r0, feeds, outputs);
 }
 
 // What is left of refined sub-tiles at the end of a segment.

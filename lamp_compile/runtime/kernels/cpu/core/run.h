@@ -37,7 +37,6 @@ struct Run {
   Scales scales[RUN];
   uint32_t v_spoilt[RUN];  // keys whose value has no finite scale
   bool any_spoilt;
-  float v_most;  // the largest scale of a value
   float factor[MOST_ROWS];                        // from the chunk's weights to the row's
   uint32_t alive[MOST_ROWS], hot_for[MOST_ROWS];  // by token
   uint32_t hot;                                   // for any token
@@ -140,7 +139,6 @@ LAMP_INLINE Vf known_halves(const uint16_t *from) {
 
 // Scales that are not finite become 0. Those of a value spoil the rows that weigh it.
 LAMP_APART void leave_out_bad(Run &run) {
-  Vf most = splat(0.0f);
   for (int t = 0; t < run.count; t++)
     for (int h = 0; h < 2; h++) {
       const Vi known = finite(run.scales[t].v[h]);
@@ -148,10 +146,8 @@ LAMP_APART void leave_out_bad(Run &run) {
         if (!known[i]) run.v_spoilt[t] |= 1u << (h * LANES + i);
       run.any_spoilt |= any(~known);
       run.scales[t].v[h] = select(known, run.scales[t].v[h], splat(0.0f));
-      most = larger(run.scales[t].v[h], most);
       square(run.scales[t], h, known_halves(run.k_scale[t] + h * LANES));
     }
-  run.v_most = largest(most);
 }
 
 LAMP_APART void open_run(const Work &work, int64_t first, int64_t end, Run &run) {
@@ -160,7 +156,7 @@ LAMP_APART void open_run(const Work &work, int64_t first, int64_t end, Run &run)
   run.first = first;
   run.count = 0;
   run.any_spoilt = false;
-  Vf bad = splat(0.0f), most = splat(0.0f);
+  Vf bad = splat(0.0f);
   Place place = place_of(planes, work.rows.b, work.rows.g, key_of(work, first));
   for (int64_t j = first; j < first + RUN_KEYS && j < end; j += SUBTILE) {
     const int t = run.count++;
@@ -174,7 +170,6 @@ LAMP_APART void open_run(const Work &work, int64_t first, int64_t end, Run &run)
     for (int h = 0; h < 2; h++) {
       const Vf k = halves(planes.k_scale + scale + h * LANES), v = halves(planes.v_scale + scale + h * LANES);
       run.scales[t].v[h] = v;
-      most = larger(v, most);
       square(run.scales[t], h, k);
       bad += k * splat(0.0f) + v * splat(0.0f);  // NaN for NaN and infinity
     }
@@ -187,7 +182,6 @@ LAMP_APART void open_run(const Work &work, int64_t first, int64_t end, Run &run)
       if (j + SUBTILE < end) place = place_of(planes, work.rows.b, work.rows.g, key_of(work, j + SUBTILE));
     }
   }
-  run.v_most = largest(most);
   if (any(bad != bad)) leave_out_bad(run);
 }
 

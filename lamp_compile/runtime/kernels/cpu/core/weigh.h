@@ -75,11 +75,12 @@ LAMP_INLINE bool spoilt(uint32_t bad, int h, Vf p) {
 
 // What the certificate sums, and the weights themselves.
 struct Sums {
-  Vf weight, value_weight, hard, soft, value, both, both_soft;
+  Vf weight, value_weight, hard, soft, value, both, both_soft, most;
 };
 
 LAMP_INLINE void clear(Sums &sums) {
-  sums.weight = sums.value_weight = sums.hard = sums.soft = sums.value = sums.both = sums.both_soft = splat(0.0f);
+  sums.weight = sums.value_weight = sums.hard = sums.soft = sums.value = sums.both = sums.both_soft = sums.most =
+      splat(0.0f);
 }
 
 // Sixteen keys of weight p; gives back the weight of their values.
@@ -92,6 +93,7 @@ LAMP_INLINE Vf add_weights(const Scales &scales, int h, Vf p, Sums &sums) {
   sums.hard += p * k;
   sums.both += p * both;
   sums.value += w * w;
+  sums.most = larger(w, sums.most);
   return w;
 }
 
@@ -106,69 +108,33 @@ LAMP_INLINE void add_sums(const Sums &sums, Vf factor, Vf noise, Vf *to) {
   to[BOTH_SOFT] += sums.both_soft * factor;
 }
 
-// The set of a run's sub-tiles that row r sees and that are not refined for it.
-LAMP_INLINE uint32_t cold_for(const Work &work, const Run &run, int r) {
-  const int token = work.rows.token[r];
-  return run.alive[token] & ~run.hot_for[token];
-}
-
-// What no weight of a cold key, times the scale of its value, is above: its square is one of those that the first pass
-// has summed. The largest itself would have to be known before any is rounded.
-LAMP_INLINE float bound_of(const Work &work, const Run &run, int r) {
-  const uint32_t cold = cold_for(work, run, r);
-  Vf most = splat(0.0f);
-  if (work.call->rule == LAMP_ENERGY) {
-    const int64_t base = (run.first - work.rows.from) / SUBTILE;
-    most = load(work.weight + r * (work.span / SUBTILE) + base);
-    most = select(lanes_of(cold, 0), larger(most, splat(0.0f)), splat(0.0f));
-  } else {
-    const float *z = work.z + r * work.pitch + (run.first - work.rows.from);
-    for (uint32_t left = cold; left;) {
-      const int t = take_lowest(left);
-      for (int h = 0; h < 2; h++) most = larger(load(z + t * SUBTILE + h * LANES), most);
-    }
-  }
-  return largest(most) * run.v_most;
-}
-
-// Weights of COUNT rows from r on, the i-th of their block, in the sub-tiles that are not refined for them: their sums,
-// and bytes of `step` each, behind `to`. PLAIN: nothing is spoilt, and the block's rows agree on what is refined.
-template <int ROWS, int COUNT, bool PLAIN>
-LAMP_APART void weigh_cold(const Work &work, const Run &run, const Block &block, int i, int r, float *step, uint8_t *to,
-                           Vf (*all)[KEY_SUMS], float *const *outputs) {
+// Weights of COUNT rows from r on, the i-th of their block, in the sub-tiles that are not refined for them. PLAIN:
+// nothing is spoilt, and the block's rows agree on what is refined.
+template <int COUNT, bool PLAIN>
+LAMP_APART void weigh_cold(const Work &work, const Run &run, const Block &block, int i, int r, float *most,
+                           Vf (*to)[KEY_SUMS], float *const *outputs) {
   const float *z = work.z + r * work.pitch + (run.first - work.rows.from);
   Sums sums[COUNT];
-  Vf inverse[COUNT];
-  for (int k = 0; k < COUNT; k++) {
-    const float bound = bound_of(work, run, r + k);
-    step[i + k] = bound / 255.0f * run.factor[r + k];
-    inverse[k] = splat(bound > 0 ? 255.0f / bound : 0.0f);
-    clear(sums[k]);
-  }
+  for (int k = 0; k < COUNT; k++) clear(sums[k]);
   for (int n = 0; n < block.cold_count; n++) {
     const int t = block.cold[n];
-    Vi rounded[COUNT][2];
 #pragma GCC unroll 2
-    for (int h = 0; h < 2; h++) {
-      const Vf cut = cuts_of(run.first + t * SUBTILE + h * LANES);
+    for (int h = 0; h < 2; h++)
 #pragma GCC unroll 2
       for (int k = 0; k < COUNT; k++) {
-        rounded[k][h] = splat(0);
-        if (!PLAIN && block.refined[i + k] >> t & 1) continue;
         const Vf p = load(z + k * work.pitch + t * SUBTILE + h * LANES);
-        const Vf w = add_weights(run.scales[t], h, p, sums[k]);
-        rounded[k][h] = whole(w * inverse[k] + cut);
+        if (!PLAIN && block.refined[i + k] >> t & 1) continue;
+        add_weights(run.scales[t], h, p, sums[k]);
         if (!PLAIN && run.v_spoilt[t] && spoilt(run.v_spoilt[t], h, p * splat(run.factor[r + k])))
           outputs[i + k][2 * work.call->planes.half_v + POISON] = 1;
       }
-    }
-    place_weights<COUNT>(rounded, to + (n * ROWS + i) * WEIGHT_ROOM);
   }
   for (int k = 0; k < COUNT; k++) {
     const Vf factor = splat(run.factor[r + k]);
-    add_sums(sums[k], factor, splat(1.0f), all[r + k]);
+    add_sums(sums[k], factor, splat(1.0f), to[r + k]);
     // The high plane reads (16 hi - 1/2) s: half a step off every channel.
-    all[r + k][CORRECTION] -= splat(0.5f) * sums[k].value_weight * factor;
+    to[r + k][CORRECTION] -= splat(0.5f) * sums[k].value_weight * factor;
+    most[i + k] = largest(sums[k].most);
   }
 }
 
@@ -180,8 +146,7 @@ LAMP_APART void weigh_hot(const Work &work, const Hot &hot, int i, int r, float 
   const float *z = work.z + r * work.pitch - work.rows.from;
   const bool moved = !settled(work);
   Sums sums[COUNT];
-  Vf largest_of[COUNT];
-  for (int k = 0; k < COUNT; k++) clear(sums[k]), largest_of[k] = splat(0.0f);
+  for (int k = 0; k < COUNT; k++) clear(sums[k]);
   for (int n = 0; n < hot.count; n++)
 #pragma GCC unroll 2
     for (int h = 0; h < 2; h++)
@@ -195,15 +160,13 @@ LAMP_APART void weigh_hot(const Work &work, const Hot &hot, int i, int r, float 
         Vf p = load(z + k * work.pitch + hot.key[n] + h * LANES) * splat(hot.factor[n][i + k]);
         const float *difference = hot.difference[n] + (i + k) * SUBTILE + h * LANES;
         if (moved) p *= exp2(smaller(splat(127.0f), load(difference)));
-        const Vf w = add_weights(hot.scales[n], h, p, sums[k]);
-        store(weight[k] + at, w);
-        largest_of[k] = larger(w, largest_of[k]);
+        store(weight[k] + at, add_weights(hot.scales[n], h, p, sums[k]));
         if (!PLAIN && hot.v_spoilt[n] && spoilt(hot.v_spoilt[n], h, p))
           outputs[i + k][2 * work.call->planes.half_v + POISON] = 1;
       }
   for (int k = 0; k < COUNT; k++) {
     add_sums(sums[k], splat(1.0f), splat(1.0f / 256.0f), to[r + k]);
-    most[i + k] = largest(largest_of[k]);
+    most[i + k] = largest(sums[k].most);
   }
 }
 

@@ -6,7 +6,7 @@ constexpr int ABREAST = 4;         // rows that share the bytes of a key
 constexpr int MOST_LEVELS = 16;    // rows of a piece that may be looked at like this
 constexpr float FAR = 1048576.0f;  // times a level's weight: sums of squares stay far from the largest number
 
-// What the weights of a segment's next chunk are relative to, in base 2.
+// What the weights of a segment's next chunk are relative to, in base 2: whole numbers.
 struct Levels {
   bool known = false;
   float level[MOST_LEVELS];
@@ -38,132 +38,119 @@ LAMP_INLINE void begin_keys(const uint8_t *plane, __m512i (*bytes)[4]) {
   transpose(bytes[1]);
 }
 
-// What turns products into weights, by row.
-struct Weigher {
-  float coefficient[ABREAST], mean[ABREAST], level[ABREAST];
-  int32_t surplus[ABREAST];                       // what the products with nibbles are too large by
-  alignas(64) int32_t products[ABREAST * LANES];  // of the sixteen keys before
-  Vf sum[ABREAST];
-  // Of those keys: their scales, where their weights go, by row, and where the squares of weights are added up.
-  Vf scale;
-  float *weight;
-  Vf *mass;
-  int64_t pitch, mass_pitch;
-};
+#include "whole_weights.h"
 
-LAMP_INLINE void weigh_sixteen(Weigher &weigher, int r) {
-  const Vf product = floats(load(weigher.products + r * LANES));
-  const Vf y = product * splat(weigher.coefficient[r]) - splat(weigher.mean[r]);
-  const Vf x = exp2(y * weigher.scale - splat(weigher.level[r]));
-  store(weigher.weight + r * weigher.pitch, x);
-  weigher.sum[r] += x;
-  weigher.mass[r * weigher.mass_pitch] += x * x;
+// Products of 16 times the upper nibbles and of the lower ones with two rows.
+LAMP_INLINE void add_rows(__m512i (*sums)[2], __m512i upper, __m512i lower, const int8_t *query) {
+#pragma GCC unroll 2
+  for (int r = 0; r < 2; r++) {
+    add_four(sums[r][0], upper, query + 2 * r * PADDED);
+    add_four(sums[r][1], lower, query + (2 * r + 1) * PADDED);
+  }
 }
 
 // Products of sixteen keys, whose first 32 bytes are `bytes`; those of the keys at `after` are there in the end. The
-// sixteen keys before are weighed on the way.
-template <int HALF>
-LAMP_INLINE void sixteen_keys(const uint8_t *plane, const uint8_t *after, const int8_t *q, Feed &feed, Weigher &weigher,
-                              __m512i (*bytes)[4]) {
+// sixteen keys before are weighed on the way; LAST where those are the last ones of their sub-tile.
+template <int HALF, bool LAST>
+LAMP_INLINE void sixteen_keys(const uint8_t *plane, const uint8_t *after, const int8_t *q, Feed &feed,
+                              const Weigher &weigher, Before &before, Vf *sum, Vf *mass, __m512i (*bytes)[4]) {
+  constexpr int EVERY = HALF / 64;
   __m512i sums[ABREAST][2];
+#pragma GCC unroll 4
   for (int r = 0; r < ABREAST; r++) {
-    sums[r][0] = _mm512_set1_epi32(-weigher.surplus[r]);
+    sums[r][0] = _mm512_set1_epi32(weigher.begin[r]);
     sums[r][1] = _mm512_setzero_si512();
   }
+  const Vf scale = scale_of(before.scale);
+  Weighing weighing;
 #pragma GCC unroll 4
   for (int first = 0; first < HALF; first += 32) {
     const uint8_t *soon = take(feed, 8 * 64), *later = first + 32 < HALF ? plane + first + 32 : after;
     __m512i next[2][4];
     // Taken out of the loop, addresses of the query would be spilled and read again.
     __asm__ volatile("" : "+r"(q));
-#pragma GCC unroll 2
-    for (int b = 0; b < 2; b++) {
-#pragma GCC unroll 4
-      for (int d = 0; d < 4; d++) {
-        const int8_t *four = q + first + 16 * b + 4 * d;
-        const __m512i x = flipped(bytes[b][d]), upper = upper_of(x), lower = lower_of(x);
-#pragma GCC unroll 4
-        for (int r = 0; r < ABREAST; r++) {
-          add_four(sums[r][0], upper, four + 2 * r * PADDED);
-          add_four(sums[r][1], lower, four + (2 * r + 1) * PADDED);
-        }
-        if (!b) {
-          __m512i two[2];
-          sixteen_of_four<HALF>(later + d * HALF, two);
-          next[0][d] = two[0], next[1][d] = two[1];
-          ask(soon + 64 * 2 * d), ask(soon + 64 * (2 * d + 1));
-        } else if (d & 1) {
-          transpose(next[d / 2]);
-        }
-        const int step = first / 4 + 4 * b + d;
-        constexpr int EVERY = HALF / 4 / ABREAST;
-        if (step % EVERY == EVERY / 2) weigh_sixteen(weigher, step / EVERY);
+#pragma GCC unroll 8
+    for (int d = 0; d < 8; d++) {
+      const int8_t *four = q + first + 4 * d;
+      const __m512i x = flipped(bytes[d / 4][d % 4]), lower = lower_of(x);
+      const __m512i upper = _mm512_and_si512(x, _mm512_set1_epi8((char)0xf0));
+      add_rows(sums, upper, lower, four);
+      const int step = first / 4 + d;
+      if (step % EVERY == 0) weigh_part<LAST>(weigher, before, scale, step / EVERY, weighing, sum, mass);
+      add_rows(sums + 2, upper, lower, four + 4 * PADDED);
+      if (d < 4) {
+        __m512i two[2];
+        sixteen_of_four<HALF>(later + d * HALF, two);
+        next[0][d] = two[0], next[1][d] = two[1];
       }
+      if (d >= 6) transpose(next[d - 6]);
+      ask(soon + 64 * d);
     }
-    for (int b = 0; b < 2; b++)
-      for (int i = 0; i < 4; i++) bytes[b][i] = next[b][i];
+#pragma GCC unroll 8
+    for (int d = 0; d < 8; d++) bytes[d / 4][d % 4] = next[d / 4][d % 4];
   }
-  for (int r = 0; r < ABREAST; r++)
-    _mm512_store_si512(weigher.products + r * LANES, _mm512_add_epi32(sums[r][0], sums[r][1]));
+#pragma GCC unroll 4
+  for (int r = 0; r < ABREAST; r++) before.product[r] = _mm512_add_epi32(sums[r][0], _mm512_slli_epi32(sums[r][1], 4));
 }
 
-static void begin_weigher(const Rows &rows, int r0, const float *level, Weigher &weigher) {
-  for (int r = 0; r < ABREAST; r++) {
-    weigher.coefficient[r] = 16 * rows.coefficient[r0 + r];
-    weigher.mean[r] = rows.half_sum[r0 + r] * rows.coefficient[r0 + r];
-    weigher.level[r] = level[r0 + r];
-    weigher.surplus[r] = rows.sum8[r0 + r];
-    weigher.sum[r] = splat(0.0f);
-    for (int k = 0; k < LANES; k++) weigher.products[r * LANES + k] = 0;
-  }
-  weigher.scale = splat(0.0f);
-  weigher.pitch = weigher.mass_pitch = 0;
-}
-
-// Weights of a chunk's keys for the rows from r0 on, their sums, and what each sub-tile weighs. False where one was far
-// above the level, or a NaN: nothing of it holds then.
+// Weights of a chunk's keys for four rows, their sums, and what is joined of the squares of the sub-tile before each.
 template <int HALF>
-LAMP_APART bool weigh_whole(Work &work, int64_t first, int r0, Feed &feed, const float *level) {
-  constexpr int SUBTILES = CHUNK / SUBTILE;
+LAMP_INLINE void weigh_keys(Work &work, int64_t first, int r0, Feed &feed, const Weigher &weigher, Vf *sum,
+                            Vf *joined) {
   const LampPlanes &planes = work.call->planes;
   const Rows &rows = work.rows;
-  Vf mass[ABREAST][SUBTILES], idle;
-  float nowhere[LANES];
+  Vf mass[ABREAST];
   __m512i bytes[2][4];
-  Weigher weigher;
-  begin_weigher(rows, r0, level, weigher);
-  // Before the first keys there are none to weigh.
-  idle = splat(0.0f);
-  weigher.weight = nowhere, weigher.mass = &idle;
   Place place = place_of(planes, rows.b, rows.g, first);
   begin_keys<HALF>(planes.k_high + key_at(planes, place), bytes);
-  for (int s = 0; s < SUBTILES; s++) {
+  // Before the first keys there are none to weigh: what is made of them is written over.
+  Before before;
+#pragma GCC unroll 4
+  for (int r = 0; r < ABREAST; r++) before.product[r] = _mm512_setzero_si512(), sum[r] = mass[r] = splat(0.0f);
+  before.scale = planes.k_scale + scale_at(planes, place);
+  before.weight = work.z + r0 * work.pitch + (first - rows.from) + LANES;
+  before.pitch = work.pitch;
+  for (int s = 0; s < CHUNK / SUBTILE; s++) {
     const int64_t j = first + s * SUBTILE;
-    const Place next = s + 1 < SUBTILES ? place_of(planes, rows.b, rows.g, j + SUBTILE) : place;
+    const Place next = j + SUBTILE < first + CHUNK ? place_of(planes, rows.b, rows.g, j + SUBTILE) : place;
     const uint8_t *plane = planes.k_high + key_at(planes, place), *after = planes.k_high + key_at(planes, next);
     if (!r0) ask_ahead(work, j + AHEAD, feed);
-    for (int r = 0; r < ABREAST; r++) mass[r][s] = splat(0.0f);
-    for (int h = 0; h < 2; h++) {
-      const uint8_t *here = plane + h * LANES * HALF;
-      sixteen_keys<HALF>(here, h ? after : here + LANES * HALF, rows.q[r0], feed, weigher, bytes);
-      for (int r = 0; j + h == first && r < ABREAST; r++) weigher.sum[r] = splat(0.0f);
-      const Vf scale = halves(planes.k_scale + scale_at(planes, place) + h * LANES);
-      weigher.scale = select(finite(scale), scale, splat(__builtin_nanf("")));
-      weigher.weight = work.z + r0 * work.pitch + (j - rows.from) + h * LANES;
-      weigher.mass = &mass[0][s];
-      weigher.pitch = work.pitch, weigher.mass_pitch = SUBTILES;
-    }
+    sixteen_keys<HALF, true>(plane, plane + LANES * HALF, rows.q[r0], feed, weigher, before, sum, mass, bytes);
+    joined[s] = join_rows(mass);
+#pragma GCC unroll 4
+    for (int r = 0; r < ABREAST; r++) sum[r] = s ? sum[r] : splat(0.0f);
+    before.scale = planes.k_scale + scale_at(planes, place);
+    before.weight = work.z + r0 * work.pitch + (j - rows.from);
+    sixteen_keys<HALF, false>(plane + LANES * HALF, after, rows.q[r0], feed, weigher, before, sum, mass, bytes);
+    before.scale += LANES, before.weight += LANES;
     place = next;
   }
-  for (int r = 0; r < ABREAST; r++) weigh_sixteen(weigher, r);
+  const Vf scale = scale_of(before.scale);
+  Weighing weighing;
+#pragma GCC unroll 16
+  for (int part = 0; part < 4 * ABREAST; part++) weigh_part<true>(weigher, before, scale, part, weighing, sum, mass);
+  joined[CHUNK / SUBTILE] = join_rows(mass);
+}
+
+// False where a weight was far above the level, or a NaN: nothing of it holds then.
+template <int HALF>
+LAMP_APART bool weigh_whole(Work &work, int64_t first, int r0, Feed &feed, const float *level) {
+  const Rows &rows = work.rows;
+  Vf joined[CHUNK / SUBTILE + 1], sum[ABREAST];
+  Weigher weigher;
+  begin_weigher(rows, r0, level, weigher);
+  weigh_keys<HALF>(work, first, r0, feed, weigher, sum, joined);
+  __m512i weight[ABREAST];
+  totals_by_row(joined + 1, weight);
   const int64_t at = (first - rows.from) / CHUNK * work.stride + r0;
   bool near = true;
+#pragma GCC unroll 4
   for (int r = 0; r < ABREAST; r++) {
-    const float sum = total(weigher.sum[r]);
-    near &= sum < FAR;
+    const float all = total(sum[r]);
+    near &= all < FAR;
     work.most[at + r] = level[r0 + r];
-    work.sum[at + r] = sum;
-    store(work.weight + (r0 + r) * (work.span / SUBTILE) + (first - rows.from) / SUBTILE, root(totals(mass[r])));
+    work.sum[at + r] = all;
+    store(work.weight + (r0 + r) * (work.span / SUBTILE) + (first - rows.from) / SUBTILE, root((Vf)weight[r]));
   }
   return near;
 }
@@ -181,7 +168,7 @@ static void begin_levels(Work &work, int64_t first, Feed &feed, Levels &levels) 
     look_at_subtile<ABREAST, true>(work, r, first, plane, plane, scale, feed, most);
   levels.known = true;
   for (int r = 0; r < rows.count; r++) {
-    levels.level[r] = largest(most[r]);
+    levels.level[r] = __builtin_floorf(largest(most[r]));
     // Scores are worked out in another order than here: with millions, last bits would be powers of two apart.
     levels.known &= __builtin_fabsf(levels.level[r]) < FAR;
   }
@@ -213,7 +200,7 @@ static bool look_at_whole(Work &work, int64_t first, Feed &feed, Levels &levels)
   const int64_t chunk = (first - rows.from) / CHUNK;
   for (int r = 0; r < rows.count; r++) {
     const float sum = work.sum[chunk * work.stride + r];
-    if (sum > 1) levels.level[r] += log2_of(sum);
+    if (sum > 1) levels.level[r] += __builtin_floorf(log2_of(sum));
   }
   __builtin_memset(work.alive + chunk * (CHUNK / SUBTILE) * rows.tokens, 1, CHUNK / SUBTILE * rows.tokens);
   return true;
