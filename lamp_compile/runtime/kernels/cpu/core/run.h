@@ -156,7 +156,7 @@ LAMP_APART void open_run(const Work &work, int64_t first, int64_t end, Run &run)
   run.first = first;
   run.count = 0;
   run.any_spoilt = false;
-  Vf bad = splat(0.0f);
+  Vf all = splat(0.0f);
   Place place = place_of(planes, work.rows.b, work.rows.g, key_of(work, first));
   for (int64_t j = first; j < first + RUN_KEYS && j < end; j += SUBTILE) {
     const int t = run.count++;
@@ -171,7 +171,7 @@ LAMP_APART void open_run(const Work &work, int64_t first, int64_t end, Run &run)
       const Vf k = halves(planes.k_scale + scale + h * LANES), v = halves(planes.v_scale + scale + h * LANES);
       run.scales[t].v[h] = v;
       square(run.scales[t], h, k);
-      bad += k * splat(0.0f) + v * splat(0.0f);  // NaN for NaN and infinity
+      all += k + v;  // finite where they are: they were float16
     }
     if (in_order) {
       fetch(planes.v_scale + scale + RUN_KEYS, 2 * SUBTILE);
@@ -182,7 +182,7 @@ LAMP_APART void open_run(const Work &work, int64_t first, int64_t end, Run &run)
       if (j + SUBTILE < end) place = place_of(planes, work.rows.b, work.rows.g, key_of(work, j + SUBTILE));
     }
   }
-  if (any(bad != bad)) leave_out_bad(run);
+  if (any(~finite(all))) leave_out_bad(run);
 }
 
 // What a run that is decided on will read of residual planes, in order.
@@ -202,6 +202,11 @@ LAMP_APART void ask_for_refined(const Work &work, const Run &run, Feed &feed) {
 // And of the high plane of values.
 LAMP_APART void ask_for_values(const Work &work, const Run &run, Feed &feed) {
   const LampPlanes &planes = work.call->planes;
+  const int64_t bytes = SUBTILE * planes.half_v;
+  if (planes.tile == SUBTILE && run.v_high[run.count - 1] == run.v_high[0] + (run.count - 1) * bytes) {
+    push(feed, run.v_high[0], run.count * bytes);
+    return;
+  }
   for (int t = 0; t < run.count; t++)
     if (planes.tile == SUBTILE || !t || run.v_high[t] != run.v_high[t - 1] + SUBTILE)
       push(feed, run.v_high[t], planes.tile * planes.half_v);
