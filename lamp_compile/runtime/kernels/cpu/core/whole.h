@@ -2,9 +2,10 @@
 // idle, so the scores and weights of sixteen keys are worked out between the products of the next sixteen. Weights
 // cannot wait for the largest score of their chunk then: they are relative to a level that the keys before left.
 
-constexpr int ABREAST = 4;         // rows that share the bytes of a key
-constexpr int MOST_LEVELS = 16;    // rows of a piece that may be looked at like this
-constexpr float FAR = 1048576.0f;  // times a level's weight: sums of squares stay far from the largest number
+constexpr int ABREAST = 4;               // rows that share the bytes of a key
+constexpr int MOST_LEVELS = 16;          // rows of a piece that may be looked at like this
+constexpr float FAR = 1048576.0f;        // times a level's weight: sums of squares stay far from the largest number
+constexpr float MOST_LEVEL = 131072.0f;  // up to it a 64th of a power of two is exact
 
 // What the weights of a segment's next chunk are relative to, in base 2: whole numbers.
 struct Levels {
@@ -170,7 +171,7 @@ static void begin_levels(Work &work, int64_t first, Feed &feed, Levels &levels) 
   for (int r = 0; r < rows.count; r++) {
     levels.level[r] = __builtin_floorf(largest(most[r]));
     // Scores are worked out in another order than here: with millions, last bits would be powers of two apart.
-    levels.known &= __builtin_fabsf(levels.level[r]) < FAR;
+    levels.known &= __builtin_fabsf(levels.level[r]) < MOST_LEVEL;
   }
 }
 
