@@ -164,6 +164,16 @@ LAMP_APART void weigh_chunk(Work &work, int64_t chunk, int64_t keys, int r, floa
 
 constexpr int AHEAD = 4 * SUBTILE;  // keys from now that are asked for
 
+// Values of a piece's first run, a sub-tile at a time: those behind its first four with the last keys.
+LAMP_INLINE void ask_for_first_values(const Work &work, int64_t j) {
+  const LampPlanes &planes = work.call->planes;
+  const Rows &rows = work.rows;
+  const int64_t at = rows.from + (MOST_TILES - (rows.to - j + SUBTILE - 1) / SUBTILE) * SUBTILE;
+  if (at < rows.from + AHEAD || at >= rows.to || planes.tile != SUBTILE) return;
+  const Place place = place_of(planes, rows.b, rows.g, key_of(work, at));
+  for (int64_t i = 0; i < SUBTILE * planes.half_v; i += 64) ask(planes.v_high + value_at(planes, place) + i);
+}
+
 // What the first pass reads of the sub-tile at j; behind the last one, values that the second pass begins with.
 LAMP_INLINE void ask_ahead(const Work &work, int64_t j, Feed &feed) {
   const LampPlanes &planes = work.call->planes;
@@ -175,9 +185,20 @@ LAMP_INLINE void ask_ahead(const Work &work, int64_t j, Feed &feed) {
   if (keys) {
     fetch(planes.k_scale + scale_at(planes, place), 2 * SUBTILE);
     push(feed, planes.k_high + key_at(planes, place), SUBTILE * planes.half_k);
+    if (j + MOST_TILES * SUBTILE >= rows.to) ask_for_first_values(work, j);
     if (final_at_once(work, j)) push(feed, planes.k_residual + key_at(planes, place), SUBTILE * planes.half_k);
   } else {
     push(feed, planes.v_high + value_at(planes, place), SUBTILE * planes.half_v);
+  }
+}
+
+// Keys of a piece that nobody has asked for.
+LAMP_INLINE void ask_for_first_keys(const Work &work) {
+  const LampPlanes &planes = work.call->planes;
+  const Rows &rows = work.rows;
+  for (int64_t j = rows.from; j < rows.from + AHEAD && j < rows.to; j += SUBTILE) {
+    const Place place = place_of(planes, rows.b, rows.g, key_of(work, j));
+    for (int64_t i = 0; i < SUBTILE * planes.half_k; i += 64) ask(planes.k_high + key_at(planes, place) + i);
   }
 }
 
@@ -230,6 +251,7 @@ static void look_at_segment(Work &work, int64_t segment) {
   clear(feed, &feed);
   const int64_t begin = rows.from + segment * SEGMENT;
   const int64_t behind = begin + SEGMENT < rows.to ? begin + SEGMENT : rows.to;
+  if (!segment) ask_for_first_keys(work);
   for (int64_t first = begin; first < behind; first += CHUNK) {
     const int64_t end = first + CHUNK < rows.to ? first + CHUNK : rows.to;
     const int64_t chunk = (first - rows.from) / CHUNK;
