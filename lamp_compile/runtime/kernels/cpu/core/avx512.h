@@ -51,59 +51,86 @@ LAMP_INLINE __m512i lower_of(__m512i high, __m512i residual) { return joined(_mm
 template <int HALF>
 LAMP_INLINE void sixteen_of_four(const uint8_t *at, __m512i *to) {
   __m512i pair[2];
-  for (int i = 0; i < 2; i++)
-    pair[i] = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)(at + 8 * i * HALF))),
-                                 _mm256_loadu_si256((const __m256i *)(at + 8 * i * HALF + 4 * HALF)), 1);
+  // An insertion would take the products' units, a load into one half does not.
+  for (int i = 0; i < 2; i++) {
+    const uint8_t *from = at + 8 * i * HALF;
+    const __m512i half = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)from));
+    pair[i] = _mm512_mask_loadu_epi64(half, 0xf0, from + 4 * HALF - 32);
+  }
   to[0] = _mm512_shuffle_i32x4(pair[0], pair[1], 0x88);
   to[1] = _mm512_shuffle_i32x4(pair[0], pair[1], 0xdd);
 }
 
-// Adds the products of sixteen channels of sixteen keys: four vectors of four keys to a row.
+// Adds to the sums of sixteen keys the products of four channels of each with four of a query. In this order: what is
+// put between products, so that it runs beside them, must not be moved together.
+LAMP_INLINE void add_four(__m512i &sum, __m512i nibbles, const int8_t *query) {
+  __asm__ volatile("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(nibbles), "m"(*(const int32_t *)query));
+}
+
+// Four vectors of four keys by sixteen channels, as four of sixteen keys by four channels.
+LAMP_INLINE void transpose(__m512i *v) {
+  const __m512i a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpackhi_epi32(v[0], v[1]);
+  const __m512i c = _mm512_unpacklo_epi32(v[2], v[3]), d = _mm512_unpackhi_epi32(v[2], v[3]);
+  v[0] = _mm512_unpacklo_epi64(a, c), v[1] = _mm512_unpackhi_epi64(a, c);
+  v[2] = _mm512_unpacklo_epi64(b, d), v[3] = _mm512_unpackhi_epi64(b, d);
+}
+
+// The first 32 bytes of sixteen keys.
+template <int HALF>
+LAMP_INLINE void begin_keys(const uint8_t *plane, __m512i (*bytes)[4]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    __m512i two[2];
+    sixteen_of_four<HALF>(plane + i * HALF, two);
+    bytes[0][i] = two[0], bytes[1][i] = two[1];
+  }
+  transpose(bytes[0]);
+  transpose(bytes[1]);
+}
+
+// Products of four channels of sixteen keys: 16 times the upper nibbles and, apart, the lower ones.
 template <int ROWS>
-LAMP_INLINE void multiply_keys(const __m512i *nibbles, const int8_t *q, __m512i (*sums)[4]) {
+LAMP_INLINE void add_rows(__m512i (*sums)[2], __m512i upper, __m512i lower, const int8_t *query) {
 #pragma GCC unroll 4
   for (int r = 0; r < ROWS; r++) {
-    const __m512i query = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(q + 2 * r * PADDED)));
-    for (int i = 0; i < 4; i++) add_products(sums[r][i], nibbles[i], query);
+    add_four(sums[r][0], upper, query + 2 * r * PADDED);
+    add_four(sums[r][1], lower, query + (2 * r + 1) * PADDED);
   }
 }
 
-// Whole blocks of 64 bytes a key: lanes become keys, four channels to each, and little is summed across them.
+// Whole blocks of 64 bytes a key: lanes become keys, and nothing is summed across them.
 template <int ROWS, int HALF, bool BOTH>
-LAMP_APART void dots_by_lane(const uint8_t *plane, const uint8_t *residual, const int8_t *q, const int32_t *sum8,
-                             Feed &feed, int32_t *out) {
+LAMP_APART void dots_by_key(const uint8_t *plane, const uint8_t *residual, const int8_t *q, const int32_t *sum8,
+                            Feed &feed, int32_t *out) {
+  constexpr int ASKED = BOTH ? 2 : 1;
   for (int j = 0; j < SUBTILE; j += LANES) {
-    __m512i sums[ROWS][4];
-    for (int r = 0; r < ROWS; r++)
-      for (int i = 0; i < 4; i++) sums[r][i] = _mm512_setzero_si512();
-    for (int first = 0; first < HALF; first += 32) {
-      constexpr int SOON = (BOTH ? 16 : 8) * 64;
-      const uint8_t *soon = take(feed, SOON);
-      // Taken out of the loop, the query's vectors would be spilled and read again.
-      __asm__ volatile("" : "+r"(q), "+r"(plane), "+r"(residual));
-      __m512i bytes[4][2], more[4][2], nibbles[4];
+    __m512i sums[ROWS][2];
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; i++) {
-        sixteen_of_four<HALF>(plane + (j + i) * HALF + first, bytes[i]);
-        if (BOTH) sixteen_of_four<HALF>(residual + (j + i) * HALF + first, more[i]);
-        for (int b = 0; b < 2 && !BOTH; b++) bytes[i][b] = flipped(bytes[i][b]);
-        for (int n = 0; n < SOON / 4; n += 64) ask(soon + i * (SOON / 4) + n);
-      }
-#pragma GCC unroll 2
-      for (int b = 0; b < 2; b++) {
-        const int8_t *query = q + first + 16 * b;
-        for (int i = 0; i < 4; i++)
-          nibbles[i] = BOTH ? flipped(upper_of(bytes[i][b], more[i][b])) : upper_of(bytes[i][b]);
-        multiply_keys<ROWS>(nibbles, query, sums);
-        for (int i = 0; i < 4; i++)
-          nibbles[i] = BOTH ? flipped(lower_of(bytes[i][b], more[i][b])) : lower_of(bytes[i][b]);
-        multiply_keys<ROWS>(nibbles, query + PADDED, sums);
+    for (int r = 0; r < ROWS; r++) {
+      sums[r][0] = _mm512_setzero_si512();
+      sums[r][1] = _mm512_set1_epi32(-sum8[r] * ((BOTH ? SURPLUS_BOTH : SURPLUS) / SURPLUS));
+    }
+#pragma GCC unroll 4
+    for (int first = 0; first < HALF; first += 32) {
+      const uint8_t *soon = take(feed, ASKED * 8 * 64);
+      __m512i bytes[2][4], more[2][4];
+      // Taken out of the loop, addresses would be spilled and read again.
+      __asm__ volatile("" : "+r"(q), "+r"(plane), "+r"(residual));
+      begin_keys<HALF>(plane + j * HALF + first, bytes);
+      if (BOTH) begin_keys<HALF>(residual + j * HALF + first, more);
+#pragma GCC unroll 8
+      for (int d = 0; d < 8; d++) {
+        const __m512i high = bytes[d / 4][d % 4], low = BOTH ? more[d / 4][d % 4] : high, x = flipped(high);
+        const __m512i above = _mm512_and_si512(x, _mm512_set1_epi8((char)0xf0));
+        add_rows<ROWS>(sums, BOTH ? flipped(upper_of(high, low)) : above,
+                       BOTH ? flipped(lower_of(high, low)) : lower_of(x), q + first + 4 * d);
+        for (int i = 0; i < ASKED; i++) ask(soon + 64 * (ASKED * d + i));
       }
     }
+#pragma GCC unroll 4
     for (int r = 0; r < ROWS; r++) {
-      sum_lanes<4>(sums[r]);
-      const int32_t surplus = sum8[r] * ((BOTH ? SURPLUS_BOTH : SURPLUS) / SURPLUS);
-      _mm512_storeu_si512(out + r * SUBTILE + j, _mm512_sub_epi32(sums[r][0], _mm512_set1_epi32(surplus)));
+      const __m512i upper = BOTH ? sums[r][0] : _mm512_srai_epi32(sums[r][0], 4);
+      _mm512_storeu_si512(out + r * SUBTILE + j, _mm512_add_epi32(upper, sums[r][1]));
     }
   }
 }
@@ -159,9 +186,9 @@ LAMP_APART void dots_of(const uint8_t *plane, int half, const int8_t *q, const i
 template <int ROWS>
 LAMP_INLINE void dots(const uint8_t *plane, int half, const int8_t *q, const int32_t *sum8, Feed &feed, int32_t *out) {
   if (ROWS > 1 && half == 64)
-    dots_by_lane<ROWS, 64, false>(plane, plane, q, sum8, feed, out);
+    dots_by_key<ROWS, 64, false>(plane, plane, q, sum8, feed, out);
   else if (ROWS > 1 && half == 128)
-    dots_by_lane<ROWS, 128, false>(plane, plane, q, sum8, feed, out);
+    dots_by_key<ROWS, 128, false>(plane, plane, q, sum8, feed, out);
   else if (half <= 64)
     dots_of<ROWS, 1>(plane, half, q, sum8, feed, out);
   else
@@ -174,9 +201,9 @@ template <int ROWS>
 LAMP_INLINE void fine_dots(const uint8_t *high, const uint8_t *residual, int half, const int8_t *q, const int32_t *sum8,
                            Feed &feed, int32_t *out) {
   if (ROWS > 1 && half == 64)
-    dots_by_lane<ROWS, 64, true>(high, residual, q, sum8, feed, out);
+    dots_by_key<ROWS, 64, true>(high, residual, q, sum8, feed, out);
   else if (ROWS > 1 && half == 128)
-    dots_by_lane<ROWS, 128, true>(high, residual, q, sum8, feed, out);
+    dots_by_key<ROWS, 128, true>(high, residual, q, sum8, feed, out);
   else
     dots_by_parts<ROWS>(high, residual, half, q, sum8, feed, out);
 }

@@ -13,42 +13,7 @@ struct Levels {
   float level[MOST_LEVELS];
 };
 
-// Adds to the sums of sixteen keys the products of four channels of each with four of a query. In this order: what is
-// put between products, so that it runs beside them, must not be moved together.
-LAMP_INLINE void add_four(__m512i &sum, __m512i nibbles, const int8_t *query) {
-  __asm__ volatile("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(nibbles), "m"(*(const int32_t *)query));
-}
-
-// Four vectors of four keys by sixteen channels, as four of sixteen keys by four channels.
-LAMP_INLINE void transpose(__m512i *v) {
-  const __m512i a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpackhi_epi32(v[0], v[1]);
-  const __m512i c = _mm512_unpacklo_epi32(v[2], v[3]), d = _mm512_unpackhi_epi32(v[2], v[3]);
-  v[0] = _mm512_unpacklo_epi64(a, c), v[1] = _mm512_unpackhi_epi64(a, c);
-  v[2] = _mm512_unpacklo_epi64(b, d), v[3] = _mm512_unpackhi_epi64(b, d);
-}
-
-// The first 32 bytes of sixteen keys.
-template <int HALF>
-LAMP_INLINE void begin_keys(const uint8_t *plane, __m512i (*bytes)[4]) {
-  for (int i = 0; i < 4; i++) {
-    __m512i two[2];
-    sixteen_of_four<HALF>(plane + i * HALF, two);
-    bytes[0][i] = two[0], bytes[1][i] = two[1];
-  }
-  transpose(bytes[0]);
-  transpose(bytes[1]);
-}
-
 #include "whole_weights.h"
-
-// Products of 16 times the upper nibbles and of the lower ones with two rows.
-LAMP_INLINE void add_rows(__m512i (*sums)[2], __m512i upper, __m512i lower, const int8_t *query) {
-#pragma GCC unroll 2
-  for (int r = 0; r < 2; r++) {
-    add_four(sums[r][0], upper, query + 2 * r * PADDED);
-    add_four(sums[r][1], lower, query + (2 * r + 1) * PADDED);
-  }
-}
 
 // Products of sixteen keys, whose first 32 bytes are `bytes`; those of the keys at `after` are there in the end. The
 // sixteen keys before are weighed on the way; LAST where those are the last ones of their sub-tile.
@@ -75,10 +40,10 @@ LAMP_INLINE void sixteen_keys(const uint8_t *plane, const uint8_t *after, const 
       const int8_t *four = q + first + 4 * d;
       const __m512i x = flipped(bytes[d / 4][d % 4]), lower = lower_of(x);
       const __m512i upper = _mm512_and_si512(x, _mm512_set1_epi8((char)0xf0));
-      add_rows(sums, upper, lower, four);
+      add_rows<2>(sums, upper, lower, four);
       const int step = first / 4 + d;
       if (step % EVERY == 0) weigh_part<LAST>(weigher, before, scale, step / EVERY, weighing, sum, mass);
-      add_rows(sums + 2, upper, lower, four + 4 * PADDED);
+      add_rows<2>(sums + 2, upper, lower, four + 4 * PADDED);
       if (d < 4) {
         __m512i two[2];
         sixteen_of_four<HALF>(later + d * HALF, two);
