@@ -8,7 +8,8 @@
 //         multiplied by 256 * w_eight.
 // MOST_TILES: how many of V `values` takes at once, which share a scale of weights.
 // feed, beside: what will be read soon, which may be asked for in passing.
-// q is [rows][2][PADDED] with zeros behind the channels, w [tiles][rows][32], nibbles are -8 to 7.
+// q is [rows][2][PADDED] with zeros behind the channels, nibbles are -8 to 7, w is [tiles][rows][WEIGHT_ROOM], each as
+// place_weights leaves it (here its 32 bytes).
 
 LAMP_INLINE int upper_nibble(uint8_t b) { return (int8_t)b >> 4; }
 LAMP_INLINE int lower_nibble(uint8_t b) { return (int8_t)(b << 4) >> 4; }

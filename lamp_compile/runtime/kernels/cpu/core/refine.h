@@ -224,12 +224,11 @@ LAMP_INLINE void enter(const Work &work, int64_t segment, Course &course) {
 }
 
 // Opens the next run of the course and decides on it.
-static void take_step(Work &work, Course &course, Feeds &feeds, Step &step) {
+static void take_step(Work &work, Course &course, Step &step) {
   step.segment = course.segment;
   if (step.segment < 0) return;
   open_run(work, course.at, work.rows.to, step.run);
   decide(work, step.run, partial_of(work, step.segment));
-  ask_for_refined(work, step.run, feeds.refined);
   course.at += RUN_KEYS;
   step.closes = course.at >= course.end;
   if (step.closes) enter(work, course.more ? take_segment(*course.more, false) : -1, course);
@@ -237,20 +236,23 @@ static void take_step(Work &work, Course &course, Feeds &feeds, Step &step) {
 
 // A segment that was taken, and others that nobody takes first. Each has a partial result of its own.
 static void refine_segments(Work &work, int64_t first, Segments *more) {
-  constexpr int STEPS = 2;  // one is worked on while what the next one reads is on its way
-  Step steps[STEPS];
+  Step steps[2];  // one is worked on while what the next one reads is on its way
   Course course = {more, -1, 0, 0};
   Carried carried;
   Feeds feeds;
   clear(feeds.refined, &feeds);
   clear(work.rows, carried);
   enter(work, first, course);
-  for (int i = 0; i + 1 < STEPS; i++) take_step(work, course, feeds, steps[i]);
-  for (int now = 0; steps[now].segment >= 0; now = (now + 1) % STEPS) {
-    const Step &step = steps[now], &next = steps[(now + 1) % STEPS];
-    take_step(work, course, feeds, steps[(now + STEPS - 1) % STEPS]);
+  take_step(work, course, steps[0]);
+  for (int now = 0; steps[now].segment >= 0; now ^= 1) {
+    const Step &step = steps[now];
+    Step &next = steps[now ^ 1];
+    take_step(work, course, next);
     clear(feeds.values, &feeds);
-    if (next.segment >= 0) ask_for_values(work, next.run, feeds.values);
+    if (next.segment >= 0) {
+      ask_for_refined(work, next.run, feeds.refined);
+      ask_for_values(work, next.run, feeds.values);
+    }
     float *partial = partial_of(work, step.segment);
     refine_run(work, step.run, feeds, partial, carried);
     if (!step.closes) continue;
