@@ -170,14 +170,17 @@ def levels_of(call: Call, together: int = 1, *, kernels: bool = True) -> Tensor:
 
 
 def by_reference(call: Call, levels: Tensor) -> Outcome:
-    """attend and guard of the reference."""
+    """attend and guard of the reference; log-sum-exps of float64, since those of float32 are as far off as a kernel."""
     names = ("causal", "window", "scale", "softcap", "keys", "k_format", "v_format", "rotation", "query_bits",
              "subtile", "site")  # fmt: skip
     options = {name: call.options[name] for name in names}
     out, lse, certificate = torch.ops.lamp.attend(
         call.q, *call.planes, levels, None, None, call.balance, *call.seen, **options
     )
-    return Outcome(out, lse, certificate, *guarded(call, out, lse, certificate, levels))
+    precise = torch.ops.lamp.attend(
+        call.q.double(), *call.planes, levels, None, None, call.balance, *call.seen, **options
+    )[1]
+    return Outcome(out, precise, certificate, *guarded(call, out, lse, certificate, levels))
 
 
 def guarded(call: Call, out: Tensor, lse: Tensor, certificate: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,12 +18,16 @@ LAMP_INLINE void ask(const void *at) {
 #endif
 }
 
+// For what nothing can be put between: bytes of a plane that begin at a line.
+LAMP_INLINE void ask_for(const uint8_t *from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) ask(from + i);
+}
+
 // Nothing to ask for; `idle` is any address that may be asked for.
 LAMP_INLINE void clear(Feed &feed, const void *idle) {
   feed.at = feed.end = (const uint8_t *)idle;
   feed.next = feed.count = 0;
 }
-LAMP_INLINE bool empty(const Feed &feed) { return feed.at >= feed.end && feed.next == feed.count; }
 // Pieces for which there is no room are read without having been asked for.
 LAMP_INLINE void push(Feed &feed, const uint8_t *from, int64_t bytes) {
   const uint32_t last = (feed.count - 1) % Feed::ROOM;

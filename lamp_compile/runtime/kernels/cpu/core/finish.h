@@ -53,7 +53,9 @@ LAMP_INLINE bool finish_row(Work &work, int r, int64_t segments, Evidence &evide
   const float square = total(squares);  // not finite where an output is not, or its square
   bool sound = healthy(square);
   write_row(call.out, call.dtype, place * value_dim, value_dim, x);
-  const float lse = seen ? (before + log2_of(weight)) / LOG2E : -__builtin_inff();
+  // What rounding took from `before` is in the weights: added up in float it would be lost after all.
+  const double exact = ((double)before + __builtin_log2((double)weight)) * 0.6931471805599453;
+  const float lse = seen ? (float)exact : -__builtin_inff();
   if (call.lse) call.lse[place] = lse;
   for (int i = 0; i < 3; i++) {
     if (!seen) certificate[i] = 0;

@@ -171,7 +171,7 @@ LAMP_INLINE void ask_for_first_values(const Work &work, int64_t j) {
   const int64_t at = rows.from + (MOST_TILES - (rows.to - j + SUBTILE - 1) / SUBTILE) * SUBTILE;
   if (at < rows.from + AHEAD || at >= rows.to || planes.tile != SUBTILE) return;
   const Place place = place_of(planes, rows.b, rows.g, key_of(work, at));
-  for (int64_t i = 0; i < SUBTILE * planes.half_v; i += 64) ask(planes.v_high + value_at(planes, place) + i);
+  ask_for(planes.v_high + value_at(planes, place), SUBTILE * planes.half_v);
 }
 
 // What the first pass reads of the sub-tile at j; behind the last one, values that the second pass begins with.
@@ -198,7 +198,7 @@ LAMP_INLINE void ask_for_first_keys(const Work &work) {
   const Rows &rows = work.rows;
   for (int64_t j = rows.from; j < rows.from + AHEAD && j < rows.to; j += SUBTILE) {
     const Place place = place_of(planes, rows.b, rows.g, key_of(work, j));
-    for (int64_t i = 0; i < SUBTILE * planes.half_k; i += 64) ask(planes.k_high + key_at(planes, place) + i);
+    ask_for(planes.k_high + key_at(planes, place), SUBTILE * planes.half_k);
   }
 }
 
