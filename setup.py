@@ -105,7 +105,7 @@ class BuildCore(build_ext):
         prepare(self.compiler, sys.platform, machine)
         kind, extra = self.compiler.compiler_type, os.environ.get("LAMP_CXXFLAGS", "").split()
         objects = []
-        for source in ("core", "ort_ops", "portable", *flags):
+        for source in ("core", "ort_ops", "torch_ops", "portable", *flags):
             objects += self.compiler.compile(
                 [str(CORE / f"{source}.cpp")],
                 output_dir=self.build_temp,

@@ -35,11 +35,13 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def reference_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def reference_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As on a device without kernels: the reference computes, and graphs keep its five nodes."""
     from lamp_compile.runtime import kernels
 
     monkeypatch.setattr(kernels, "why_not_device", lambda kind: "kernels are switched off for this test")
+    with kernels.cpu.without_torch():
+        yield
 
 
 @pytest.fixture

@@ -2,14 +2,16 @@
 
 ``append`` stores new rows in the planes; ``fused_attention`` is ``look_ahead``, ``select``, ``attend`` and ``guard`` in
 one, and writes the guard's state back itself. Where a kernel exists (``runtime/kernels``) it runs; the implementations
-here are the reference. Shape letters and liveness as in ``runtime/ops.py``.
+here are the reference. Shape letters and liveness as in ``runtime/ops.py``. On CPUs torch itself calls the compiled
+core (``kernels/cpu/core/torch_ops.cpp``), and what is here only for calls that the core does not serve.
 
 Their settings may be given by position: a graph's call then takes half as long to dispatch as with names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -32,7 +34,8 @@ SCHEMAS = {
 }
 
 
-TENSORS = kernels.TENSORS
+TENSORS = 18
+"""Arguments of ``lamp::fused_attention`` behind the query that are tensors or None."""
 SETTINGS = (
     "causal", "window", "scale", "softcap", "keys", "k_format", "v_format", "rotation", "rule", "query_bits", "subtile",
     "guard_window", "guard_hold", "hysteresis", "site", "launch",
@@ -63,9 +66,6 @@ def _append(
     site: str,
 ) -> None:
     planes = (k_high, k_residual, k_scale, v_high, v_residual, v_scale)
-    known = k_format == v_format == kernels.FORMAT
-    if known and kernels.append_again(k, v, planes, balance, positions, block_table, rotation):
-        return None
     checks.keys_and_values(site, k, v)
     checks.one_device(site, k, v=v, k_planes=k_high, v_planes=v_high, balance=balance, positions=positions)
     if kernels.why_not_store(planes, k_format, v_format, k.dtype) is None:
@@ -107,9 +107,6 @@ def inference_only(out: Tensor, q: Tensor) -> Tensor:
 
 
 def _fused_attention(q: Tensor, *args: Any) -> Tensor:
-    again = kernels.attend_again(q, args)
-    if again is not None:
-        return again
     planes, hot, balance, seen = args[:6], args[6:11], args[11], args[12:TENSORS]
     options = dict(zip(SETTINGS, args[TENSORS:], strict=False))  # defaults are left out by the dispatcher
     state, stats = hot[3:]
@@ -133,8 +130,52 @@ _IMPLEMENTATIONS: dict[str, tuple[Any, Any]] = {
     "fused_attention": (_fused_attention, _fake_fused),
 }
 
+_refused = threading.local()
+
+
+def _checked(run: Callable[..., Any], nothing: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator that the CPU's core calls for what it does not serve itself. What is raised would be lost on the way
+    through torch's C interface: the core is told the reason and raises a RuntimeError of it, which ``call`` turns back;
+    ``nothing`` makes what is returned until then."""
+
+    def checked(*args: Any) -> Any:
+        try:
+            return run(*args)
+        except Exception as error:  # noqa: BLE001
+            _refused.error = error.with_traceback(None)  # whose frames hold tensors
+            kernels.cpu.refuse(str(error) or repr(error))
+            return nothing(*args)
+
+    return checked
+
+
+def call(operator: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """An operator of this module, outside graphs. Called by torch alone it raises RuntimeError where the compiled core
+    is asked for what it cannot do.
+
+    Raises:
+        InputError, CacheError: Called so, with the same words.
+    """
+    try:
+        return operator(*args, **options)
+    except RuntimeError as error:
+        found = getattr(_refused, "error", None)
+        _refused.error = None
+        if found is None or str(found) != str(error):
+            raise
+        raise found from None
+
+
+_NOTHING: dict[str, Callable[..., Any]] = {
+    "append": lambda *args: None,
+    "fused_attention": lambda q, *args: q.new_empty(0),
+}
+
 for _name, _schema in SCHEMAS.items():
     _run, _fake = _IMPLEMENTATIONS[_name]
     ops.LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     ops.LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lamp::{_name}", _fake, lib=ops.LIBRARY)
+    ops.LIBRARY.define(f"{_name}_checked{_schema}")
+    ops.LIBRARY.impl(f"{_name}_checked", _checked(_run, _NOTHING[_name]), "CompositeExplicitAutograd")
+kernels.cpu.join_torch()

@@ -65,7 +65,7 @@ def by_reference(k, v, stored, balance, positions, table, kind) -> list[Tensor]:
 def store(k, v, stored, balance, positions, table, kind) -> None:
     """The reference's ``lamp::append``."""
     options = dict(k_format="nested8", v_format="nested8", rotation=kind, site="")
-    with mock.patch.object(kernels, "why_not_device", return_value="switched off"):
+    with mock.patch.object(kernels, "why_not_device", return_value="switched off"), kernels.cpu.without_torch():
         torch.ops.lamp.append(k, v, *stored, balance, positions, table, **options)
 
 

@@ -23,6 +23,8 @@ class Kind(NamedTuple):
     machine: str = ""
 
 
+ALWAYS = ("core", "ort_ops", "torch_ops", "portable")
+"""Files that are compiled for every machine."""
 SANITIZERS = ("-O1", "-g1", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 QUIET = ("-Wno-maybe-uninitialized", "-Wno-uninitialized")
 """Of gcc 12's own avx512fintrin.h."""
@@ -51,7 +53,10 @@ def compile_core(folder: Path, kind: str) -> list[Path]:
     settings, setup = KINDS[kind], setup_file()
     macro, sets = setup.instruction_sets(settings.machine or platform.machine())
     common = [flag for flag in setup.COMMON if flag not in ("-O3", "-g0")] + [f"-D{macro}"]
-    jobs = {name: [*common, *sets.get(name, []), *settings.flags] for name in ("core", "ort_ops", "portable", *sets)}
+    jobs = {
+        name: [*common, *sets.get(name, []), *settings.flags]
+        for name in ("core", "ort_ops", "torch_ops", "portable", *sets)
+    }
 
     def one(name: str) -> Path:
         made = folder / f"{name}.o"

@@ -26,8 +26,6 @@ SPANS = (4, 8, 16, 32)
 """Keys per summary of a look-ahead network that Triton's kernels take."""
 MOST_RANK = 64
 """And numbers per summary."""
-TENSORS = cpu.TENSORS
-"""Arguments of ``lamp::fused_attention`` behind the query that are tensors or None."""
 MOST_HEADS = 65535
 """Sequences times kv heads: one axis of a grid."""
 OLDEST = (8, 0)
@@ -170,24 +168,12 @@ def append(
 ) -> None:  # fmt: skip
     """``lamp::append`` by kernel; the caller has asked ``why_not_store``."""
     if k.device.type == "cpu":
-        if not cpu.append_again(k, v, planes, balance, positions, table, rotation):
-            cpu.append(k, v, planes, balance, positions, table, rotation)
+        cpu.append(k, v, planes, balance, positions, table, rotation)
         return
     from lamp_compile.runtime.kernels import append_rows as kernel
 
     with _on(k.device):
         kernel.append(k, v, planes, balance, positions, table, rotation)
-
-
-def append_again(
-    k: Tensor, v: Tensor, planes: tuple[Tensor, ...], balance: Tensor | None, positions: Tensor,
-    table: Tensor | None, rotation: str,
-) -> bool:  # fmt: skip
-    """Whether ``lamp::append`` is done: the call before it on these very planes was the same but for the numbers in the
-    rows and the positions."""
-    if why_not_device("cpu") is not None:
-        return False
-    return cpu.append_again(k, v, planes, balance, positions, table, rotation)
 
 
 def attend(
@@ -202,12 +188,6 @@ def attend(
 
     with _on(q.device):
         return decode.decode(q, planes, hot, balance, seen, options).out
-
-
-def attend_again(q: Tensor, args: tuple[Any, ...]) -> Tensor | None:
-    """``lamp::fused_attention`` where the call before it on these very planes was the same but for the numbers in the
-    query and the lengths; else None. ``args``: what comes behind the query, ``TENSORS`` tensors and the settings."""
-    return None if why_not_device("cpu") else cpu.attend_again(q, args)
 
 
 def attend_predicted(

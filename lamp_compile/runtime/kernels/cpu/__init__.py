@@ -16,20 +16,30 @@ from torch import Tensor
 
 from lamp_compile.errors import CacheError
 from lamp_compile.runtime import rotation
-from lamp_compile.runtime.kernels.cpu import _again, _library
-from lamp_compile.runtime.kernels.cpu._library import instruction_set, instruction_sets, threads
+from lamp_compile.runtime.kernels.cpu import _library
+from lamp_compile.runtime.kernels.cpu._library import (
+    instruction_set,
+    instruction_sets,
+    join_torch,
+    refuse,
+    served,
+    threads,
+    without_torch,
+)
 from lamp_compile.runtime.kernels.result import Result
 
 __all__ = [
     "append",
-    "append_again",
     "attend",
-    "attend_again",
     "instruction_set",
     "instruction_sets",
+    "join_torch",
+    "refuse",
+    "served",
     "summarize",
     "threads",
     "why_not",
+    "without_torch",
 ]
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -37,8 +47,6 @@ RULES = {"energy": 0, "lamp_strict": 1, "lamp_relaxed": 2}
 CAUSAL = {"": 0, "top_left": 1, "bottom_right": 2}
 MOST_GROUP = 64
 """Query heads that share a kv head, at most (``MOST_ROWS`` of ``core/rows.h``)."""
-MOST_REPEATED = 32
-"""New tokens of a call that is kept, at most: with more it is a prompt's, which does not come again."""
 MOST_RANK = 64
 """Numbers per summary of a look-ahead network, at most (``core/predict.h``)."""
 GROUPS = (1, 2, 4, 8, 16, 32)
@@ -60,7 +68,6 @@ def append(
     Raises:
         CacheError: They do not fit; nothing was written.
     """
-    given = (k, v, planes, balance, positions, table, kind)
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     if v.dtype != k.dtype:
         v = v.to(k.dtype)
@@ -79,7 +86,6 @@ def append(
             where="lamp::append",
             fix="a larger cache, fast.lamp.cache(tokens); nothing was written",
         )
-    _again.keep_stored(*given, call)
 
 
 def attend(
@@ -103,7 +109,6 @@ def attend(
     Raises:
         MemoryError: None is left for scores; nothing was written.
     """
-    given, first_balance = q, balance
     q = q if q.stride(-1) == 1 else q.contiguous()
     tau, floor, budget = (_dense(x) for x in hot[:3])
     state, stats = hot[3:]
@@ -135,13 +140,7 @@ def attend(
         failed = _library.load().lamp_attend_predicted(_library.pointer(call), _library.pointer(gate))
     if failed:
         raise MemoryError(f"no memory for the scores of {heads // planes[0].shape[1]} x {options['keys']} keys")
-    if predicted is None and not details and q is given and queries <= MOST_REPEATED:
-        _again.keep(q, (*planes, *hot, first_balance, *seen), tuple(options.values()), call, out)
     return Result(out, lse, certificate)
-
-
-TENSORS = _again.TENSORS
-attend_again, append_again = _again.attend, _again.append
 
 
 def summarize(

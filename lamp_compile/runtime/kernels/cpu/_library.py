@@ -5,8 +5,12 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+
+import torch
 
 pointer = ctypes.byref
 VARIABLE = "LAMP_CPU"
@@ -16,6 +20,21 @@ _I, _P, _F = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
 _PLANES = ["k_high", "k_residual", "k_scale", "v_high", "v_residual", "v_scale", "table"]
 _PLANE_SIZES = ["table_stride", "pages", "stored_tiles", "tile", "half_k", "half_v", "kv_heads"]
 _INTEGERS = ("data", "bytes", "stride")
+
+
+TORCH = {
+    "library": "aoti_torch_library_init_impl", "implement": "torch_library_impl", "call": "torch_call_dispatcher",
+    "data": "aoti_torch_get_data_ptr", "dim": "aoti_torch_get_dim", "sizes": "aoti_torch_get_sizes",
+    "strides": "aoti_torch_get_strides", "dtype": "aoti_torch_get_dtype", "empty": "aoti_torch_empty_strided",
+    "drop_tensor": "aoti_torch_delete_tensor_object", "text": "torch_string_c_str", "drop_text": "torch_delete_string",
+    "threads": "torch_get_num_threads", "float32": "aoti_torch_dtype_float32", "bfloat16": "aoti_torch_dtype_bfloat16",
+    "float16": "aoti_torch_dtype_float16", "uint8": "aoti_torch_dtype_uint8", "int32": "aoti_torch_dtype_int32",
+    "int64": "aoti_torch_dtype_int64", "boolean": "aoti_torch_dtype_bool",
+    "drop_argument": "torch_delete_stable_ivalue",
+}  # fmt: skip
+"""Functions of torch's stable C interface, by the core's names for them."""
+SINCE_LATER = ("drop_argument",)
+"""Those that older versions do without."""
 
 
 def _fields(*groups: tuple[type, str]) -> list[tuple[str, type]]:
@@ -68,6 +87,12 @@ class Summarize(ctypes.Structure):
     )  # fmt: skip
 
 
+class Torch(ctypes.Structure):
+    """``LampTorch`` of ``core/torch_abi.h``: addresses of torch's own functions."""
+
+    _fields_ = [(name, _P) for name in TORCH]
+
+
 @cache
 def path() -> Path | None:
     """Where the compiled core lies, or None where the package was installed without a compiler."""
@@ -91,7 +116,9 @@ def load() -> ctypes.CDLL:
     core.lamp_use_threads_of.argtypes = [_P]
     core.lamp_append.argtypes = core.lamp_attend.argtypes = core.lamp_summarize.argtypes = [_P]
     core.lamp_attend_predicted.argtypes = [_P, _P]
-    structures = {"append": Append, "attend": Attend, "predict": Predict, "summarize": Summarize}
+    core.lamp_served.restype = _I
+    core.lamp_join_torch.argtypes, core.lamp_refuse.argtypes = [_P], [ctypes.c_char_p]
+    structures = {"append": Append, "attend": Attend, "predict": Predict, "summarize": Summarize, "torch": Torch}
     for name, structure in structures.items():
         size = getattr(core, f"lamp_size_of_{name}")
         size.restype = _I
@@ -99,6 +126,56 @@ def load() -> ctypes.CDLL:
             raise RuntimeError(f"{file.name} was built from other sources; install the package again")
     core.lamp_use_threads_of(_gomp_parallel())
     return core
+
+
+@cache
+def join_torch() -> str | None:
+    """Have torch call the core for ``lamp::append`` and ``lamp::fused_attention`` on CPUs, once their schemas are
+    known. Without it they go by Python, which takes longer than a short context. Returns why that is so, or None."""
+    if reason := why_not():
+        return reason
+    functions = Torch()
+    try:
+        library = ctypes.CDLL(_torch_library())
+        for name, symbol in TORCH.items():
+            if name in SINCE_LATER and not hasattr(library, symbol):
+                continue
+            setattr(functions, name, ctypes.cast(getattr(library, symbol), _P).value)
+    except (OSError, AttributeError) as error:
+        return f"torch {torch.__version__} has no stable C interface that the core knows: {error}"
+    if load().lamp_join_torch(pointer(functions)) != 0:
+        return f"torch {torch.__version__} did not take the core's kernels"
+    return None
+
+
+def _torch_library() -> str:
+    """The file that torch's functions for CPUs are in; it is loaded already."""
+    names = {"Windows": "torch_cpu.dll", "Darwin": "libtorch_cpu.dylib"}
+    return str(Path(torch.__file__).parent / "lib" / names.get(platform.system(), "libtorch_cpu.so"))
+
+
+@contextmanager
+def without_torch() -> Iterator[None]:
+    """Calls by torch's dispatcher go by Python as long as this lasts, as where ``join_torch`` did not work."""
+    if join_torch() is not None:
+        yield
+        return
+    core = load()
+    core.lamp_serve_torch(0)
+    try:
+        yield
+    finally:
+        core.lamp_serve_torch(1)
+
+
+def served() -> int:
+    """How many calls of torch's dispatcher the core has taken as they came."""
+    return 0 if join_torch() is not None else int(load().lamp_served())
+
+
+def refuse(reason: str) -> None:
+    """Say why the operator that this thread is in will not do what it is asked."""
+    load().lamp_refuse(reason.encode())
 
 
 def _gomp_parallel() -> int | None:

@@ -48,8 +48,8 @@ constexpr int MOST_TILES = 16;
 // Weights of 32 keys lie there twice, next to themselves, as two channels need them: broadcasts would wait for the
 // products' units.
 constexpr int WEIGHT_ROOM = 2 * SUBTILE;
-// Weights of 0 to 255, of sixteen and sixteen keys of every row; what is above counts as 255. Written sixteen bytes at a
-// time they could not be read at once.
+// Weights of 0 to 255, of sixteen and sixteen keys of every row; what is above counts as 255. Written sixteen bytes at
+// a time they could not be read at once.
 template <int ROWS>
 LAMP_INLINE void place_weights(const Vi (*x)[2], uint8_t *to) {
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 0, 4, 8, 12, 1, 5, 9, 13);
@@ -150,7 +150,9 @@ LAMP_APART void values_of(const uint8_t *const *tiles, int count, int64_t stride
       TOGETHER ? SUBTILE : stride, half, out,
       [&](const int64_t *at, __m512i(*sums)[2]) LAMP_LAMBDA {
         const uint8_t *soon = take(feed, 128 * MOST_TILES), *other = take(beside, 32 * MOST_TILES);
+        // What the tiles that are not there would have asked for.
         for (int t = 128 * count; t < 128 * MOST_TILES; t += 64) ask(soon + t);
+        for (int t = 32 * count & -64; t < 32 * MOST_TILES; t += 64) ask(other + t);
         multiply_coarse<ROWS, TOGETHER>(tiles, count, at, stride, w, soon, other, sums);
       },
       [&](int r, __m512i &upper, __m512i &lower) LAMP_LAMBDA {

@@ -4,52 +4,36 @@
 #include <cmath>
 #include <mutex>
 
+#include "hadamard.h"
 #include "ort_call.h"
 
 namespace ort {
 
 constexpr int MOST_HALF = 128;  // MOST_DIM / 2 of rotation.h
 
-// A Hadamard rotation of `dim` channels (runtime/rotation.py): its base matrix, of order 1, 12 or 20.
+// A Hadamard rotation of `dim` channels: made on the first call, and compared with the matrix that the node has as an
+// input, since the core multiplies by the one that it knows.
 class Rotation {
  public:
-  // Made on the first call, and compared with the matrix that the node has as an input: the core multiplies by the one
-  // that it knows.
   LampRotation of(int64_t dim, const Tensor &matrix) {
     const std::lock_guard<std::mutex> held(lock_);
     if (dim != dim_) {
-      signs_ = paley(order_of(dim) - 1);
+      made_ = lamp::hadamard(dim);
+      expect(made_.base, "no Hadamard rotation for " + std::to_string(dim) + " channels");
       expect(!matrix || agrees(dim, matrix), "a rotation that is not the Hadamard matrix of " + std::to_string(dim));
       dim_ = dim;
     }
-    return {signs_.data(), order_of(dim)};
+    return made_;
   }
 
  private:
-  static int64_t order_of(int64_t dim) {
-    for (const int64_t base : {1, 12, 20})
-      if (dim % base == 0 && !((dim / base) & (dim / base - 1))) return base;
-    refuse("no Hadamard rotation for " + std::to_string(dim) + " channels");
-  }
-  static std::vector<int8_t> paley(int64_t prime) {
-    const size_t n = static_cast<size_t>(prime), order = n + 1;
-    std::vector<int8_t> made(order * order, 1);
-    std::vector<bool> residue(order, false);
-    for (size_t i = 1; i < n; i++) residue[i * i % n] = true;
-    for (size_t i = 0; i < n; i++) {
-      made[(i + 1) * order] = -1;
-      for (size_t j = 0; j < n; j++)
-        if (i != j && !residue[(j + n - i) % n]) made[(i + 1) * order + j + 1] = -1;
-    }
-    return made;
-  }
   bool agrees(int64_t dim, const Tensor &matrix) const {
     if (matrix.type != FLOAT || matrix.dims != Dims{dim, dim}) return false;
-    const int64_t base = order_of(dim);
+    const int64_t base = made_.base;
     const float norm = 1.0f / std::sqrt(static_cast<float>(dim));
     for (int64_t i = 0; i < dim; i++)
       for (int64_t j = 0; j < dim; j++) {
-        int sign = signs_[static_cast<size_t>(i % base * base + j % base)];
+        int sign = made_.signs[i % base * base + j % base];
         for (int64_t both = (i / base) & (j / base); both; both &= both - 1) sign = -sign;
         if (!(std::fabs(matrix.as<float>()[i * dim + j] - norm * static_cast<float>(sign)) < 1e-6f)) return false;
       }
@@ -57,7 +41,7 @@ class Rotation {
   }
   std::mutex lock_;
   int64_t dim_ = 0;
-  std::vector<int8_t> signs_;
+  LampRotation made_ = {nullptr, 0};
 };
 
 // What may follow the inputs that always are there. Which of them it is can be told from its type and rank, so that

@@ -1,0 +1,328 @@
+"""The core as torch's own kernels on CPUs: it computes what the way by Python computes, takes the calls of a decode
+step without it, and hands on what it does not serve."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lamp_compile.errors import CacheError, InputError, LampError
+from lamp_compile.runtime import fused_ops, guard
+from lamp_compile.runtime.kernels import cpu
+from lamp_compile.runtime.kernels.cpu import _library
+from tests.kernels import calls
+from tests.kernels.calls import Call
+
+pytestmark = pytest.mark.skipif(cpu.join_torch() is not None, reason=f"{cpu.join_torch()}")
+STORE = ("nested8", "nested8", "hadamard", "test")
+
+
+def run(call: Call) -> Tensor:
+    out: Tensor = torch.ops.lamp.fused_attention(
+        call.q, *call.planes, *call.hot, call.balance, *call.seen, **call.options
+    )
+    return out
+
+
+def step(**given: Any) -> Call:
+    return calls.make(**{"lengths": torch.tensor([150, 97]), "causal": "bottom_right", **given})
+
+
+def both(call: Call) -> tuple[bool, Tensor, Tensor]:
+    """Whether the core took the call, and the output; held against the way by Python, guard's state and all."""
+    other = replace(call, hot=tuple(x.clone() for x in call.hot))
+    before = cpu.served()
+    out = run(call)
+    taken = cpu.served() - before
+    with cpu.without_torch():
+        wanted = run(other)
+    assert cpu.served() == before + taken, "switched off, it serves nothing"
+    assert torch.equal(out, wanted)
+    for mine, theirs in zip(call.hot[3:], other.hot[3:], strict=True):
+        assert torch.equal(mine, theirs), "the guard's state or statistics"
+    return bool(taken), out, wanted
+
+
+SERVED: dict[str, Callable[[], Call]] = {
+    "as it is": step,
+    "balance": lambda: step(balance=torch.rand(2, 64) + 0.5),
+    "balance of sequences": lambda: step(balance=torch.rand(2, 2, 64) + 0.5),
+    "mask": lambda: step(mask=torch.rand(2, 1, 1, 150) > 0.3),
+    "mask of strides": lambda: step(mask=(torch.rand(150, 2) > 0.3).T[:, None, None]),
+    "mask of heads": lambda: step(mask=torch.rand(4, 1, 150) > 0.3),
+    "bias": lambda: step(bias=torch.randn(1, 4, 1, 150)),
+    "bias for the whole room": lambda: step(bias=torch.randn(2, 1, 1, 160)),
+    "one bias": lambda: step(bias=torch.randn(1)),
+    "sinks": lambda: step(sinks=torch.randn(4)),
+    "start": lambda: step(start=torch.randint(0, 90, (2,))),
+    "lengths in 32 bits": lambda: step(lengths=torch.tensor([150, 97], dtype=torch.int32)),
+    "lengths of strides": lambda: step(lengths=torch.tensor([150, 0, 97, 0])[::2]),
+    "one length": lambda: step(lengths=torch.tensor([120])),
+    "no lengths": lambda: step(lengths=None),
+    "several tokens": lambda: step(tokens=5),
+    "a window": lambda: step(window=40),
+    "a cap": lambda: step(softcap=20.0),
+    "a scale": lambda: step(scale=0.3),
+    "tau of heads": lambda: replace(step(), hot=(torch.tensor([0.01, 0.2]), *step().hot[1:])),
+    "no rotation": lambda: step(rotation="none"),
+    "80 channels": lambda: step(dim=80),
+    "96 and 64 channels": lambda: step(dim=96, value_dim=64),
+    "strict": lambda: step(rule="lamp_strict"),
+    "relaxed": lambda: step(rule="lamp_relaxed"),
+    "budget": lambda: step(budget=1e-6),
+    "everything refined": lambda: replace(step(), hot=(step().hot[0], torch.ones(2), *step().hot[2:])),
+}
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_a_step_is_served_and_gives_the_same_bits(name):
+    torch.manual_seed(3)
+    call = SERVED[name]()
+    taken, out, wanted = both(call)
+    assert taken
+    assert (out.device, out.dtype, out.stride()) == (wanted.device, wanted.dtype, wanted.stride())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("strided", [False, True])
+def test_queries_of_any_dtype_and_strides(dtype, strided):
+    call = step(tokens=3)
+    q = call.q.to(dtype)
+    if strided:
+        q = q.transpose(1, 2).contiguous().transpose(1, 2)
+    taken, out, _ = both(replace(call, q=q))
+    assert taken
+    assert out.dtype == dtype
+
+
+def test_pages_of_a_pool():
+    call = step(lengths=torch.tensor([90, 64]))
+    planes = tuple(x[:1].repeat_interleave(2, 2) for x in call.planes)
+    table = torch.tensor([[1, 4, 2, 0, 3], [3, 0, 5, 2, 9]], dtype=torch.int32)
+    taken, *_ = both(replace(call, planes=planes, seen=(*call.seen[:5], table)))
+    assert taken
+    taken, *_ = both(replace(call, planes=planes, seen=(*call.seen[:5], table.long())))
+    assert not taken, "a table in 64 bits is copied"
+
+
+HANDED_ON: dict[str, Callable[[Call], Call]] = {
+    "tau in float64": lambda c: replace(c, hot=(c.hot[0].double(), *c.hot[1:])),
+    "tau turned": lambda c: replace(c, hot=(torch.tensor([[0.1, 1e9], [0.0, 0.05]]).t(), *c.hot[1:])),
+    "bias in float64": lambda c: replace(c, seen=(None, torch.zeros(1, 1, 1, 150).double(), *c.seen[2:])),
+    "one sink": lambda c: replace(c, seen=(*c.seen[:2], torch.zeros(1), *c.seen[3:])),
+    "sinks in float16": lambda c: replace(c, seen=(*c.seen[:2], torch.zeros(4).half(), *c.seen[3:])),
+    "lengths of two axes": lambda c: replace(c, seen=(*c.seen[:4], torch.tensor([[150, 97]]), None)),
+    "channels apart": lambda c: replace(c, q=torch.stack((c.q, c.q), 4)[..., 0]),
+    "queries in float64": lambda c: replace(c, q=c.q.double()),
+    "planes of strides": lambda c: replace(
+        c, planes=(c.planes[0].transpose(3, 4).contiguous().transpose(3, 4), *c.planes[1:])
+    ),
+    "a balance in bfloat16": lambda c: replace(c, balance=torch.ones(2, 64).bfloat16()),
+}
+
+
+@pytest.mark.parametrize("name", HANDED_ON)
+def test_what_the_core_does_not_read_as_it_is_goes_by_python(name):
+    taken, *_ = both(HANDED_ON[name](step()))
+    assert not taken
+
+
+@pytest.mark.parametrize("options", [{"rule": "mass"}, {"query_bits": 16}, {"subtile": 16}])
+def test_settings_that_it_does_not_know_go_by_python(options):
+    taken, *_ = both(step(**options))
+    assert not taken
+
+
+WRONG: dict[str, Callable[[Call], Call]] = {
+    "batch": lambda c: replace(c, q=c.q[:1]),
+    "heads": lambda c: replace(c, q=c.q[:, :3]),
+    "channels": lambda c: replace(c, q=c.q[..., :32].contiguous()),
+    "no tokens": lambda c: replace(c, q=c.q[:, :, :0]),
+    "lengths in floats": lambda c: replace(c, seen=(*c.seen[:4], torch.tensor([1.0, 2.0]), None)),
+    "mask in floats": lambda c: replace(c, seen=(torch.zeros(2, 1, 1, 150), *c.seen[1:])),
+    "mask of other keys": lambda c: replace(c, seen=(torch.zeros(2, 1, 1, 99) > 0, *c.seen[1:])),
+    "tau of three heads": lambda c: replace(c, hot=(torch.zeros(3), *c.hot[1:])),
+    "a scale too short": lambda c: replace(c, planes=(*c.planes[:5], c.planes[5][..., :-1].contiguous())),
+    "a residual too short": lambda c: replace(
+        c, planes=(*c.planes[:4], c.planes[4][:, :, :-1].contiguous(), c.planes[5])
+    ),
+    "statistics of other heads": lambda c: replace(c, hot=(*c.hot[:4], c.hot[4][:, :1].contiguous())),
+    "causal": lambda c: replace(c, options={**c.options, "causal": "sideways"}),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_refused_in_the_same_words(name):
+    call = WRONG[name](step())
+    settings = fused_ops.settings(call.options)
+    arguments = (call.q, *call.planes, *call.hot, call.balance, *call.seen, *settings)
+    before = [x.clone() for x in call.hot]
+    with pytest.raises(InputError) as wanted:
+        fused_ops._fused_attention(*arguments)
+    with pytest.raises(RuntimeError) as plain:
+        torch.ops.lamp.fused_attention(*arguments)
+    with pytest.raises(InputError) as found:
+        fused_ops.call(torch.ops.lamp.fused_attention.default, *arguments)
+    assert str(plain.value) == str(found.value) == str(wanted.value)
+    assert all(torch.equal(x, y) for x, y in zip(call.hot, before, strict=True))
+    both(step())  # and serves the next one
+
+
+def test_other_errors_stay_what_they_are():
+    def fails() -> None:
+        raise RuntimeError("another")
+
+    call = step()
+    with pytest.raises(RuntimeError):
+        run(WRONG["batch"](call))
+    with pytest.raises(RuntimeError, match="another"):
+        fused_ops.call(fails)
+
+
+def rows(seed: int = 0, **changed: Any) -> dict[str, Any]:
+    """Arguments of ``lamp::append``: one row for each of two sequences of planes for 96 keys."""
+    generator = torch.Generator().manual_seed(seed)
+    k, v = (torch.randn(2, 2, 1, 64, generator=generator) for _ in range(2))
+    full = torch.zeros(2, 2, 96, 64)
+    formats = dict(zip(("k_format", "v_format", "rotation", "site"), STORE, strict=True))
+    planes = tuple(torch.ops.lamp.quantize(full, full, None, **formats, tile=32))
+    balance = torch.rand(2, 64, generator=generator) + 0.5
+    given = {"k": k, "v": v, "planes": planes, "balance": balance, "positions": torch.tensor([5, 77]), "table": None}
+    return given | changed
+
+
+def store(call: dict[str, Any], settings: tuple[str, ...] = STORE) -> int:
+    """How many calls the core took."""
+    before = cpu.served()
+    tensors = (call["k"], call["v"], *call["planes"], call["balance"], call["positions"], call["table"])
+    fused_ops.call(torch.ops.lamp.append.default, *tensors, *settings)
+    return cpu.served() - before
+
+
+ROWS: dict[str, tuple[bool, Callable[[dict[str, Any]], dict[str, Any]]]] = {
+    "as they are": (True, lambda c: {}),
+    "bfloat16": (True, lambda c: {"k": c["k"].bfloat16(), "v": c["v"].bfloat16()}),
+    "strides": (True, lambda c: {"k": torch.cat((c["k"], c["k"]), 3)[..., :64]}),
+    "several": (True, lambda c: {"k": torch.randn(2, 2, 9, 64), "v": torch.randn(2, 2, 9, 64)}),
+    "no balance": (True, lambda c: {"balance": None}),
+    "one position": (True, lambda c: {"positions": torch.tensor([7])}),
+    "positions in 32 bits": (True, lambda c: {"positions": c["positions"].int()}),
+    "one sequence takes nothing": (True, lambda c: {"positions": torch.tensor([-1, 3])}),
+    "values of another dtype": (False, lambda c: {"v": c["v"].bfloat16()}),
+    "channels apart": (False, lambda c: {"k": torch.stack((c["k"], c["k"]), 4)[..., 0]}),
+    "balance in float64": (False, lambda c: {"balance": c["balance"].double()}),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_are_stored_as_by_python(name):
+    served, change = ROWS[name]
+    call = rows()
+    call |= change(call)
+    other = copy.deepcopy(call)
+    assert store(call) == served
+    with cpu.without_torch():
+        assert store(other) == 0
+    assert all(torch.equal(x, y) for x, y in zip(call["planes"], other["planes"], strict=True))
+    assert any(plane.any() for plane in call["planes"])
+
+
+def test_rows_go_to_pages():
+    table = torch.tensor([[1, 4, 2], [3, 0, 5]], dtype=torch.int32)
+    call = rows(table=table)
+    call |= {"planes": tuple(plane[:1].repeat_interleave(2, 2) for plane in call["planes"])}
+    other = copy.deepcopy(call)
+    assert store(call) == 1
+    with cpu.without_torch():
+        store(other)
+    assert all(torch.equal(x, y) for x, y in zip(call["planes"], other["planes"], strict=True))
+
+
+def test_rows_beyond_the_planes_are_refused():
+    call = rows(positions=torch.tensor([6, 96]))
+    before = [plane.clone() for plane in call["planes"]]
+    with pytest.raises(CacheError, match="do not fit"):
+        store(call)
+    assert all(torch.equal(x, y) for x, y in zip(call["planes"], before, strict=True))
+
+
+def test_rows_in_another_format_are_not_taken_for_it():
+    with pytest.raises((LampError, RuntimeError)):
+        store(rows(), ("int8", *STORE[1:]))
+
+
+def test_the_guard_goes_on_from_call_to_call():
+    call = step(budget=1e-6)
+    for _ in range(3):
+        assert both(call)[0]
+    assert int(call.hot[4][..., guard.RAISED].sum()) > 0
+
+
+def test_threads_are_those_that_torch_is_told_to_use():
+    call, before = step(), torch.get_num_threads()
+    try:
+        outs = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            outs.append(both(replace(call, hot=tuple(x.clone() for x in call.hot)))[1])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*outs)
+
+
+def test_refusals_belong_to_their_thread():
+    call, failures = step(), []
+
+    def work(wrong: bool) -> None:
+        for _ in range(50):
+            try:
+                run(WRONG["batch"](call) if wrong else replace(call, hot=tuple(x.clone() for x in call.hot)))
+                failures.append("not refused") if wrong else None
+            except RuntimeError as error:
+                if not wrong or "batch 1" not in str(error):
+                    failures.append(str(error))
+
+    workers = [threading.Thread(target=work, args=(wrong,)) for wrong in (True, False)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not failures
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_nothing_is_kept_of_a_call(wrong):
+    """Every tensor is handed over with a reference of its own."""
+    call = step(balance=torch.rand(2, 64), mask=torch.rand(2, 1, 1, 150) > 0.3, sinks=torch.randn(4))
+    call = WRONG["batch"](call) if wrong else call
+    tensors = [x for x in (call.q, *call.planes, *call.hot, call.balance, *call.seen) if x is not None]
+    before = [x._use_count() for x in tensors]
+    for _ in range(3):
+        try:
+            fused_ops.call(torch.ops.lamp.fused_attention, *(call.q, *call.planes, *call.hot), call.balance,
+                           *call.seen, **call.options)  # fmt: skip
+        except InputError:
+            assert wrong
+    gc.collect()
+    assert [x._use_count() for x in tensors] == before
+
+
+def test_without_torchs_interface_there_is_a_reason(monkeypatch):
+    _library.join_torch.cache_clear()
+    monkeypatch.setitem(_library.TORCH, "empty", "no_such_function")
+    try:
+        assert "no stable C interface" in str(_library.join_torch())
+    finally:
+        monkeypatch.undo()
+        _library.join_torch.cache_clear()
+        with pytest.MonkeyPatch.context() as patch:  # torch has the kernels already, and would warn of others
+            patch.setattr(_library, "load", lambda: type("Core", (), {"lamp_join_torch": lambda *_: 0}))
+            assert _library.join_torch() is None
