@@ -98,15 +98,19 @@ def _kernels(devices: int, no_gpu: str, version: str | None) -> dict[str, Any]:
 
 def _cpu_kernels() -> dict[str, Any]:
     """Which instruction set the CPU kernels use, of those that they have here; or why there are none."""
+    from lamp_compile.runtime import fused_ops as _fused_ops  # noqa: F401  (defines what torch is joined for)
     from lamp_compile.runtime.kernels import cpu
 
     reason = cpu.why_not()
     if reason:
         detail = f"{reason}; decoding on a CPU runs the reference, which is slower than the model itself"
     else:
-        found = ", ".join(cpu.instruction_sets())
+        found, alone = ", ".join(cpu.instruction_sets()), cpu.join_torch()
+        called = (
+            "called by torch itself" if alone is None else f"called by Python, which short contexts notice ({alone})"
+        )
         detail = (
-            f"{cpu.instruction_set()}, {cpu.threads()} "
+            f"{cpu.instruction_set()}, {called}, {cpu.threads()} "
             f"(this machine has {found}; LAMP_CPU=NAME takes another, LAMP_CPU=none none)"
         )
     return {"name": "CPU kernels", "available": reason is None, "detail": detail}

@@ -14,10 +14,11 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from lamp_compile.errors import CacheError
 from lamp_compile.plan import SitePlan
-from lamp_compile.runtime import checks, formats, fused_ops, guard, kernels, layout, prompt, shadow
+from lamp_compile.runtime import checks, formats, guard, kernels, layout, prompt, shadow
 from lamp_compile.runtime.allocation import zeros
 from lamp_compile.runtime.attend_in_parts import attend_in_parts
 from lamp_compile.runtime.controls import SiteControls
+from lamp_compile.runtime.fused_ops import inference_only, settings  # importing it registers torch.ops.lamp
 from lamp_compile.runtime.growable_layer import GrowableLayer
 from lamp_compile.runtime.ledger import Ledger
 from lamp_compile.runtime.plane_handle import PlaneHandle
@@ -220,12 +221,9 @@ class NestedLayer(GrowableLayer):
         if not torch.compiler.is_compiling() and k.is_cuda and self.by_kernel and self._expects(k, v):
             kernels.append(k, v, self.planes, self.balance, positions, table, plan.rotation)
             return
-        store = (plan.k_format, plan.v_format, plan.rotation, self.name)
-        arguments = (k, v, *self.planes, self.balance, positions, table, *store)
-        if torch.compiler.is_compiling():
-            torch.ops.lamp.append(*arguments)
-        else:
-            fused_ops.call(torch.ops.lamp.append.default, *arguments)
+        torch.ops.lamp.append(
+            k, v, *self.planes, self.balance, positions, table, plan.k_format, plan.v_format, plan.rotation, self.name
+        )
 
     def _expects(self, k: Tensor, v: Tensor) -> bool:
         """Whether these are plain tensors of the sizes, dtype and device that the layer was laid out for, and nobody
@@ -292,8 +290,9 @@ class NestedLayer(GrowableLayer):
         elif torch.compiler.is_compiling() or kernels.why_not_attend(q, self.planes, self.state, options) is not None:
             out, state, stats = torch.ops.lamp.attention.cached(q, *self.planes, *hot, self.balance, *seen, **options)
         else:
-            arguments = (q, *self.planes, *hot, self.balance, *seen, *fused_ops.settings(options))
-            return fused_ops.inference_only(fused_ops.call(torch.ops.lamp.fused_attention.default, *arguments), q)
+            return inference_only(
+                torch.ops.lamp.fused_attention(q, *self.planes, *hot, self.balance, *seen, *settings(options)), q
+            )
         self.state.copy_(state)
         self.stats.copy_(stats)
         return out

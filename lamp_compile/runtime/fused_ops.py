@@ -135,8 +135,8 @@ _refused = threading.local()
 
 def _checked(run: Callable[..., Any], nothing: Callable[..., Any]) -> Callable[..., Any]:
     """An operator that the CPU's core calls for what it does not serve itself. What is raised would be lost on the way
-    through torch's C interface: the core is told the reason and raises a RuntimeError of it, which ``call`` turns back;
-    ``nothing`` makes what is returned until then."""
+    through torch's C interface: the core is told the reason and raises a RuntimeError of it, which ``_typed`` turns
+    back; ``nothing`` makes what is returned until then."""
 
     def checked(*args: Any) -> Any:
         try:
@@ -149,21 +149,29 @@ def _checked(run: Callable[..., Any], nothing: Callable[..., Any]) -> Callable[.
     return checked
 
 
-def call(operator: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """An operator of this module, outside graphs. Called by torch alone it raises RuntimeError where the compiled core
-    is asked for what it cannot do.
+def _typed(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """A callable of torch that raises what the checked operator behind it raised, not a RuntimeError of it."""
 
-    Raises:
-        InputError, CacheError: Called so, with the same words.
-    """
-    try:
-        return operator(*args, **options)
-    except RuntimeError as error:
-        found = getattr(_refused, "error", None)
-        _refused.error = None
-        if found is None or str(found) != str(error):
-            raise
-        raise found from None
+    def op(*args: Any, **options: Any) -> Any:
+        try:
+            return plain(*args, **options)
+        except RuntimeError as error:
+            found = getattr(_refused, "error", None)
+            _refused.error = None
+            if found is None or str(found) != str(error):
+                raise
+            raise found from None
+
+    op.__name__, op.__module__ = plain.__name__, plain.__module__
+    return op
+
+
+def _raise_by_type(name: str) -> None:
+    """Have ``torch.ops.lamp.<name>`` raise InputError and CacheError, as where the operator is called by Python."""
+    packet = getattr(torch.ops.lamp, name)
+    for operator in (packet, packet.default):
+        if hasattr(operator, "_op"):  # what both call; without it the words are the same
+            operator._op = _typed(operator._op)
 
 
 _NOTHING: dict[str, Callable[..., Any]] = {
@@ -178,4 +186,6 @@ for _name, _schema in SCHEMAS.items():
     torch.library.register_fake(f"lamp::{_name}", _fake, lib=ops.LIBRARY)
     ops.LIBRARY.define(f"{_name}_checked{_schema}")
     ops.LIBRARY.impl(f"{_name}_checked", _checked(_run, _NOTHING[_name]), "CompositeExplicitAutograd")
-kernels.cpu.join_torch()
+if kernels.cpu.join_torch() is None:
+    for _name in SCHEMAS:
+        _raise_by_type(_name)

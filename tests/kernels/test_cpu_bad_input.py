@@ -8,18 +8,20 @@ import pytest
 import torch
 
 from lamp_compile.errors import InputError
-from lamp_compile.runtime import fused_ops, guard
+from lamp_compile.runtime import fused_ops as _fused  # noqa: F401 (registers torch.ops.lamp.append)
+from lamp_compile.runtime import guard
 from lamp_compile.runtime.kernels import cpu
 from tests.kernels import calls
 
 pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=f"{cpu.why_not()}")
-STORE = ("nested8", "nested8", "hadamard", "site")
+STORE = dict(k_format="nested8", v_format="nested8", rotation="hadamard", site="site")
 
 
 def attend(call: calls.Call) -> torch.Tensor:
     options = {name: value for name, value in call.options.items() if name != "launch"}
-    arguments = (call.q, *call.planes, *call.hot, call.balance, *call.seen, *fused_ops.settings(options))
-    made: torch.Tensor = fused_ops.call(torch.ops.lamp.fused_attention.default, *arguments)
+    made: torch.Tensor = torch.ops.lamp.fused_attention(
+        call.q, *call.planes, *call.hot, call.balance, *call.seen, **options
+    )
     return made
 
 
@@ -61,9 +63,7 @@ def test_append_refuses_rows_of_other_planes(batch, heads, dim):
     before = [plane.clone() for plane in call.planes]
     k, v = torch.randn(batch, heads, 1, dim), torch.randn(batch, heads, 1, dim)
     with pytest.raises(InputError):
-        fused_ops.call(
-            torch.ops.lamp.append.default, k, v, *call.planes, None, torch.zeros(1, dtype=torch.int64), None, *STORE
-        )
+        torch.ops.lamp.append(k, v, *call.planes, None, torch.zeros(1, dtype=torch.int64), None, **STORE)
     assert all(torch.equal(a, b) for a, b in zip(call.planes, before, strict=True))
 
 

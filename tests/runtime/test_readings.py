@@ -38,7 +38,7 @@ def test_a_cache_where_a_dead_one_lay_is_another():
     """It dies, too, and did as much: by ``id`` the two would be one cache that did nothing since."""
     ledger = Ledger()
     reader = Reader(ledger, {"site": STEPS // WINDOWS}, StepClock())
-    layers, others = [Layer()], [[Layer()] for _ in range(100)]
+    layers, others = [Layer()], [[Layer()] for _ in range(2000)]
     cache = Cache(layers)
     ledger.watch(cache)
     layers[0].step()
