@@ -115,9 +115,19 @@ def stored(
     per_sequence(site, batch, start=start, lengths=lengths)
     balance(site, factors, kv_heads, q.shape[3], batch)
     sinks(site, sink, q.shape[1])
-    if stats is None or stats.dtype != torch.int64 or stats.shape[:2] != (batch, kv_heads) or not stats.is_contiguous():
+    if stats is None or stats.dtype != torch.int64 or stats.shape != (batch, kv_heads, 7) or not stats.is_contiguous():
         raise InputError(
             "statistics that are not contiguous int64 [B, G, 7]", where=_where(site, "stats"), fix="guard.new_stats"
+        )
+
+
+def guard_state(site: str, state: Tensor | None, wanted: tuple[int, int, int]) -> None:
+    """Raise InputError unless the guard's state is ``[B, G, 4]``."""
+    if state is None or tuple(state.shape) != wanted:
+        raise InputError(
+            f"a guard's state {None if state is None else tuple(state.shape)} for {wanted}",
+            where=_where(site, "state"),
+            fix="guard.new_state",
         )
 
 
@@ -129,6 +139,13 @@ def keys_of_planes(site: str, k: Tensor, k_high: Tensor) -> None:
             where=_where(site, "k"),
             fix="keys of the model that the planes were made for",
         )
+
+
+def given(site: str, **tensors: Tensor | None) -> None:
+    """Raise InputError for None, which torch takes for any tensor."""
+    for name, x in tensors.items():
+        if x is None:
+            raise InputError(f"{name} is None", where=_where(site, name), fix="a tensor")
 
 
 def per_sequence(site: str, batch: int, **numbers: Tensor | None) -> None:

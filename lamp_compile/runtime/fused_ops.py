@@ -10,14 +10,13 @@ Their settings may be given by position: a graph's call then takes half as long 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lamp_compile.runtime import checks, kernels, layout, ops, reference
+from lamp_compile.runtime import checks, handed_on, kernels, layout, ops, reference
 
 SCHEMAS = {
     # positions: where each sequence's first new row goes, int64 [1] or [B]; below 0 = this sequence takes nothing.
@@ -71,6 +70,7 @@ def _append(
     if kernels.why_not_store(planes, k_format, v_format, k.dtype) is None:
         checks.planes(site, planes, block_table, k.shape[0], v.shape[3] // 2)
         checks.keys_of_planes(site, k, k_high)
+        checks.given(site, positions=positions)
         checks.per_sequence(site, k.shape[0], positions=positions)
         checks.balance(site, balance, k.shape[1], k.shape[3], k.shape[0])
         return kernels.append(k, v, planes, balance, positions, block_table, rotation)
@@ -130,50 +130,6 @@ _IMPLEMENTATIONS: dict[str, tuple[Any, Any]] = {
     "fused_attention": (_fused_attention, _fake_fused),
 }
 
-_refused = threading.local()
-
-
-def _checked(run: Callable[..., Any], nothing: Callable[..., Any]) -> Callable[..., Any]:
-    """An operator that the CPU's core calls for what it does not serve itself. What is raised would be lost on the way
-    through torch's C interface: the core is told the reason and raises a RuntimeError of it, which ``_typed`` turns
-    back; ``nothing`` makes what is returned until then."""
-
-    def checked(*args: Any) -> Any:
-        try:
-            return run(*args)
-        except Exception as error:  # noqa: BLE001
-            _refused.error = error.with_traceback(None)  # whose frames hold tensors
-            kernels.cpu.refuse(str(error) or repr(error))
-            return nothing(*args)
-
-    return checked
-
-
-def _typed(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """A callable of torch that raises what the checked operator behind it raised, not a RuntimeError of it."""
-
-    def op(*args: Any, **options: Any) -> Any:
-        try:
-            return plain(*args, **options)
-        except RuntimeError as error:
-            found = getattr(_refused, "error", None)
-            _refused.error = None
-            if found is None or str(found) != str(error):
-                raise
-            raise found from None
-
-    op.__name__, op.__module__ = plain.__name__, plain.__module__
-    return op
-
-
-def _raise_by_type(name: str) -> None:
-    """Have ``torch.ops.lamp.<name>`` raise InputError and CacheError, as where the operator is called by Python."""
-    packet = getattr(torch.ops.lamp, name)
-    for operator in (packet, packet.default):
-        if hasattr(operator, "_op"):  # what both call; without it the words are the same
-            operator._op = _typed(operator._op)
-
-
 _NOTHING: dict[str, Callable[..., Any]] = {
     "append": lambda *args: None,
     "fused_attention": lambda q, *args: q.new_empty(0),
@@ -184,8 +140,7 @@ for _name, _schema in SCHEMAS.items():
     ops.LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     ops.LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lamp::{_name}", _fake, lib=ops.LIBRARY)
-    ops.LIBRARY.define(f"{_name}_checked{_schema}")
-    ops.LIBRARY.impl(f"{_name}_checked", _checked(_run, _NOTHING[_name]), "CompositeExplicitAutograd")
+    handed_on.define(ops.LIBRARY, _name, _schema, _run, _NOTHING[_name])
 if kernels.cpu.join_torch() is None:
     for _name in SCHEMAS:
-        _raise_by_type(_name)
+        handed_on.raise_by_type(_name)

@@ -4,9 +4,12 @@ step without it, and hands on what it does not serve."""
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
 import threading
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lamp_compile.errors import CacheError, InputError, LampError
-from lamp_compile.runtime import fused_ops, guard
+from lamp_compile.runtime import fused_ops, guard, kernels
 from lamp_compile.runtime.kernels import cpu
 from lamp_compile.runtime.kernels.cpu import _library
 from tests.kernels import calls
@@ -62,6 +65,8 @@ SERVED: dict[str, Callable[[], Call]] = {
     "bias for the whole room": lambda: step(bias=torch.randn(2, 1, 1, 160)),
     "one bias": lambda: step(bias=torch.randn(1)),
     "sinks": lambda: step(sinks=torch.randn(4)),
+    "sinks in bfloat16": lambda: step(sinks=torch.randn(4).bfloat16()),
+    "sinks in float16": lambda: step(sinks=torch.tensor([1.5, 3e-7, -torch.inf, -0.0]).half()),
     "start": lambda: step(start=torch.randint(0, 90, (2,))),
     "lengths in 32 bits": lambda: step(lengths=torch.tensor([150, 97], dtype=torch.int32)),
     "lengths of strides": lambda: step(lengths=torch.tensor([150, 0, 97, 0])[::2]),
@@ -118,7 +123,6 @@ HANDED_ON: dict[str, Callable[[Call], Call]] = {
     "tau turned": lambda c: replace(c, hot=(torch.tensor([[0.1, 1e9], [0.0, 0.05]]).t(), *c.hot[1:])),
     "bias in float64": lambda c: replace(c, seen=(None, torch.zeros(1, 1, 1, 150).double(), *c.seen[2:])),
     "one sink": lambda c: replace(c, seen=(*c.seen[:2], torch.zeros(1), *c.seen[3:])),
-    "sinks in float16": lambda c: replace(c, seen=(*c.seen[:2], torch.zeros(4).half(), *c.seen[3:])),
     "lengths of two axes": lambda c: replace(c, seen=(*c.seen[:4], torch.tensor([[150, 97]]), None)),
     "channels apart": lambda c: replace(c, q=torch.stack((c.q, c.q), 4)[..., 0]),
     "queries in float64": lambda c: replace(c, q=c.q.double()),
@@ -154,6 +158,8 @@ WRONG: dict[str, Callable[[Call], Call]] = {
     "a residual too short": lambda c: replace(
         c, planes=(*c.planes[:4], c.planes[4][:, :, :-1].contiguous(), c.planes[5])
     ),
+    "a state of two numbers": lambda c: replace(c, hot=(*c.hot[:3], c.hot[3][..., :2].contiguous(), c.hot[4])),
+    "statistics of two numbers": lambda c: replace(c, hot=(*c.hot[:4], c.hot[4][..., :2].contiguous())),
     "statistics of other heads": lambda c: replace(c, hot=(*c.hot[:4], c.hot[4][:, :1].contiguous())),
     "causal": lambda c: replace(c, options={**c.options, "causal": "sideways"}),
 }
@@ -253,6 +259,11 @@ def test_rows_beyond_the_planes_are_refused():
     assert all(torch.equal(x, y) for x, y in zip(call["planes"], before, strict=True))
 
 
+def test_rows_without_positions_are_refused():
+    with pytest.raises(InputError, match="positions is None"):
+        store(rows(positions=None))
+
+
 def test_rows_in_another_format_are_not_taken_for_it():
     with pytest.raises((LampError, RuntimeError)):
         store(rows(), ("int8", *STORE[1:]))
@@ -297,20 +308,116 @@ def test_refusals_belong_to_their_thread():
     assert not failures
 
 
-@pytest.mark.parametrize("wrong", [False, True])
-def test_nothing_is_kept_of_a_call(wrong):
-    """Every tensor is handed over with a reference of its own."""
+KEPT: dict[str, Callable[[Call], Call]] = {
+    "served": lambda c: c,
+    "handed on": HANDED_ON["channels apart"],
+    "refused": WRONG["batch"],
+}
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_nothing_is_kept_of_a_call(kind):
+    """Every tensor is handed over with a reference of its own; nor does an error hold on to them."""
     call = step(balance=torch.rand(2, 64), mask=torch.rand(2, 1, 1, 150) > 0.3, sinks=torch.randn(4))
-    call = WRONG["batch"](call) if wrong else call
+    call = KEPT[kind](call)
     tensors = [x for x in (call.q, *call.planes, *call.hot, call.balance, *call.seen) if x is not None]
     before = [x._use_count() for x in tensors]
-    for _ in range(3):
-        try:
-            run(call)
-        except InputError:
-            assert wrong
-    gc.collect()
-    assert [x._use_count() for x in tensors] == before
+    gc.disable()
+    try:
+        for _ in range(3):
+            with suppress(InputError):
+                run(call)
+        assert [x._use_count() for x in tensors] == before
+        gone = weakref.ref(call.q)
+        del call, tensors
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+class Heap(ctypes.Structure):
+    """``mallinfo2`` of glibc."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in ["arena", "a", "b", "c", "d", "e", "f", "used", "free", "g"]]
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc, which counts its heap")
+@pytest.mark.parametrize("kind", KEPT)
+def test_the_heap_does_not_grow_with_calls(kind):
+    """Words, optional tensors and outputs made in place of others are freed, whatever becomes of a call."""
+    used = ctypes.CDLL(None).mallinfo2
+    used.restype = Heap
+    call, times = KEPT[kind](step(balance=torch.rand(2, 64), start=torch.zeros(2, dtype=torch.int64))), 1500
+
+    def calls_many() -> int:
+        before = used().used
+        for _ in range(times):
+            with suppress(InputError):
+                run(call)
+        gc.collect()
+        return int(used().used - before)
+
+    calls_many()
+    assert min(calls_many() for _ in range(3)) < 24 * times
+
+
+def test_what_interrupts_python_interrupts_the_call(monkeypatch):
+    """Ctrl-C in a reference that takes its time."""
+
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kernels, "attend", interrupted)
+    call = HANDED_ON["channels apart"](step())
+    with pytest.raises(KeyboardInterrupt):
+        run(call)
+
+
+def test_errors_without_words_keep_their_type(monkeypatch):
+    def fails(*args: Any) -> None:
+        raise MemoryError from ValueError("why")
+
+    monkeypatch.setattr(kernels, "attend", fails)
+    with pytest.raises(MemoryError) as found:
+        run(HANDED_ON["channels apart"](step()))
+    assert isinstance(found.value.__cause__, ValueError)
+
+
+def test_a_checked_operator_called_by_itself_raises():
+    call = WRONG["batch"](step())
+    settings = fused_ops.settings({**call.options, "launch": ""})
+    words = [ctypes.create_string_buffer(x.encode()) if isinstance(x, str) else None for x in settings]
+    given = [x if word is None else ctypes.addressof(word) for x, word in zip(settings, words, strict=True)]
+    with pytest.raises(InputError):
+        torch.ops.lamp._fused_attention_checked(call.q, *call.planes, *call.hot, call.balance, *call.seen, *given)
+
+
+def test_scripts_know_the_operators():
+    """They find them by what ``torch.ops`` calls."""
+
+    @torch.jit.script
+    def stored(
+        k: Tensor, v: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, e: Tensor, f: Tensor, at: Tensor
+    ) -> None:
+        torch.ops.lamp.append(k, v, a, b, c, d, e, f, None, at, None, "nested8", "nested8", "hadamard", "")
+
+    call, before = rows(balance=None), cpu.served()
+    other = copy.deepcopy(call)
+    stored(call["k"], call["v"], *call["planes"], call["positions"])
+    assert cpu.served() == before + 1
+    store(other)
+    assert all(torch.equal(x, y) for x, y in zip(call["planes"], other["planes"], strict=True))
+
+
+def test_switched_off_twice_it_is_off_until_both_are_over():
+    with cpu.without_torch():
+        with cpu.without_torch():
+            pass
+        before = cpu.served()
+        run(step())
+        assert cpu.served() == before
+    run(step())
+    assert cpu.served() == before + 1
 
 
 def test_without_torchs_interface_there_is_a_reason(monkeypatch):

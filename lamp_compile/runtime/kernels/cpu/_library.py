@@ -156,16 +156,16 @@ def _torch_library() -> str:
 
 @contextmanager
 def without_torch() -> Iterator[None]:
-    """Calls by torch's dispatcher go by Python as long as this lasts, as where ``join_torch`` did not work."""
+    """Calls of torch's dispatcher are all handed on to Python as long as this lasts, in every thread."""
     if join_torch() is not None:
         yield
         return
     core = load()
-    core.lamp_serve_torch(0)
+    before = core.lamp_serve_torch(0)
     try:
         yield
     finally:
-        core.lamp_serve_torch(1)
+        core.lamp_serve_torch(before)
 
 
 def served() -> int:
@@ -173,9 +173,9 @@ def served() -> int:
     return 0 if join_torch() is not None else int(load().lamp_served())
 
 
-def refuse(reason: str) -> None:
-    """Say why the operator that this thread is in will not do what it is asked."""
-    load().lamp_refuse(reason.encode())
+def refuse(reason: str) -> bool:
+    """Say why the operator that the core has handed a call on to will not do it; False where this thread is in none."""
+    return join_torch() is None and bool(load().lamp_refuse(reason.encode()))
 
 
 def _gomp_parallel() -> int | None:

@@ -35,14 +35,16 @@ typedef struct {
 } LampTorch;
 
 // Makes lamp::append and lamp::fused_attention on CPUs go straight to the core. Calls that it does not serve, and wrong
-// ones, go on to lamp::append_checked and lamp::fused_attention_checked. 0 where torch took them.
+// ones, go on to lamp::_append_checked and lamp::_fused_attention_checked, which take addresses of words for words. 0
+// where torch took them.
 LAMP_API int lamp_join_torch(const LampTorch *functions);
-// Whether calls are served (1) or all go on (0).
-LAMP_API void lamp_serve_torch(int on);
+// Whether calls are served (1) or all go on (0). Gives back what was before.
+LAMP_API int lamp_serve_torch(int on);
 // Calls served since torch was joined.
 LAMP_API int64_t lamp_served(void);
-// Said by a checked operator that will not do it: what lamp::append or lamp::fused_attention ends with.
-LAMP_API void lamp_refuse(const char *reason);
+// Said by a checked operator that will not do it: what lamp::append or lamp::fused_attention ends with. 0 where this
+// thread is in no call that was handed on.
+LAMP_API int lamp_refuse(const char *reason);
 LAMP_API int64_t lamp_size_of_torch(void);
 
 #ifdef __cplusplus

@@ -13,6 +13,7 @@
 namespace {
 
 constexpr uint64_t VERSION = 0x020b000000000000;  // of the interface: torch 2.11
+constexpr int MOST_ARGUMENTS = 64;
 
 struct Types {
   int32_t float32, bfloat16, float16, uint8, int32, int64, boolean;
@@ -20,7 +21,8 @@ struct Types {
 
 LampTorch torch{};
 Types types{};
-thread_local std::string refused;
+thread_local std::string refused;      // why, by the operator that a call was handed on to
+thread_local bool handing_on = false;  // this thread is in such an operator
 
 // One tensor, as the dispatcher hands it over; `there` is false for one that was left out.
 struct Tensor {
@@ -103,12 +105,27 @@ class Arguments {
         ::operator delete(inner);
     }
   }
-  // By the operator that looks at everything and says what is wrong; it takes the arguments over.
-  void hand_on(const char *name) {
+  // By the operator that looks at everything and says what is wrong; it takes the arguments over. Words go as their
+  // addresses: torch (2.13) forgets to free those that are handed to it.
+  void hand_on(const char *name, uint64_t results) {
+    void *words[MOST_ARGUMENTS];
+    int count = 0;
+    for (int i = 0; kinds_[i]; i++) {
+      if (kinds_[i] != 's') continue;
+      const char *found = nullptr;
+      words[count] = (void *)stack_[i];
+      if (torch.text(words[count++], &found)) found = "";
+      stack_[i] = (LampOnStack)found;
+    }
+    const bool before = handing_on;
+    handing_on = true;
     refused.clear();
     const int32_t failed = torch.call(name, "", stack_, VERSION);
-    if (refused.empty() && failed) refused = std::string(name) + " failed; torch has said why";
+    handing_on = before;
+    for (int i = 0; i < count; i++) torch.drop_text(words[i]);
+    if (refused.empty() && failed) refused = std::string(name) + " failed within torch";
     if (refused.empty()) return;
+    if (!failed && results) torch.drop_tensor((LampTensor)stack_[0]);  // made in place of an output
     const std::string why = std::move(refused);
     refused.clear();
     throw std::runtime_error(why);

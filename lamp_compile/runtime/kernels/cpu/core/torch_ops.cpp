@@ -4,6 +4,7 @@
 // takes.
 #include <atomic>
 #include <cmath>
+#include <vector>
 
 #include "hadamard.h"
 #include "torch_call.h"
@@ -130,9 +131,9 @@ bool stored(const Arguments &given) {
   return lamp_append(&call) == 0;
 }
 
-void append(LampOnStack *stack, uint64_t, uint64_t) {
+void append(LampOnStack *stack, uint64_t, uint64_t results) {
   Arguments given(stack, KINDS);
-  if (!serving || !stored(given)) return given.hand_on("lamp::append_checked");
+  if (!serving || !stored(given)) return given.hand_on("lamp::_append_checked", results);
   given.drop();
   served++;
 }
@@ -198,13 +199,44 @@ bool controls_of(const Arguments &given, int64_t batch, int64_t heads, LampAtten
          setting_of(given.maybe(BALANCE), batch, heads, 2 * call.planes.half_k, call.balance, call.balance_stride);
 }
 
+// One float for each head, of 16 or 32 bits: models have them in their own dtype.
+bool sinks_of(const Tensor &x, int64_t heads, const float *&to) {
+  static thread_local std::vector<float> wide;
+  if (!x.there) return true;
+  const int dtype = dtype_of(x);
+  if (dtype < 0 || !x.is({heads}) || !x.dense()) return false;
+  if (dtype == LAMP_FLOAT32) {
+    to = (const float *)x.data;
+    return true;
+  }
+  wide.resize((size_t)heads);
+  for (int64_t i = 0; i < heads; i++) {
+    const uint32_t half = ((const uint16_t *)x.data)[i];
+    uint32_t bits = half << 16;  // bfloat16
+    float scale = 1.0f;
+    if (dtype == LAMP_FLOAT16) {
+      // Exponents of float16 as those of float32, 112 less than they should be; the largest one is infinity and NaN.
+      bits = (half & 0x8000) << 16 | (half & 0x7fff) << 13;
+      if ((half & 0x7c00) == 0x7c00)
+        bits |= 0x7f800000;
+      else
+        scale = 5.192296858534828e33f;  // 2^112
+    }
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    wide[(size_t)i] = value * scale;
+  }
+  to = wide.data();
+  return true;
+}
+
 bool seen_of(const Arguments &given, const Tensor &q, LampAttend &call) {
   const Tensor mask = given.maybe(MASK), bias = given.maybe(BIAS), sinks = given.maybe(SINKS);
   const int64_t room = call.planes.pages * call.planes.tile;
   if ((mask.there && mask.dtype != types.boolean) || (bias.there && bias.dtype != types.float32)) return false;
-  if (sinks.there && (!sinks.holds(types.float32) || !sinks.is({q.sizes[1]}))) return false;
-  call.mask = (const uint8_t *)mask.data, call.bias = (const float *)bias.data, call.sinks = (const float *)sinks.data;
-  return broadcast_of(mask, q.sizes, call.keys, room, call.mask_strides, call.mask_keys) &&
+  call.mask = (const uint8_t *)mask.data, call.bias = (const float *)bias.data;
+  return sinks_of(sinks, q.sizes[1], call.sinks) &&
+         broadcast_of(mask, q.sizes, call.keys, room, call.mask_strides, call.mask_keys) &&
          broadcast_of(bias, q.sizes, call.keys, room, call.bias_strides, call.bias_keys) &&
          integers_of(given.maybe(START), q.sizes[0], call.start) &&
          integers_of(given.maybe(LENGTHS), q.sizes[0], call.lengths);
@@ -233,10 +265,10 @@ LampTensor attended(const Arguments &given) {
   return nullptr;
 }
 
-void attend(LampOnStack *stack, uint64_t, uint64_t) {
+void attend(LampOnStack *stack, uint64_t, uint64_t results) {
   Arguments given(stack, KINDS);
   const LampTensor out = serving ? attended(given) : nullptr;
-  if (!out) return given.hand_on("lamp::fused_attention_checked");
+  if (!out) return given.hand_on("lamp::_fused_attention_checked", results);
   given.drop();
   served++;
   stack[0] = (LampOnStack)out;
@@ -259,9 +291,12 @@ int lamp_join_torch(const LampTorch *functions) {
   return 0;
 }
 
-void lamp_serve_torch(int on) { serving = on != 0; }
+int lamp_serve_torch(int on) { return serving.exchange(on != 0); }
 int64_t lamp_served(void) { return served; }
-void lamp_refuse(const char *reason) { refused = reason; }
+int lamp_refuse(const char *reason) {
+  if (handing_on) refused = reason;
+  return handing_on;
+}
 int64_t lamp_size_of_torch(void) { return sizeof(LampTorch); }
 
 }  // extern "C"
