@@ -3,7 +3,6 @@ step without it, and hands on what it does not serve."""
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import gc
 import threading
@@ -17,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lamp_compile.errors import CacheError, InputError, LampError
+from lamp_compile.errors import InputError, LampError
 from lamp_compile.runtime import fused_ops, guard, kernels
 from lamp_compile.runtime.kernels import cpu
 from lamp_compile.runtime.kernels.cpu import _library
@@ -25,7 +24,6 @@ from tests.kernels import calls
 from tests.kernels.calls import Call
 
 pytestmark = pytest.mark.skipif(cpu.join_torch() is not None, reason=f"{cpu.join_torch()}")
-STORE = ("nested8", "nested8", "hadamard", "test")
 
 
 def run(call: Call) -> Tensor:
@@ -192,83 +190,6 @@ def test_other_errors_stay_what_they_are():
     assert not isinstance(found.value, LampError)
 
 
-def rows(seed: int = 0, **changed: Any) -> dict[str, Any]:
-    """Arguments of ``lamp::append``: one row for each of two sequences of planes for 96 keys."""
-    generator = torch.Generator().manual_seed(seed)
-    k, v = (torch.randn(2, 2, 1, 64, generator=generator) for _ in range(2))
-    full = torch.zeros(2, 2, 96, 64)
-    formats = dict(zip(("k_format", "v_format", "rotation", "site"), STORE, strict=True))
-    planes = tuple(torch.ops.lamp.quantize(full, full, None, **formats, tile=32))
-    balance = torch.rand(2, 64, generator=generator) + 0.5
-    given = {"k": k, "v": v, "planes": planes, "balance": balance, "positions": torch.tensor([5, 77]), "table": None}
-    return given | changed
-
-
-def store(call: dict[str, Any], settings: tuple[str, ...] = STORE) -> int:
-    """How many calls the core took."""
-    before = cpu.served()
-    tensors = (call["k"], call["v"], *call["planes"], call["balance"], call["positions"], call["table"])
-    torch.ops.lamp.append(*tensors, *settings)
-    return cpu.served() - before
-
-
-ROWS: dict[str, tuple[bool, Callable[[dict[str, Any]], dict[str, Any]]]] = {
-    "as they are": (True, lambda c: {}),
-    "bfloat16": (True, lambda c: {"k": c["k"].bfloat16(), "v": c["v"].bfloat16()}),
-    "strides": (True, lambda c: {"k": torch.cat((c["k"], c["k"]), 3)[..., :64]}),
-    "several": (True, lambda c: {"k": torch.randn(2, 2, 9, 64), "v": torch.randn(2, 2, 9, 64)}),
-    "no balance": (True, lambda c: {"balance": None}),
-    "one position": (True, lambda c: {"positions": torch.tensor([7])}),
-    "positions in 32 bits": (True, lambda c: {"positions": c["positions"].int()}),
-    "one sequence takes nothing": (True, lambda c: {"positions": torch.tensor([-1, 3])}),
-    "values of another dtype": (False, lambda c: {"v": c["v"].bfloat16()}),
-    "channels apart": (False, lambda c: {"k": torch.stack((c["k"], c["k"]), 4)[..., 0]}),
-    "balance in float64": (False, lambda c: {"balance": c["balance"].double()}),
-}
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_rows_are_stored_as_by_python(name):
-    served, change = ROWS[name]
-    call = rows()
-    call |= change(call)
-    other = copy.deepcopy(call)
-    assert store(call) == served
-    with cpu.without_torch():
-        assert store(other) == 0
-    assert all(torch.equal(x, y) for x, y in zip(call["planes"], other["planes"], strict=True))
-    assert any(plane.any() for plane in call["planes"])
-
-
-def test_rows_go_to_pages():
-    table = torch.tensor([[1, 4, 2], [3, 0, 5]], dtype=torch.int32)
-    call = rows(table=table)
-    call |= {"planes": tuple(plane[:1].repeat_interleave(2, 2) for plane in call["planes"])}
-    other = copy.deepcopy(call)
-    assert store(call) == 1
-    with cpu.without_torch():
-        store(other)
-    assert all(torch.equal(x, y) for x, y in zip(call["planes"], other["planes"], strict=True))
-
-
-def test_rows_beyond_the_planes_are_refused():
-    call = rows(positions=torch.tensor([6, 96]))
-    before = [plane.clone() for plane in call["planes"]]
-    with pytest.raises(CacheError, match="do not fit"):
-        store(call)
-    assert all(torch.equal(x, y) for x, y in zip(call["planes"], before, strict=True))
-
-
-def test_rows_without_positions_are_refused():
-    with pytest.raises(InputError, match="positions is None"):
-        store(rows(positions=None))
-
-
-def test_rows_in_another_format_are_not_taken_for_it():
-    with pytest.raises((LampError, RuntimeError)):
-        store(rows(), ("int8", *STORE[1:]))
-
-
 def test_the_guard_goes_on_from_call_to_call():
     call = step(budget=1e-6)
     for _ in range(3):
@@ -390,23 +311,6 @@ def test_a_checked_operator_called_by_itself_raises():
     given = [x if word is None else ctypes.addressof(word) for x, word in zip(settings, words, strict=True)]
     with pytest.raises(InputError):
         torch.ops.lamp._fused_attention_checked(call.q, *call.planes, *call.hot, call.balance, *call.seen, *given)
-
-
-def test_scripts_know_the_operators():
-    """They find them by what ``torch.ops`` calls."""
-
-    @torch.jit.script
-    def stored(
-        k: Tensor, v: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, e: Tensor, f: Tensor, at: Tensor
-    ) -> None:
-        torch.ops.lamp.append(k, v, a, b, c, d, e, f, None, at, None, "nested8", "nested8", "hadamard", "")
-
-    call, before = rows(balance=None), cpu.served()
-    other = copy.deepcopy(call)
-    stored(call["k"], call["v"], *call["planes"], call["positions"])
-    assert cpu.served() == before + 1
-    store(other)
-    assert all(torch.equal(x, y) for x, y in zip(call["planes"], other["planes"], strict=True))
 
 
 def test_switched_off_twice_it_is_off_until_both_are_over():
