@@ -176,7 +176,10 @@ class Attention:
             return "reference: there are no kernels"
         options = {**SHAPE, **STORE, **RULE, **GUARD}
         reason = kernels.why_not_attend(inputs.q, inputs.planes, self.state, options)
-        return f"reference: {reason}" if reason else "kernels"
+        if reason or inputs.q.device.type != "cpu":
+            return f"reference: {reason}" if reason else "kernels"
+        alone = kernels.cpu.join_torch()
+        return f"kernels, called by Python: {alone}" if alone else "kernels"
 
     def share(self, inputs: Inputs) -> float:
         """Share of live sub-tiles that one call refines, as its statistics count it."""

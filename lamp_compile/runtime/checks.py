@@ -106,28 +106,24 @@ def stored(
         site: For the message.
         q: The query.
         six: Planes.
-        kept: The guard's statistics, and balance.
+        kept: The guard's state and statistics, and balance.
         seen: mask, bias, sinks, start, lengths, block table.
     """
-    (stats, factors), (_, _, sink, start, lengths, table) = kept, seen
+    (state, stats, factors), (_, _, sink, start, lengths, table) = kept, seen
     batch, kv_heads = q.shape[0], six[0].shape[1]
     planes(site, six, table, batch)
     per_sequence(site, batch, start=start, lengths=lengths)
     balance(site, factors, kv_heads, q.shape[3], batch)
     sinks(site, sink, q.shape[1])
+    if state is None or state.shape != (batch, kv_heads, 4):
+        raise InputError(
+            f"a guard's state {None if state is None else tuple(state.shape)} for {batch} sequences, {kv_heads} heads",
+            where=_where(site, "state"),
+            fix="guard.new_state",
+        )
     if stats is None or stats.dtype != torch.int64 or stats.shape != (batch, kv_heads, 7) or not stats.is_contiguous():
         raise InputError(
             "statistics that are not contiguous int64 [B, G, 7]", where=_where(site, "stats"), fix="guard.new_stats"
-        )
-
-
-def guard_state(site: str, state: Tensor | None, wanted: tuple[int, int, int]) -> None:
-    """Raise InputError unless the guard's state is ``[B, G, 4]``."""
-    if state is None or tuple(state.shape) != wanted:
-        raise InputError(
-            f"a guard's state {None if state is None else tuple(state.shape)} for {wanted}",
-            where=_where(site, "state"),
-            fix="guard.new_state",
         )
 
 

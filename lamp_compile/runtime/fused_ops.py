@@ -65,12 +65,12 @@ def _append(
     site: str,
 ) -> None:
     planes = (k_high, k_residual, k_scale, v_high, v_residual, v_scale)
+    checks.given(site, positions=positions)
     checks.keys_and_values(site, k, v)
     checks.one_device(site, k, v=v, k_planes=k_high, v_planes=v_high, balance=balance, positions=positions)
     if kernels.why_not_store(planes, k_format, v_format, k.dtype) is None:
         checks.planes(site, planes, block_table, k.shape[0], v.shape[3] // 2)
         checks.keys_of_planes(site, k, k_high)
-        checks.given(site, positions=positions)
         checks.per_sequence(site, k.shape[0], positions=positions)
         checks.balance(site, balance, k.shape[1], k.shape[3], k.shape[0])
         return kernels.append(k, v, planes, balance, positions, block_table, rotation)

@@ -7,7 +7,9 @@ from __future__ import annotations
 import ctypes
 import re
 import threading
+import traceback
 from collections.abc import Callable
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -40,11 +42,18 @@ def define(library: Any, name: str, schema: str, run: Callable[..., Any], nothin
             text = str(error) or repr(error)
             if not kernels.cpu.refuse(text):
                 raise
-            _refused.error = text, error.with_traceback(None)  # whose frames hold tensors
+            _refused.error = text, error.with_traceback(_without_locals(error.__traceback__))
             return nothing(*given)
 
     library.define(f"_{name}_checked" + re.sub(r"\bstr (\w+)(='')?", r"int \1", schema))
     library.impl(f"_{name}_checked", checked, "CompositeExplicitAutograd")
+
+
+def _without_locals(where: TracebackType | None) -> TracebackType | None:
+    """Where an error was raised, behind the frame that caught it, without the tensors that its frames hold."""
+    behind = where.tb_next if where else None
+    traceback.clear_frames(behind)
+    return behind
 
 
 def raise_by_type(name: str) -> None:

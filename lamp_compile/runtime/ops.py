@@ -318,8 +318,7 @@ def check_attention(
     for name, setting in zip(names[:3], hot, strict=False):
         assert setting is not None
         checks.heads_of_setting(site, name, setting, k_high.shape[1], batch)
-    checks.stored(site, q, planes, hot[4:], seen)
-    checks.guard_state(site, hot[3], (batch, k_high.shape[1], guard.STATE_FIELDS))
+    checks.stored(site, q, planes, hot[3:], seen)
     room = (k_high.shape[2] if table is None else table.shape[1]) * k_high.shape[3]
     checks.visibility(site, q, mask, bias, (int(options["keys"]), room), options["causal"], options["window"])
 

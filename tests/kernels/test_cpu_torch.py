@@ -23,7 +23,7 @@ from lamp_compile.runtime.kernels.cpu import _library
 from tests.kernels import calls
 from tests.kernels.calls import Call
 
-pytestmark = pytest.mark.skipif(cpu.join_torch() is not None, reason=f"{cpu.join_torch()}")
+pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=f"{cpu.why_not()}")
 
 
 def run(call: Call) -> Tensor:
@@ -35,6 +35,11 @@ def run(call: Call) -> Tensor:
 
 def step(**given: Any) -> Call:
     return calls.make(**{"lengths": torch.tensor([150, 97]), "causal": "bottom_right", **given})
+
+
+def test_every_torch_that_is_served_has_the_interface():
+    """Without it all goes by Python, and nothing but its time would show it."""
+    assert cpu.join_torch() is None
 
 
 def both(call: Call) -> tuple[bool, Tensor, Tensor]:
@@ -302,6 +307,7 @@ def test_errors_without_words_keep_their_type(monkeypatch):
     with pytest.raises(MemoryError) as found:
         run(HANDED_ON["channels apart"](step()))
     assert isinstance(found.value.__cause__, ValueError)
+    assert found.traceback[-1].name == "fails", "where it was raised"
 
 
 def test_a_checked_operator_called_by_itself_raises():

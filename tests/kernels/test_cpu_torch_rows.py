@@ -14,7 +14,7 @@ from lamp_compile.errors import CacheError, InputError, LampError
 from lamp_compile.runtime import fused_ops as _fused  # noqa: F401 (registers torch.ops.lamp.append)
 from lamp_compile.runtime.kernels import cpu
 
-pytestmark = pytest.mark.skipif(cpu.join_torch() is not None, reason=f"{cpu.join_torch()}")
+pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=f"{cpu.why_not()}")
 STORE = ("nested8", "nested8", "hadamard", "test")
 
 

@@ -16,6 +16,8 @@
 extern "C" {
 #endif
 
+// Query heads that share a kv head, at most, and channels of a head.
+enum { LAMP_MOST_GROUP = 64, LAMP_MOST_DIM = 256 };
 enum LampDtype { LAMP_FLOAT32 = 0, LAMP_BFLOAT16 = 1, LAMP_FLOAT16 = 2 };
 enum LampRule { LAMP_ENERGY = 0, LAMP_STRICT = 1, LAMP_RELAXED = 2 };
 enum LampCausal { LAMP_NOT_CAUSAL = 0, LAMP_TOP_LEFT = 1, LAMP_BOTTOM_RIGHT = 2 };

@@ -9,8 +9,6 @@
 
 namespace ort {
 
-constexpr int MOST_HALF = 128;  // MOST_DIM / 2 of rotation.h
-
 // A Hadamard rotation of `dim` channels: made on the first call, and compared with the matrix that the node has as an
 // input, since the core multiplies by the one that it knows.
 class Rotation {
@@ -88,7 +86,7 @@ struct Planes {
     expect(k[0] > 0 && k[1] > 0 && k[2] > 0, "planes without room: k_high " + text(k));
     expect(k[3] == 32 || k[3] == 64 || k[3] == 128, "storage tiles of " + std::to_string(k[3]) + " keys");
     for (const int64_t half : {k[4], v[3]})
-      expect(half > 0 && half % 2 == 0 && half <= MOST_HALF, std::to_string(2 * half) + " channels");
+      expect(half > 0 && half % 2 == 0 && 2 * half <= LAMP_MOST_DIM, std::to_string(2 * half) + " channels");
     planes.stored_tiles = planes.pages = k[2];
     planes.tile = k[3], planes.half_k = k[4], planes.half_v = v[3], planes.kv_heads = k[1];
     point(nullptr);

@@ -17,7 +17,6 @@ using ort::Extras, ort::PLANE_TYPES, ort::Planes, ort::Rotation;
 using ort::balance_of, ort::broadcast, ort::expect, ort::per_head, ort::per_sequence, ort::text;
 
 constexpr const char *DOMAIN_NAME = "ai.lamp", *THREADS = "ai.lamp.threads";
-constexpr int MOST_GROUP = 64;  // MOST_ROWS of rows.h
 
 struct AppendKernel {
   Api api;
@@ -138,7 +137,7 @@ struct AttendKernel {
     const int64_t heads = q.dims[1], queries = q.dims[2];
     expect(q.dims[0] == batch && q.dims[3] == dim && heads > 0 && heads % kv_heads == 0 && queries > 0,
            "q is " + text(q.dims) + " for k_high " + text(p.at[0].dims));
-    expect(heads / kv_heads <= MOST_GROUP, std::to_string(heads / kv_heads) + " query heads to a kv head");
+    expect(heads / kv_heads <= LAMP_MOST_GROUP, std::to_string(heads / kv_heads) + " query heads to a kv head");
     expect(p.planes.tile % fixed.subtile == 0, "sub-tiles larger than a storage tile");
     LampAttend given = fixed;
     given.planes = p.planes;

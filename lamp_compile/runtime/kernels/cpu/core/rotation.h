@@ -1,6 +1,6 @@
 // Hadamard rotations (runtime/rotation.py): R = (Sylvester of order 2^n) x (base matrix), over sqrt(D).
 
-constexpr int MOST_DIM = 256;
+constexpr int MOST_DIM = LAMP_MOST_DIM;
 
 // Sylvester's matrix of order 16 times the lanes of a vector.
 LAMP_INLINE Vf double_lanes(Vf x) {

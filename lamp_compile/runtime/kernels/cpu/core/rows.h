@@ -1,6 +1,6 @@
 // The rows of one piece of work: the query heads that share a kv head, for some of the tokens; and what each may see.
 
-constexpr int MOST_ROWS = 64;  // rows of one piece of work
+constexpr int MOST_ROWS = LAMP_MOST_GROUP;  // rows of one piece of work: those of a token at least
 constexpr int CHUNK = 512;     // keys that share a maximum
 constexpr int SEGMENT = 2048;  // keys that share a partial result, whatever the number of threads
 constexpr float LOG2E = 1.4426950408889634f;

@@ -11,8 +11,7 @@
 
 namespace {
 
-constexpr int MOST_GROUP = 64, MOST_HALF = 128;  // MOST_ROWS of rows.h, MOST_DIM / 2 of rotation.h
-constexpr int TILE = 32;                         // tiles are whole multiples
+constexpr int TILE = 32;  // storage tiles are whole multiples
 
 std::atomic<bool> serving{false};
 std::atomic<int64_t> served{0};
@@ -43,7 +42,7 @@ bool planes_of(const Arguments &given, int first, const Tensor &table, int64_t b
                     v_scale.is({k[0], k[1], k[2] * tile}) && k[0] == (table.there ? 1 : batch) && k[1] > 0 && k[2] > 0;
   if (!fits || tile <= 0 || tile % TILE) return false;
   for (const int64_t half : {half_k, half_v})
-    if (half <= 0 || half % 2 || half > MOST_HALF) return false;
+    if (half <= 0 || half % 2 || 2 * half > LAMP_MOST_DIM) return false;
   if (table.there && (table.dim != 2 || table.sizes[0] != batch || table.sizes[1] <= 0 || !table.holds(types.int32)))
     return false;
   planes.k_high = (uint8_t *)k_high.data, planes.k_residual = (uint8_t *)k_residual.data;
@@ -249,7 +248,7 @@ LampTensor attended(const Arguments &given) {
   if (!rows_of(q) || !planes_of(given, PLANES, table, q.sizes[0], call.planes)) return nullptr;
   const int64_t batch = q.sizes[0], heads = q.sizes[1], queries = q.sizes[2], dim = q.sizes[3];
   const int64_t kv_heads = call.planes.kv_heads, width = 2 * call.planes.half_v;
-  if (dim != 2 * call.planes.half_k || heads % kv_heads || heads / kv_heads > MOST_GROUP) return nullptr;
+  if (dim != 2 * call.planes.half_k || heads % kv_heads || heads / kv_heads > LAMP_MOST_GROUP) return nullptr;
   if (!settings_of(given, call) || !controls_of(given, batch, kv_heads, call) || !seen_of(given, q, call))
     return nullptr;
   call.q = q.data, call.dtype = dtype_of(q), call.batch = batch, call.heads = heads, call.queries = queries;
