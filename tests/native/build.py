@@ -53,10 +53,7 @@ def compile_core(folder: Path, kind: str) -> list[Path]:
     settings, setup = KINDS[kind], setup_file()
     macro, sets = setup.instruction_sets(settings.machine or platform.machine())
     common = [flag for flag in setup.COMMON if flag not in ("-O3", "-g0")] + [f"-D{macro}"]
-    jobs = {
-        name: [*common, *sets.get(name, []), *settings.flags]
-        for name in ("core", "ort_ops", "torch_ops", "portable", *sets)
-    }
+    jobs = {name: [*common, *sets.get(name, []), *settings.flags] for name in (*ALWAYS, *sets)}
 
     def one(name: str) -> Path:
         made = folder / f"{name}.o"
