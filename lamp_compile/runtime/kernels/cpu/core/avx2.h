@@ -56,7 +56,7 @@ LAMP_INLINE void dots(const uint8_t *plane, int half, const int8_t *q, const int
 constexpr int MOST_TILES = 8;
 template <int ROWS>
 LAMP_INLINE void values(const uint8_t *const *tiles, int count, int64_t stride, int half, const uint8_t *w, Feed &feed,
-                        Feed &, int32_t *out) {
+                        int32_t *out) {
   static_assert(2 * 255 * 8 * MOST_TILES < 32768, "products of all sub-tiles fit into sixteen bits");
   const __m256i low = _mm256_set1_epi8(15), eight = _mm256_set1_epi8(8), ones = _mm256_set1_epi16(1);
   __m256i sums[ROWS][2][8];  // one channel each

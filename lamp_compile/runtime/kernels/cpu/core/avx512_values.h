@@ -113,7 +113,7 @@ LAMP_INLINE void each_tile(int count, Step step) {
 // are 16 times the upper nibble and the lower one, plus 8, and need no shift. Apart: around it, registers are short.
 template <int ROWS, bool TOGETHER>
 LAMP_APART void multiply_coarse(const uint8_t *const *tiles, int count, const int64_t *at, int64_t stride,
-                                const uint8_t *w, const uint8_t *soon, const uint8_t *other, __m512i (*sums)[2]) {
+                                const uint8_t *w, const uint8_t *soon, __m512i (*sums)[2]) {
   __m512i flip = _mm512_set1_epi8(8), mask = _mm512_set1_epi8(15);
   __asm__("" : "+v"(flip), "+v"(mask));  // what compilers know they make again for every tile
   const int64_t at0 = at[0], at1 = at[1];
@@ -124,7 +124,7 @@ LAMP_APART void multiply_coarse(const uint8_t *const *tiles, int count, const in
     const __m512i high0 = _mm512_xor_si512(two_channels<TOGETHER>(tiles[t] + at0, stride), flip);
     const __m512i high1 = _mm512_xor_si512(two_channels<TOGETHER>(tiles[t] + at1, stride), flip);
     const __m512i low0 = _mm512_and_si512(high0, mask), low1 = _mm512_and_si512(high1, mask);
-    ask(soon + 128 * t), ask(soon + 128 * t + 64), ask(other + 32 * t);
+    ask(soon + 64 * t);
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; r++) {
       const __m512i weight = _mm512_load_si512(w + (t * ROWS + r) * WEIGHT_ROOM);
@@ -143,19 +143,20 @@ LAMP_APART void multiply_coarse(const uint8_t *const *tiles, int count, const in
 
 template <int ROWS, bool TOGETHER>
 LAMP_APART void values_of(const uint8_t *const *tiles, int count, int64_t stride, int half, const uint8_t *w,
-                          Feed &feed, Feed &beside, int32_t *out) {
+                          Feed &feed, int32_t *out) {
   int32_t surplus[ROWS];
   surplus_of<ROWS>(w, count, surplus);
   all_channels<ROWS>(
       TOGETHER ? SUBTILE : stride, half, out,
       [&](const int64_t *at, __m512i(*sums)[2]) LAMP_LAMBDA {
-        const uint8_t *soon = take(feed, 128 * MOST_TILES), *other = take(beside, 32 * MOST_TILES);
+        // Half of what is read meanwhile: what comes between products asks for the rest.
+        const uint8_t *soon = take(feed, 64 * MOST_TILES);
         // What the tiles that are not there would have asked for.
-        for (int t = 128 * count; t < 128 * MOST_TILES; t += 64) ask(soon + t);
-        for (int t = 32 * count & -64; t < 32 * MOST_TILES; t += 64) ask(other + t);
-        multiply_coarse<ROWS, TOGETHER>(tiles, count, at, stride, w, soon, other, sums);
+        for (int t = count; t < MOST_TILES; t++) ask(soon + 64 * t);
+        multiply_coarse<ROWS, TOGETHER>(tiles, count, at, stride, w, soon, sums);
       },
       [&](int r, __m512i &upper, __m512i &lower) LAMP_LAMBDA {
+        ask_for(take(feed, half * 32 / ROWS), half * 32 / ROWS);
         upper = _mm512_sub_epi32(upper, lower);
         lower = _mm512_sub_epi32(_mm512_slli_epi32(lower, 4), _mm512_set1_epi32(16 * surplus[r]));
       });
@@ -163,11 +164,11 @@ LAMP_APART void values_of(const uint8_t *const *tiles, int count, int64_t stride
 
 template <int ROWS>
 LAMP_INLINE void values(const uint8_t *const *tiles, int count, int64_t stride, int half, const uint8_t *w, Feed &feed,
-                        Feed &beside, int32_t *out) {
+                        int32_t *out) {
   if (stride == SUBTILE)
-    values_of<ROWS, true>(tiles, count, stride, half, w, feed, beside, out);
+    values_of<ROWS, true>(tiles, count, stride, half, w, feed, out);
   else
-    values_of<ROWS, false>(tiles, count, stride, half, w, feed, beside, out);
+    values_of<ROWS, false>(tiles, count, stride, half, w, feed, out);
 }
 
 // Both planes of two channels: 16 times the high nibble and the residual one, plus 8, times both bytes of the weights
@@ -175,7 +176,7 @@ LAMP_INLINE void values(const uint8_t *const *tiles, int count, int64_t stride, 
 template <int ROWS, bool TOGETHER>
 LAMP_INLINE void multiply_fine(const uint8_t *const *high, const uint8_t *const *residual, int count, int64_t at,
                                int64_t stride, const uint8_t *w_upper, const uint8_t *w_lower, const uint8_t *soon,
-                               const uint8_t *refined, __m512i *sums) {
+                               __m512i *sums) {
   __m512i upper[ROWS], lower[ROWS], fine_upper[ROWS], fine_lower[ROWS];
   const __m512i mask = _mm512_set1_epi8((char)0xf0);
 #pragma GCC unroll 4
@@ -186,7 +187,7 @@ LAMP_INLINE void multiply_fine(const uint8_t *const *high, const uint8_t *const 
     // Sums, not unions: those become operations of three operands.
     const __m512i above = _mm512_add_epi8(_mm512_and_si512(coarse, mask), upper_of(fine));
     const __m512i below = _mm512_add_epi8(_mm512_and_si512(_mm512_slli_epi16(coarse, 4), mask), lower_of(fine));
-    ask(soon + 64 * t), ask(refined + 64 * t);
+    ask(soon + 64 * t);
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; r++) {
       const int place = (t * ROWS + r) * WEIGHT_ROOM;
@@ -208,12 +209,11 @@ LAMP_INLINE void multiply_fine(const uint8_t *const *high, const uint8_t *const 
 template <int ROWS, bool TOGETHER>
 LAMP_APART void multiply_fine_pairs(const uint8_t *const *high, const uint8_t *const *residual, int count,
                                     const int64_t *at, int64_t stride, const uint8_t *w_upper, const uint8_t *w_lower,
-                                    const uint8_t *soon, const uint8_t *refined, __m512i (*sums)[2]) {
+                                    const uint8_t *const *soon, __m512i (*sums)[2]) {
   __m512i pair[2][2 * ROWS];
 #pragma GCC unroll 2
   for (int i = 0; i < 2; i++)
-    multiply_fine<ROWS, TOGETHER>(high, residual, count, at[i], stride, w_upper, w_lower, soon + 64 * i * count,
-                                  refined + 64 * i * count, pair[i]);
+    multiply_fine<ROWS, TOGETHER>(high, residual, count, at[i], stride, w_upper, w_lower, soon[i], pair[i]);
 #pragma GCC unroll 8
   for (int r = 0; r < 2 * ROWS; r++) sums[r / 2][r % 2] = sums_of_two(pair[0][r], pair[1][r]);
 }
@@ -224,8 +224,8 @@ LAMP_APART void fine_values_of(const uint8_t *const *high, const uint8_t *const 
   all_channels<ROWS>(
       TOGETHER ? SUBTILE : stride, half, out,
       [&](const int64_t *at, __m512i(*sums)[2]) LAMP_LAMBDA {
-        const uint8_t *soon = take(feeds.values, 128 * count), *refined = take(feeds.refined, 128 * count);
-        multiply_fine_pairs<ROWS, TOGETHER>(high, residual, count, at, stride, w_upper, w_lower, soon, refined, sums);
+        const uint8_t *soon[2] = {take(feeds.values, 64 * count), take(feeds.refined, 64 * count)};
+        multiply_fine_pairs<ROWS, TOGETHER>(high, residual, count, at, stride, w_upper, w_lower, soon, sums);
       },
       [](int, __m512i &, __m512i &) LAMP_LAMBDA {});
   int32_t above[ROWS], below[ROWS];

@@ -22,7 +22,7 @@
 #if defined(_MSC_VER) && !defined(LAMP_ASK_CPUID)
 #define LAMP_ASK_CPUID  // what __builtin_cpu_supports asks is not linked there
 #endif
-#if defined(LAMP_X86) && defined(LAMP_ASK_CPUID)
+#if defined(LAMP_X86)
 #include <cpuid.h>
 #endif
 
@@ -55,6 +55,14 @@ struct Features {
              __builtin_cpu_supports("avx512vnni");
   }
 };
+#endif
+
+#if defined(LAMP_X86)
+bool is_zen5() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid(0, &a, &b, &c, &d) || b != 0x68747541 || d != 0x69746e65 || c != 0x444d4163) return false;
+  return __get_cpuid(1, &a, &b, &c, &d) && (a >> 8 & 15) + (a >> 20 & 255) == 26;  // "AuthenticAMD", family 1Ah
+}
 #endif
 
 #if defined(_WIN32)
@@ -158,6 +166,10 @@ struct Memory {
 constexpr int64_t MOST_KEPT = 256 << 20;
 
 }  // namespace
+
+#if defined(LAMP_X86)
+const bool lamp_ask_near = is_zen5();
+#endif
 
 void run(Task task, void *data, int64_t count, int64_t threads, Help help, int64_t useful) {
   useful = std::min(threads, help ? useful : count);

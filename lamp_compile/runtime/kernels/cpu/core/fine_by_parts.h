@@ -27,9 +27,9 @@ LAMP_INLINE void fine_values(const uint8_t *const *high, const uint8_t *const *r
                              int half, const uint8_t *w_upper, const uint8_t *w_lower, const uint8_t *w_eight,
                              Feeds &feeds, int32_t *out) {
   int32_t part[ROWS * MOST_DIM];
-  values<ROWS>(high, count, stride, half, w_upper, feeds.values, feeds.refined, out);
-  values<ROWS>(residual, count, stride, half, w_eight, feeds.refined, feeds.values, part);
+  values<ROWS>(high, count, stride, half, w_upper, feeds.values, out);
+  values<ROWS>(residual, count, stride, half, w_eight, feeds.refined, part);
   for (int i = 0; i < ROWS * 2 * half; i++) out[i] = out[i] * 16 + part[i];
-  values<ROWS>(high, count, stride, half, w_lower, feeds.refined, feeds.values, part);
+  values<ROWS>(high, count, stride, half, w_lower, feeds.refined, part);
   for (int i = 0; i < ROWS * 2 * half; i++) out[i] = out[i] * 16 + part[i];
 }

@@ -42,7 +42,7 @@ LAMP_INLINE void dots(const uint8_t *plane, int half, const int8_t *q, const int
 constexpr int MOST_TILES = 8;
 template <int ROWS>
 LAMP_INLINE void values(const uint8_t *const *tiles, int count, int64_t stride, int half, const uint8_t *w, Feed &feed,
-                        Feed &, int32_t *out) {
+                        int32_t *out) {
   // Weights go up to 255 and the dot product is signed: w = (w - 128) + 128.
   const uint8x16_t top = vdupq_n_u8(0x80);
   const int8x16_t ones = vdupq_n_s8(1);

@@ -7,7 +7,7 @@
 //         MOST_FINE tiles, because the high plane holds -7 to 7. Where WEIGHTS_OF_EIGHT_BITS, the residual plane is
 //         multiplied by 256 * w_eight.
 // MOST_TILES: how many of V `values` takes at once, which share a scale of weights.
-// feed, beside: what will be read soon, which may be asked for in passing.
+// feed: what will be read soon, which may be asked for in passing.
 // q is [rows][2][PADDED] with zeros behind the channels, nibbles are -8 to 7, w is [tiles][rows][WEIGHT_ROOM], each as
 // place_weights leaves it (here its 32 bytes).
 
@@ -31,7 +31,7 @@ LAMP_INLINE void dots(const uint8_t *plane, int half, const int8_t *q, const int
 constexpr int MOST_TILES = 8;
 template <int ROWS>
 LAMP_INLINE void values(const uint8_t *const *tiles, int count, int64_t stride, int half, const uint8_t *w, Feed &,
-                        Feed &, int32_t *out) {
+                        int32_t *out) {
   for (int r = 0; r < ROWS; r++)
     for (int c = 0; c < half; c++) {
       int32_t upper = 0, lower = 0;

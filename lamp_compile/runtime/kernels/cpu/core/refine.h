@@ -36,6 +36,7 @@ LAMP_APART void add_cold(const Work &work, const Run &run, const Block &block, c
     for (int h = 0; h < 2; h++) {
       const int at = t * SUBTILE + h * LANES;
       const Vf cut = cuts_of(run.first + at);
+      ask(take(feeds.values, 64)), ask(take(feeds.refined, 64));
       for (int i = 0; i < ROWS; i++) {
         Vf p = load(z[i] + at) * run.scales[t].v[h];
         if (MIXED && block.refined[i] >> t & 1) p = splat(0.0f);
@@ -46,7 +47,7 @@ LAMP_APART void add_cold(const Work &work, const Run &run, const Block &block, c
   }
   const int half = (int)work.call->planes.half_v;
   alignas(64) int32_t found[ROWS * MOST_DIM];
-  values<ROWS>(high, block.cold_count, work.call->planes.tile, half, w, feeds.values, feeds.refined, found);
+  values<ROWS>(high, block.cold_count, work.call->planes.tile, half, w, feeds.values, found);
   add_to<ROWS>(work, r0, step, found, outputs);
 }
 
@@ -124,13 +125,13 @@ LAMP_INLINE void refine_rows(const Work &work, const Run &run, int r0, Feeds &fe
     if (left <= 0) {  // a row that fills up the block
       most[i++] = 0;
     } else if (plain && left > 1 && i + 1 < ROWS) {
-      weigh_cold<2, true>(work, run, block, i, r, most, sums, outputs);
+      weigh_cold<2, true>(work, run, block, i, r, feeds, most, sums, outputs);
       i += 2;
     } else {
       if (plain)
-        weigh_cold<1, true>(work, run, block, i, r, most, sums, outputs);
+        weigh_cold<1, true>(work, run, block, i, r, feeds, most, sums, outputs);
       else
-        weigh_cold<1, false>(work, run, block, i, r, most, sums, outputs);
+        weigh_cold<1, false>(work, run, block, i, r, feeds, most, sums, outputs);
       i++;
     }
   }
@@ -224,10 +225,10 @@ LAMP_INLINE void enter(const Work &work, int64_t segment, Course &course) {
 }
 
 // Opens the next run of the course and decides on it.
-static void take_step(Work &work, Course &course, Step &step) {
+static void take_step(Work &work, Course &course, Step &step, Feed &values) {
   step.segment = course.segment;
   if (step.segment < 0) return;
-  open_run(work, course.at, work.rows.to, step.run);
+  open_run(work, course.at, work.rows.to, step.run, values);
   decide(work, step.run, partial_of(work, step.segment));
   course.at += RUN_KEYS;
   step.closes = course.at >= course.end;
@@ -241,18 +242,16 @@ static void refine_segments(Work &work, int64_t first, Segments *more) {
   Carried carried;
   Feeds feeds;
   clear(feeds.refined, &feeds);
+  clear(feeds.values, &feeds);
   clear(work.rows, carried);
   enter(work, first, course);
-  take_step(work, course, steps[0]);
+  take_step(work, course, steps[0], feeds.values);
   for (int now = 0; steps[now].segment >= 0; now ^= 1) {
     const Step &step = steps[now];
     Step &next = steps[now ^ 1];
-    take_step(work, course, next);
     clear(feeds.values, &feeds);
-    if (next.segment >= 0) {
-      ask_for_refined(work, next.run, feeds.refined);
-      ask_for_values(work, next.run, feeds.values);
-    }
+    take_step(work, course, next, feeds.values);
+    if (next.segment >= 0) ask_for_refined(work, next.run, feeds.refined);
     float *partial = partial_of(work, step.segment);
     refine_run(work, step.run, feeds, partial, carried);
     if (!step.closes) continue;

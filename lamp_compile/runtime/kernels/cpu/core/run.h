@@ -150,7 +150,13 @@ LAMP_APART void leave_out_bad(Run &run) {
     }
 }
 
-LAMP_APART void open_run(const Work &work, int64_t first, int64_t end, Run &run) {
+// What is to be asked for of the high plane of values with a sub-tile: with the first one of a tile all of it.
+LAMP_INLINE void add_values(const LampPlanes &planes, const Run &run, int t, Feed &feed) {
+  if (planes.tile == SUBTILE || !t || run.v_high[t] != run.v_high[t - 1] + SUBTILE)
+    push(feed, run.v_high[t], planes.tile * planes.half_v);
+}
+
+LAMP_APART void open_run(const Work &work, int64_t first, int64_t end, Run &run, Feed &values) {
   const LampPlanes &planes = work.call->planes;
   const bool in_order = !planes.table && !work.order;
   run.first = first;
@@ -167,7 +173,11 @@ LAMP_APART void open_run(const Work &work, int64_t first, int64_t end, Run &run)
     run.v_residual[t] = planes.v_residual + value;
     run.k_scale[t] = planes.k_scale + scale;
     run.v_spoilt[t] = 0;
+    add_values(planes, run, t, values);
+    const uint8_t *soon = take(values, 192);
+    ask(soon);
     for (int h = 0; h < 2; h++) {
+      ask(soon + 64 + 64 * h);
       const Vf k = halves(planes.k_scale + scale + h * LANES), v = halves(planes.v_scale + scale + h * LANES);
       run.scales[t].v[h] = v;
       square(run.scales[t], h, k);
@@ -197,17 +207,4 @@ LAMP_APART void ask_for_refined(const Work &work, const Run &run, Feed &feed) {
     else
       for (int64_t c = 0; c < planes.half_v; c++) ask(run.v_residual[t] + c * planes.tile);
   }
-}
-
-// And of the high plane of values.
-LAMP_APART void ask_for_values(const Work &work, const Run &run, Feed &feed) {
-  const LampPlanes &planes = work.call->planes;
-  const int64_t bytes = SUBTILE * planes.half_v;
-  if (planes.tile == SUBTILE && run.v_high[run.count - 1] == run.v_high[0] + (run.count - 1) * bytes) {
-    push(feed, run.v_high[0], run.count * bytes);
-    return;
-  }
-  for (int t = 0; t < run.count; t++)
-    if (planes.tile == SUBTILE || !t || run.v_high[t] != run.v_high[t - 1] + SUBTILE)
-      push(feed, run.v_high[t], planes.tile * planes.half_v);
 }

@@ -19,6 +19,15 @@ void rest(int64_t times);
 // Memory of the calling thread, kept for its next call; null without memory. Aligned to 64 bytes, not cleared.
 char *scratch(int64_t bytes);
 
+#if defined(LAMP_X86)
+#if !defined(_WIN32)
+__attribute__((visibility("hidden")))
+#endif
+// Whether lines are asked for into the first cache (feed.h). So on Zen 5, which has room there for what a run of keys
+// reads, and at times forgets many of the requests that go to the second cache.
+extern const bool lamp_ask_near;
+#endif
+
 extern const Kernels lamp_portable;
 extern const Kernels lamp_avx2;
 extern const Kernels lamp_avx512;

@@ -111,17 +111,20 @@ LAMP_INLINE void add_sums(const Sums &sums, Vf factor, Vf noise, Vf *to) {
 // Weights of COUNT rows from r on, the i-th of their block, in the sub-tiles that are not refined for them. PLAIN:
 // nothing is spoilt, and the block's rows agree on what is refined.
 template <int COUNT, bool PLAIN>
-LAMP_APART void weigh_cold(const Work &work, const Run &run, const Block &block, int i, int r, float *most,
-                           Vf (*to)[KEY_SUMS], float *const *outputs) {
+LAMP_APART void weigh_cold(const Work &work, const Run &run, const Block &block, int i, int r, Feeds &feeds,
+                           float *most, Vf (*to)[KEY_SUMS], float *const *outputs) {
   const float *z = work.z + r * work.pitch + (run.first - work.rows.from);
   Sums sums[COUNT];
   for (int k = 0; k < COUNT; k++) clear(sums[k]);
   for (int n = 0; n < block.cold_count; n++) {
     const int t = block.cold[n];
+    const uint8_t *values = take(feeds.values, 128), *refined = take(feeds.refined, 128);
 #pragma GCC unroll 2
     for (int h = 0; h < 2; h++)
 #pragma GCC unroll 2
       for (int k = 0; k < COUNT; k++) {
+        if (k == 0) ask(values + 64 * h);
+        if (k == COUNT - 1) ask(refined + 64 * h);
         const Vf p = load(z + k * work.pitch + t * SUBTILE + h * LANES);
         if (!PLAIN && block.refined[i + k] >> t & 1) continue;
         add_weights(run.scales[t], h, p, sums[k]);
