@@ -124,7 +124,7 @@ LAMP_APART void multiply_coarse(const uint8_t *const *tiles, int count, const in
     const __m512i high0 = _mm512_xor_si512(two_channels<TOGETHER>(tiles[t] + at0, stride), flip);
     const __m512i high1 = _mm512_xor_si512(two_channels<TOGETHER>(tiles[t] + at1, stride), flip);
     const __m512i low0 = _mm512_and_si512(high0, mask), low1 = _mm512_and_si512(high1, mask);
-    ask(soon + 64 * t);
+    if (t % 2 == 0) ask_for_two(soon + 64 * t);
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; r++) {
       const __m512i weight = _mm512_load_si512(w + (t * ROWS + r) * WEIGHT_ROOM);
@@ -152,7 +152,7 @@ LAMP_APART void values_of(const uint8_t *const *tiles, int count, int64_t stride
         // Half of what is read meanwhile: what comes between products asks for the rest.
         const uint8_t *soon = take(feed, 64 * MOST_TILES);
         // What the tiles that are not there would have asked for.
-        for (int t = count; t < MOST_TILES; t++) ask(soon + 64 * t);
+        for (int t = (count + 1) & -2; t < MOST_TILES; t += 2) ask_for_two(soon + 64 * t);
         multiply_coarse<ROWS, TOGETHER>(tiles, count, at, stride, w, soon, sums);
       },
       [&](int r, __m512i &upper, __m512i &lower) LAMP_LAMBDA {
@@ -176,7 +176,7 @@ LAMP_INLINE void values(const uint8_t *const *tiles, int count, int64_t stride, 
 template <int ROWS, bool TOGETHER>
 LAMP_INLINE void multiply_fine(const uint8_t *const *high, const uint8_t *const *residual, int count, int64_t at,
                                int64_t stride, const uint8_t *w_upper, const uint8_t *w_lower, const uint8_t *soon,
-                               __m512i *sums) {
+                               const uint8_t *refined, __m512i *sums) {
   __m512i upper[ROWS], lower[ROWS], fine_upper[ROWS], fine_lower[ROWS];
   const __m512i mask = _mm512_set1_epi8((char)0xf0);
 #pragma GCC unroll 4
@@ -190,6 +190,7 @@ LAMP_INLINE void multiply_fine(const uint8_t *const *high, const uint8_t *const 
     ask(soon + 64 * t);
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; r++) {
+      if (r == ROWS / 2) ask(refined + 64 * t);
       const int place = (t * ROWS + r) * WEIGHT_ROOM;
       const __m512i first = _mm512_load_si512(w_upper + place);
       const __m512i second = _mm512_load_si512(w_lower + place);
@@ -209,11 +210,12 @@ LAMP_INLINE void multiply_fine(const uint8_t *const *high, const uint8_t *const 
 template <int ROWS, bool TOGETHER>
 LAMP_APART void multiply_fine_pairs(const uint8_t *const *high, const uint8_t *const *residual, int count,
                                     const int64_t *at, int64_t stride, const uint8_t *w_upper, const uint8_t *w_lower,
-                                    const uint8_t *const *soon, __m512i (*sums)[2]) {
+                                    const uint8_t *soon, const uint8_t *refined, __m512i (*sums)[2]) {
   __m512i pair[2][2 * ROWS];
 #pragma GCC unroll 2
   for (int i = 0; i < 2; i++)
-    multiply_fine<ROWS, TOGETHER>(high, residual, count, at[i], stride, w_upper, w_lower, soon[i], pair[i]);
+    multiply_fine<ROWS, TOGETHER>(high, residual, count, at[i], stride, w_upper, w_lower, soon + 64 * i * count,
+                                  refined + 64 * i * count, pair[i]);
 #pragma GCC unroll 8
   for (int r = 0; r < 2 * ROWS; r++) sums[r / 2][r % 2] = sums_of_two(pair[0][r], pair[1][r]);
 }
@@ -224,8 +226,8 @@ LAMP_APART void fine_values_of(const uint8_t *const *high, const uint8_t *const 
   all_channels<ROWS>(
       TOGETHER ? SUBTILE : stride, half, out,
       [&](const int64_t *at, __m512i(*sums)[2]) LAMP_LAMBDA {
-        const uint8_t *soon[2] = {take(feeds.values, 64 * count), take(feeds.refined, 64 * count)};
-        multiply_fine_pairs<ROWS, TOGETHER>(high, residual, count, at, stride, w_upper, w_lower, soon, sums);
+        const uint8_t *soon = take(feeds.values, 128 * count), *refined = take(feeds.refined, 128 * count);
+        multiply_fine_pairs<ROWS, TOGETHER>(high, residual, count, at, stride, w_upper, w_lower, soon, refined, sums);
       },
       [](int, __m512i &, __m512i &) LAMP_LAMBDA {});
   int32_t above[ROWS], below[ROWS];

@@ -36,7 +36,7 @@ LAMP_APART void add_cold(const Work &work, const Run &run, const Block &block, c
     for (int h = 0; h < 2; h++) {
       const int at = t * SUBTILE + h * LANES;
       const Vf cut = cuts_of(run.first + at);
-      ask(take(feeds.values, 64)), ask(take(feeds.refined, 64));
+      ask_for_two(take(h ? feeds.refined : feeds.values, 128));
       for (int i = 0; i < ROWS; i++) {
         Vf p = load(z[i] + at) * run.scales[t].v[h];
         if (MIXED && block.refined[i] >> t & 1) p = splat(0.0f);

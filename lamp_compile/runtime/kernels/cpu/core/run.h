@@ -174,10 +174,8 @@ LAMP_APART void open_run(const Work &work, int64_t first, int64_t end, Run &run,
     run.k_scale[t] = planes.k_scale + scale;
     run.v_spoilt[t] = 0;
     add_values(planes, run, t, values);
-    const uint8_t *soon = take(values, 192);
-    ask(soon);
+    ask_for_two(take(values, 128));
     for (int h = 0; h < 2; h++) {
-      ask(soon + 64 + 64 * h);
       const Vf k = halves(planes.k_scale + scale + h * LANES), v = halves(planes.v_scale + scale + h * LANES);
       run.scales[t].v[h] = v;
       square(run.scales[t], h, k);

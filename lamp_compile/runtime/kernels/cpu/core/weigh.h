@@ -118,13 +118,11 @@ LAMP_APART void weigh_cold(const Work &work, const Run &run, const Block &block,
   for (int k = 0; k < COUNT; k++) clear(sums[k]);
   for (int n = 0; n < block.cold_count; n++) {
     const int t = block.cold[n];
-    const uint8_t *values = take(feeds.values, 128), *refined = take(feeds.refined, 128);
 #pragma GCC unroll 2
     for (int h = 0; h < 2; h++)
 #pragma GCC unroll 2
       for (int k = 0; k < COUNT; k++) {
-        if (k == 0) ask(values + 64 * h);
-        if (k == COUNT - 1) ask(refined + 64 * h);
+        if (k == COUNT - 1) ask_for_two(take(h ? feeds.refined : feeds.values, 128));
         const Vf p = load(z + k * work.pitch + t * SUBTILE + h * LANES);
         if (!PLAIN && block.refined[i + k] >> t & 1) continue;
         add_weights(run.scales[t], h, p, sums[k]);
