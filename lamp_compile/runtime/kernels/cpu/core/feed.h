@@ -9,7 +9,7 @@ struct Feed {
 };
 
 // Asks for a line. On x86 into the second cache, which has room for several times as many requests under way as the
-// first one, and from which products hardly wait; but see table.h.
+// first one, and from which products hardly wait; but for what table.h says.
 LAMP_INLINE void ask(const void *at) {
 #if defined(LAMP_X86)
   if (lamp_ask_near)

@@ -24,7 +24,7 @@ char *scratch(int64_t bytes);
 __attribute__((visibility("hidden")))
 #endif
 // Whether lines are asked for into the first cache (feed.h). So on Zen 5, which has room there for what a run of keys
-// reads, and at times forgets many of the requests that go to the second cache.
+// reads, and forgets requests for the second cache where it must look up the address of a page.
 extern const bool lamp_ask_near;
 #endif
 
