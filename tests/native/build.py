@@ -67,12 +67,12 @@ def compile_core(folder: Path, kind: str) -> list[Path]:
 
 def build(folder: Path, kind: str, source: str = "fuzz") -> Path:
     """A program of this folder: ``fuzz`` calls the core, ``ort_fuzz`` the operators of ONNX Runtime, ``segments`` and
-    ``helping`` what threads share, ``whole`` a part of the kernels for AVX-512. Object files that are there are used
-    again."""
+    ``helping`` what threads share, ``whole`` and ``asked`` parts of the kernels for AVX-512. Object files that are
+    there are used again."""
     settings, program = KINDS[kind], folder / source
     objects = sorted(folder.glob("*.o")) or compile_core(folder, kind)
     flags = [flag for flag in settings.flags if not flag.startswith("-W")]
-    if source == "whole":
+    if source in ("whole", "asked"):
         flags += [
             *setup_file().instruction_sets(settings.machine or platform.machine())[1]["avx512"],
             "-DLAMP_X86",

@@ -68,6 +68,20 @@ def test_whole_chunks_are_what_they_are_in_the_common_way(addresses: Path) -> No
     assert chunks > cases
 
 
+@pytest.mark.skipif("avx512" not in cpu.instruction_sets(), reason="this processor has no AVX-512 VNNI")
+def test_what_is_read_is_asked_for(addresses: Path) -> None:
+    """All of it but for first runs, over head sizes, groups, and shares of refined sub-tiles from none to all."""
+    said = run([str(made(addresses, "address", "asked"))], ASAN_OPTIONS="detect_leaks=0")
+    calls = [[float(word) for word in re.findall(r"\d+(?:\.\d+)?", line)] for line in said.splitlines()]
+    assert len(calls) == 3 * 4 * 4
+    for line, (_dim, _group, refined, keys, values, *residual) in zip(said.splitlines(), calls, strict=True):
+        assert keys > 0.99, line
+        assert values > (0.93 if refined < 0.5 else 0.88), line
+        assert len(residual) == (2 if refined else 0), line
+        assert all(0.7 < share < 1.06 for share in residual), line  # and next to nothing else
+    assert sum(0.01 < call[2] < 0.2 for call in calls) > 8  # such as text has
+
+
 def test_operators_of_onnxruntime_refuse_what_does_not_fit(addresses: Path) -> None:
     """Wrong shapes, types, numbers and missing inputs; right calls are taken."""
     program = made(addresses, "address", "ort_fuzz")

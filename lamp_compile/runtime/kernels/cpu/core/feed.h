@@ -11,7 +11,9 @@ struct Feed {
 // Asks for a line. On x86 into the second cache, which has room for several times as many requests under way as the
 // first one, and from which products hardly wait; but for what table.h says.
 LAMP_INLINE void ask(const void *at) {
-#if defined(LAMP_X86)
+#if defined(LAMP_ASKED)
+  LAMP_ASKED(at);  // of a test
+#elif defined(LAMP_X86)
   if (lamp_ask_near)
     __builtin_prefetch(at, 0, 3);
   else
@@ -21,7 +23,7 @@ LAMP_INLINE void ask(const void *at) {
 #endif
 }
 
-// For two lines next to each other, which are best asked for together (Zen 4).
+// Two lines next to each other are best asked for together (Zen 4).
 LAMP_INLINE void ask_for_two(const uint8_t *at) { ask(at), ask(at + 64); }
 
 // For what nothing can be put between: bytes of a plane that begin at a line.
@@ -55,6 +57,7 @@ LAMP_INLINE const uint8_t *take(Feed &feed, int64_t bytes) {
   feed.at += bytes;
   return at;
 }
+
 // Of the second pass: the high plane of the values of the next run, and refined sub-tiles of any.
 struct Feeds {
   Feed values, refined;
