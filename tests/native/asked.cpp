@@ -1,6 +1,6 @@
-// Which lines of the planes are asked for before they are read, over shapes and shares of refined sub-tiles. What is
-// not asked for is read all the same, slowly: no other test notices. Prints a line for each call: D, group, refined
-// share, and what is asked for of the keys, the values, and the residual planes of what is refined of both.
+// Which lines of the planes are asked for, over shapes and shares of refined sub-tiles. What is not asked for is read
+// all the same, slowly: no other test notices. Prints a line for each call: D, group, refined share, and what is asked
+// for of the keys, the values, and the residual planes of what is refined of both; and where lines are asked for.
 #include <immintrin.h>
 
 #include <cmath>
@@ -47,7 +47,7 @@ static void attend_once(Random &random, int64_t dim, int64_t group, Share share)
   Lines<uint16_t> k_scale(KEYS), v_scale(KEYS);
   for (Lines<uint8_t> &plane : planes)
     for (int64_t i = 0; i < bytes; i++) plane.data[i] = (uint8_t)random.next();
-  // Sub-tiles in groups: scores of some are spread ten times as wide, which makes those matter.
+  // Sub-tiles in groups: scores of some are spread 32 times as wide, which makes those matter.
   for (int64_t i = 0; i < KEYS; i++) {
     k_scale.data[i] = (uint16_t)((i / TILE * 7 / 11 % 9 == 0 ? 9 : 4) << 10);
     v_scale.data[i] = 6 << 10;
@@ -82,5 +82,6 @@ int main() {
   for (const int64_t dim : {64, 128, 256})
     for (const int64_t group : {1, 2, 4, 8})
       for (const Share share : {NONE, SOME, ALL_DECIDED, ALL}) attend_once(random, dim, group, share);
+  std::printf("into the %s cache\n", lamp_ask_near ? "first" : "second");
   return 0;
 }

@@ -156,7 +156,8 @@ LAMP_APART void values_of(const uint8_t *const *tiles, int count, int64_t stride
         multiply_coarse<ROWS, TOGETHER>(tiles, count, at, stride, w, soon, sums);
       },
       [&](int r, __m512i &upper, __m512i &lower) LAMP_LAMBDA {
-        ask_for(take(feed, half * 32 / ROWS), half * 32 / ROWS);
+        const int64_t bytes = half * 32 / ROWS;  // over all channels and rows a quarter of a run
+        ask_for(take(feed, bytes), bytes);
         upper = _mm512_sub_epi32(upper, lower);
         lower = _mm512_sub_epi32(_mm512_slli_epi32(lower, 4), _mm512_set1_epi32(16 * surplus[r]));
       });
