@@ -11,7 +11,7 @@ import torch
 from _planes import STORE, Shape
 from torch import Tensor
 
-from lamp_compile.runtime import fused_ops, guard, layout
+from lamp_compile.runtime import fused_ops, guard, kernels, layout
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
 TAU, SHARPNESS = 0.01, 1.5
@@ -57,9 +57,9 @@ def rows(length: int, shape: Shape, rounds: int) -> list[dict[str, Any]]:
 def _lamp(q: Tensor, k: Tensor, v: Tensor, stats: Tensor) -> Callable[[], Tensor]:
     kv_heads, length, dim = k.shape[1:]
     pages, tile = layout.tiles_for(length, layout.SUBTILE), layout.SUBTILE
-    lead = (1, kv_heads, pages)
-    keys = [torch.zeros(*lead, tile, dim // 2, dtype=torch.uint8) for _ in range(2)]
-    values = [torch.zeros(*lead, dim // 2, tile, dtype=torch.uint8) for _ in range(2)]
+    lead, lanes = (1, kv_heads, pages), kernels.cpu.by_lanes()
+    keys = [torch.zeros(*lead, *layout.key_shape(tile, dim // 2, lanes), dtype=torch.uint8) for _ in range(2)]
+    values = [torch.zeros(*lead, *layout.value_shape(tile, dim // 2, lanes), dtype=torch.uint8) for _ in range(2)]
     scales = [torch.zeros(1, kv_heads, pages * tile, dtype=torch.float16) for _ in range(2)]
     planes = (*keys, scales[0], *values, scales[1])
     start = torch.zeros(1, dtype=torch.int64)

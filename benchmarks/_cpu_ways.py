@@ -16,6 +16,7 @@ from _planes import STORE, Attention, Case, Inputs, Shape, importance
 from _rivals import error
 from torch import Tensor
 
+from lamp_compile.runtime import kernels, layout
 from lamp_compile.runtime.allocation import zeros
 
 BLOCK = 1024
@@ -163,8 +164,9 @@ class Lamp:
         self.sets = []
         for index in range(count):
             given = sources.of(index)
-            made = zeros({str(at): (tuple(p.shape), p.dtype) for at, p in enumerate(given.planes)}, given.q.device)
-            planes = tuple(mine.copy_(p) for mine, p in zip(made.values(), given.planes, strict=True))
+            stored = [_as_stored(p) for p in given.planes]
+            made = zeros({str(at): (tuple(p.shape), p.dtype) for at, p in enumerate(stored)}, given.q.device)
+            planes = tuple(mine.copy_(p) for mine, p in zip(made.values(), stored, strict=True))
             self.sets.append(replace(given, q=given.q.float(), planes=planes))
         self.ranked = [importance(s) for s in self.sets[: len(sources.inputs)]]
 
@@ -205,6 +207,11 @@ class Lamp:
         touched = case.batch * shape.kv_heads * (shape.dim * (4 * 2 + 2) + 8)
         calls = [lambda i=i: call(i) for i in range(len(self.sets))]
         return Way("lamp append", calls, touched, {"how": "one row of keys and one of values"}, differing)
+
+
+def _as_stored(plane: Tensor) -> Tensor:
+    """In the order of bytes that a cache on this machine has."""
+    return layout.as_lanes(plane) if plane.dim() == 5 and kernels.cpu.by_lanes() else plane
 
 
 def measure(

@@ -124,7 +124,7 @@ def importance(inputs: Inputs) -> Tensor:
     """Importance ``[B, G, T]`` of every sub-tile, largest first, from the look-ahead, a sequence at a time."""
     found = []
     k_high, _, k_scale = inputs.planes[:3]
-    keys = k_high.shape[2] * k_high.shape[3]
+    keys = k_scale.shape[2]
     for b in range(inputs.q.shape[0]):
         one = slice(b, b + 1)
         found.append(
@@ -156,8 +156,7 @@ class Attention:
         self.budget = torch.full((kv_heads,), math.inf, device=device)
         self.state = guard.new_state(batch, kv_heads, device)
         self.stats = guard.new_stats(batch, kv_heads, device)
-        k_high = inputs.planes[0]
-        options = {**SHAPE, "keys": k_high.shape[2] * k_high.shape[3], **STORE, **RULE, **GUARD}
+        options = {**SHAPE, "keys": inputs.planes[2].shape[2], **STORE, **RULE, **GUARD}
         self.settings = fused_ops.settings(options)
 
     def __call__(self, inputs: Inputs) -> Tensor:

@@ -26,7 +26,7 @@ class Planes:
     @property
     def tile(self) -> int:
         """Keys per storage tile."""
-        return int(self.k_high.shape[3])
+        return int(layout.tile_of(self.k_high))
 
     @property
     def tiles(self) -> int:

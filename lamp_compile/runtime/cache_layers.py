@@ -161,20 +161,33 @@ class NestedLayer(GrowableLayer):
             k_format.plane_widths(self.k_head_dim),
             v_format.plane_widths(self.v_head_dim),
         )
+        lanes = self._by_lanes(k_high, v_high)
+        keys = [(*lead, *layout.key_shape(tile, width, lanes)) for width in (k_high, k_residual)]
+        values = [(*lead, *layout.value_shape(tile, width, lanes)) for width in (v_high, v_residual)]
         scales = ((*lead[:2], lead[2] * tile), torch.float16)
         return zeros(
             {
-                "k_high": ((*lead, tile, k_high), k_format.plane_dtype),
-                "k_residual": ((*lead, tile, k_residual), k_format.plane_dtype),
+                "k_high": (keys[0], k_format.plane_dtype),
+                "k_residual": (keys[1], k_format.plane_dtype),
                 "k_scale": scales,
-                "v_high": ((*lead, v_high, tile), v_format.plane_dtype),
-                "v_residual": ((*lead, v_residual, tile), v_format.plane_dtype),
+                "v_high": (values[0], v_format.plane_dtype),
+                "v_residual": (values[1], v_format.plane_dtype),
                 "v_scale": scales,
                 "state": ((batch, kv_heads, guard.STATE_FIELDS), torch.float32),
                 "stats": ((batch, kv_heads, guard.STATS_FIELDS), torch.int64),
             },
             self.device,
             apart=("state", "stats"),  # the ledger reads them when the cache is gone
+        )
+
+    def _by_lanes(self, k_width: int, v_width: int) -> bool:
+        """Whether planes of these widths lie by lanes: where a CPU's kernels read those faster."""
+        plan = self.plan
+        return (
+            self.device.type == "cpu"
+            and plan.k_format == plan.v_format == kernels.FORMAT
+            and layout.lanes_fit(plan.tile, k_width, v_width)
+            and kernels.cpu.by_lanes()
         )
 
     def exact_rows(self) -> tuple[Tensor, Tensor]:
@@ -205,9 +218,9 @@ class NestedLayer(GrowableLayer):
         positions = torch.arange(rows, device=self.device) + self.cumulative_length
         layout.write_keys(self.k_high, k_high, positions)
         layout.write_values(self.v_high, v_high, positions)
-        if self.k_residual.shape[-1]:
+        if k_residual.shape[-1]:
             layout.write_keys(self.k_residual, k_residual, positions)
-        if self.v_residual.shape[-2]:
+        if v_residual.shape[-1]:
             layout.write_values(self.v_residual, v_residual, positions)
         layout.write_scales(self.k_scale, k_scale, positions)
         layout.write_scales(self.v_scale, v_scale, positions)

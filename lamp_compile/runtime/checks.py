@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lamp_compile.errors import InputError
+from lamp_compile.runtime import layout
 from lamp_compile.runtime.arguments import CAUSAL
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -59,12 +60,12 @@ def planes(site: str, six: tuple[Tensor, ...], table: Tensor | None, batch: int,
 
     Args:
         site: For the message.
-        six: K high ``[B, G, P, tile, D/2]``, residual and scale ``[B, G, P * tile]``, the same of V.
+        six: K high ``[B, G, P, tile, D/2]``, residual and scale ``[B, G, P * tile]``, the same of V; or all four by
+            lanes, K ``[B, G, P, D/8, 32, 4]`` and V ``[B, G, P, 8, Dv/2, 4]``.
         table: ``[batch, pages]``, int32 or int64: the planes are a pool then, with B = 1.
         batch: Sequences of the call.
         v_width: Bytes of a row of V, where the call says so.
     """
-    k_high, k_residual, k_scale, v_high, v_residual, v_scale = six
     where = _where(site, "planes")
     for name, x, dtype in zip(
         ("k_high", "k_residual", "k_scale", "v_high", "v_residual", "v_scale"),
@@ -74,27 +75,35 @@ def planes(site: str, six: tuple[Tensor, ...], table: Tensor | None, batch: int,
     ):
         if x.dtype != dtype:
             raise InputError(f"{name} is {_word(x.dtype)}", where=where, fix=f"{_word(dtype)}")
-    sequences, kv_heads, pages, tile, half = k_high.shape if k_high.dim() == 5 else (0, 0, 0, 0, 0)
-    wanted = (sequences, kv_heads, pages)
-    fits = (
-        k_residual.shape == (*wanted, tile, half)
-        and v_high.dim() == 5
-        and v_high.shape == v_residual.shape == (*wanted, v_high.shape[3], tile)
-        and k_scale.shape == v_scale.shape == (sequences, kv_heads, pages * tile)
-        and (v_width is None or v_high.shape[3] == v_width)
-    )
-    if not fits:
+    if not _belong_together(six, v_width):
         raise InputError(
             f"planes of shapes {', '.join(str(tuple(x.shape)) for x in six)} do not belong together",
             where=where,
-            fix="K [B, G, P, tile, D/2], V [B, G, P, Dv/2, tile], scales [B, G, P * tile]",
+            fix="K [B, G, P, tile, D/2], V [B, G, P, Dv/2, tile], scales [B, G, P * tile]; by lanes "
+            "K [B, G, P, D/8, 32, 4], V [B, G, P, 8, Dv/2, 4] with Dv a multiple of 32",
         )
+    sequences = six[0].shape[0]
     if sequences != (batch if table is None else 1):
         raise InputError(f"planes of {sequences} sequences for {batch}", where=where, fix="one batch size for both")
     if table is not None and (table.dim() != 2 or table.shape[0] != batch or table.dtype not in INTEGERS):
         raise InputError(
             f"a block table {tuple(table.shape)}, {_word(table.dtype)}", where=where, fix=f"int32 [{batch}, pages]"
         )
+
+
+def _belong_together(six: tuple[Tensor, ...], v_width: int | None) -> bool:
+    k_high, k_residual, k_scale, v_high, v_residual, v_scale = six
+    if k_high.dim() not in (5, 6) or v_high.dim() != k_high.dim():
+        return False
+    lead, lanes = k_high.shape[:3], layout.by_lanes(k_high)
+    tile, half_k, half_v = layout.tile_of(k_high), layout.key_width(k_high), layout.value_width(v_high)
+    return (
+        k_high.shape == k_residual.shape == (*lead, *layout.key_shape(tile, half_k, lanes))
+        and v_high.shape == v_residual.shape == (*lead, *layout.value_shape(tile, half_v, lanes))
+        and k_scale.shape == v_scale.shape == (*lead[:2], lead[2] * tile)
+        and (v_width is None or half_v == v_width)
+        and (not lanes or layout.lanes_fit(tile, half_k, half_v))
+    )
 
 
 def stored(
@@ -129,9 +138,10 @@ def stored(
 
 def keys_of_planes(site: str, k: Tensor, k_high: Tensor) -> None:
     """Raise InputError unless k ``[B, G, n, D]`` has the heads and channels of a plane of ``nested8``."""
-    if k.shape[1] != k_high.shape[1] or k.shape[3] != 2 * k_high.shape[4]:
+    channels = 2 * layout.key_width(k_high)
+    if k.shape[1] != k_high.shape[1] or k.shape[3] != channels:
         raise InputError(
-            f"k {tuple(k.shape)} for planes of {k_high.shape[1]} heads and {2 * k_high.shape[4]} channels",
+            f"k {tuple(k.shape)} for planes of {k_high.shape[1]} heads and {channels} channels",
             where=_where(site, "k"),
             fix="keys of the model that the planes were made for",
         )

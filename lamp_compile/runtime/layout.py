@@ -2,6 +2,10 @@
 
 Keys ``[B, G, P, tile, width]``, values ``[B, G, P, width, tile]``. A cache appends with ``positions``; a block table
 lists, per sequence, which storage tiles of a shared pool are its own.
+
+On a CPU whose vectors are wide enough, caches keep the same bytes by lanes, so that a vector's lanes are neighbouring
+keys or channels as they come from memory: keys ``[B, G, P, width / 4, 32, 4]``, values ``[B, G, P, 8, width, 4]``. The
+rank says which it is. What is written ``[B, G, P, tile, width]`` below is by rows.
 """
 
 from __future__ import annotations
@@ -16,11 +20,61 @@ TILE = 128
 """Keys that caches grow by, a multiple of every storage tile; the storage tile where no plan says one."""
 SUBTILE = 32
 """Keys per precision decision."""
+LANES_TILE = 32
+"""The storage tile of planes by lanes."""
+LANE = 4
+"""Bytes of one lane: neighbouring channels of a key, neighbouring keys of a channel of the values."""
 
 
 def tiles_for(keys: int, tile: int = TILE) -> int:
     """Storage tiles that hold ``keys`` keys."""
     return -(-keys // tile)
+
+
+def by_lanes(plane: Tensor) -> bool:
+    """Whether a plane of keys or values lies by lanes."""
+    return plane.dim() == 6
+
+
+def lanes_fit(tile: int, key_width: int, value_width: int) -> bool:
+    """Whether planes of these sizes, in bytes, can lie by lanes."""
+    return tile == LANES_TILE and key_width % LANE == 0 and value_width % 16 == 0
+
+
+def tile_of(keys: Tensor) -> int:
+    """Keys per storage tile of a plane of keys."""
+    return keys.shape[4] if by_lanes(keys) else keys.shape[3]
+
+
+def key_width(keys: Tensor) -> int:
+    """Width of a row in a plane of keys."""
+    return keys.shape[3] * LANE if by_lanes(keys) else keys.shape[4]
+
+
+def value_width(values: Tensor) -> int:
+    """Width of a row in a plane of values."""
+    return values.shape[4] if by_lanes(values) else values.shape[3]
+
+
+def key_shape(tile: int, width: int, lanes: bool = False) -> tuple[int, ...]:
+    """What follows ``[B, G, P]`` in the shape of a plane of keys."""
+    return (width // LANE, tile, LANE) if lanes else (tile, width)
+
+
+def value_shape(tile: int, width: int, lanes: bool = False) -> tuple[int, ...]:
+    """What follows ``[B, G, P]`` in the shape of a plane of values."""
+    return (tile // LANE, width, LANE) if lanes else (width, tile)
+
+
+def as_lanes(plane: Tensor) -> Tensor:
+    """Keys ``[B, G, P, 32, width]`` -> ``[B, G, P, width / 4, 32, 4]``, or values ``[B, G, P, width, 32]`` ->
+    ``[B, G, P, 8, width, 4]``; a plane by lanes as it is."""
+    return plane if by_lanes(plane) else _lanes(plane).transpose(3, 4).contiguous()
+
+
+def as_rows(plane: Tensor) -> Tensor:
+    """The plane of keys or values by rows: itself if it lies so, otherwise a copy."""
+    return plane.transpose(3, 4).flatten(4) if by_lanes(plane) else plane
 
 
 def key_tiles(rows: Tensor, tile: int) -> Tensor:
@@ -41,13 +95,13 @@ def scale_tiles(scale: Tensor, tile: int) -> Tensor:
 
 
 def key_rows(planes: Tensor) -> Tensor:
-    """``[B, G, P, tile, width]`` -> ``[B, G, P * tile, width]``: a view."""
-    return planes.flatten(2, 3)
+    """``[B, G, P, tile, width]`` -> ``[B, G, P * tile, width]``: a view, or of planes by lanes a copy."""
+    return as_rows(planes).flatten(2, 3)
 
 
 def value_rows(planes: Tensor) -> Tensor:
     """``[B, G, P, width, tile]`` -> ``[B, G, P * tile, width]``."""
-    return planes.transpose(-1, -2).flatten(2, 3)
+    return as_rows(planes).transpose(-1, -2).flatten(2, 3)
 
 
 def gather_pages(planes: Tensor, block_table: Tensor) -> Tensor:
@@ -64,14 +118,23 @@ def gather_scales(scale: Tensor, block_table: Tensor, tile: int) -> Tensor:
 
 def write_keys(planes: Tensor, rows: Tensor, positions: Tensor) -> None:
     """Write rows ``[B, G, n, width]`` at key positions ``[n]``, in place."""
+    if by_lanes(planes):
+        page, key = positions // LANES_TILE, positions % LANES_TILE
+        planes[:, :, page, :, key] = _lanes(rows.permute(2, 0, 1, 3))
+        return
     key_rows(planes).index_copy_(2, positions, rows)
 
 
 def write_values(planes: Tensor, rows: Tensor, positions: Tensor) -> None:
     """Write rows ``[B, G, n, width]`` at key positions ``[n]``, in place."""
+    # The index tensors stand apart, so the indexed dimension comes first: [n, B, G, width].
+    new = rows.permute(2, 0, 1, 3)
+    if by_lanes(planes):
+        page, key = positions // LANES_TILE, positions % LANES_TILE
+        planes[:, :, page, key // LANE, :, key % LANE] = new
+        return
     tile = planes.shape[-1]
-    # The two index tensors stand apart, so the indexed dimension comes first: [n, B, G, width].
-    planes[:, :, positions // tile, :, positions % tile] = rows.permute(2, 0, 1, 3)
+    planes[:, :, positions // tile, :, positions % tile] = new
 
 
 def write_scales(scale: Tensor, rows: Tensor, positions: Tensor) -> None:
@@ -110,14 +173,27 @@ def places(positions: Tensor, batch: int, rows: int, tile: int, block_table: Ten
 
 def put_keys(planes: Tensor, rows: Tensor, place: Places) -> None:
     """Write rows ``[B, G, n, width]`` of keys at their places, in place."""
-    planes[place.sequence, :, place.page, place.key] = rows.transpose(1, 2)[place.kept]
+    new = rows.transpose(1, 2)[place.kept]
+    if by_lanes(planes):
+        planes[place.sequence, :, place.page, :, place.key] = _lanes(new)
+        return
+    planes[place.sequence, :, place.page, place.key] = new
 
 
 def put_values(planes: Tensor, rows: Tensor, place: Places) -> None:
     """Write rows ``[B, G, n, width]`` of values at their places, in place."""
-    planes[place.sequence, :, place.page, :, place.key] = rows.transpose(1, 2)[place.kept]
+    new = rows.transpose(1, 2)[place.kept]
+    if by_lanes(planes):
+        planes[place.sequence, :, place.page, place.key // LANE, :, place.key % LANE] = new
+        return
+    planes[place.sequence, :, place.page, :, place.key] = new
 
 
 def put_scales(scale: Tensor, rows: Tensor, place: Places, tile: int) -> None:
     """Write scales ``[B, G, n]`` at their places, in place."""
     scale[place.sequence, :, place.page * tile + place.key] = rows.transpose(1, 2)[place.kept]
+
+
+def _lanes(x: Tensor) -> Tensor:
+    """The last dimension cut into lanes."""
+    return x.reshape(*x.shape[:-1], x.shape[-1] // LANE, LANE)

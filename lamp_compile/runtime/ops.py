@@ -4,10 +4,10 @@ Shape letters: B batch, H query heads, G kv heads, S queries, N keys, D head dim
 ``tile`` keys (P of them), decisions on sub-tiles of ``subtile`` keys (T = P * tile / subtile).
 
 Planes: ``k_high``/``k_residual`` ``[B, G, P, tile, width]``, ``v_high``/``v_residual`` ``[B, G, P, width, tile]``
-(transposed inside a tile, because 8-bit tensor cores want the reduction contiguous), scales ``[B, G, P * tile]``.
-A format without a residual plane stores one of width 0. With ``block_table`` ``[B, pages]`` (int32, page = a whole
-number of storage tiles, here one) the planes are a pool ``[1, G, P_pool, ...]`` and the table gives each sequence's
-tiles in order.
+(transposed inside a tile, because 8-bit tensor cores want the reduction contiguous), scales ``[B, G, P * tile]``; or by
+lanes (``runtime/layout.py``). A format without a residual plane stores one of width 0. With ``block_table``
+``[B, pages]`` (int32, page = a whole number of storage tiles, here one) the planes are a pool ``[1, G, P_pool, ...]``
+and the table gives each sequence's tiles in order.
 
 Liveness, common to all: key j of sequence b is live for query i iff ``start[b] <= j < min(lengths[b], keys)``, the
 boolean ``mask`` allows it, and causality and window do. ``causal="top_left"`` puts query i at position i,
@@ -124,12 +124,12 @@ def _look_ahead(
     site: str,
 ) -> Tensor:
     batch = k_high.shape[0] if block_table is None else block_table.shape[0]
-    checks.query(site, q, k_high.shape[1], batch, formats.get(k_format).channels(k_high.shape[4]))
+    checks.query(site, q, k_high.shape[1], batch, formats.get(k_format).channels(layout.key_width(k_high)))
     checks.one_device(site, q, k_planes=k_high, mask=mask, bias=bias, lengths=lengths, start=start, table=block_table)
     tiles = k_high.shape[2] if block_table is None else block_table.shape[1]
-    checks.visibility(site, q, mask, bias, (int(keys), tiles * k_high.shape[3]), causal, window)
+    checks.visibility(site, q, mask, bias, (int(keys), tiles * layout.tile_of(k_high)), causal, window)
     if block_table is not None:
-        k_scale = layout.gather_scales(k_scale, block_table, k_high.shape[3])
+        k_scale = layout.gather_scales(k_scale, block_table, layout.tile_of(k_high))
         k_high = layout.gather_pages(k_high, block_table)
     visible = _visible(keys, mask, bias, sinks, start, lengths, causal, window)
     scores = _scores(q, scale, softcap, rotation, query_bits)
@@ -183,10 +183,10 @@ def _attend(
     site: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch = k_high.shape[0] if block_table is None else block_table.shape[0]
-    checks.query(site, q, k_high.shape[1], batch, formats.get(k_format).channels(k_high.shape[4]))
+    checks.query(site, q, k_high.shape[1], batch, formats.get(k_format).channels(layout.key_width(k_high)))
     checks.one_device(site, q, k_planes=k_high, v_planes=v_high, levels=levels, mask=mask, bias=bias, lengths=lengths)
     tiles = k_high.shape[2] if block_table is None else block_table.shape[1]
-    checks.visibility(site, q, mask, bias, (int(keys), tiles * k_high.shape[3]), causal, window)
+    checks.visibility(site, q, mask, bias, (int(keys), tiles * layout.tile_of(k_high)), causal, window)
     planes = Planes(k_high, k_residual, k_scale, v_high, v_residual, v_scale).gathered(block_table)
     exact = None if k_exact is None or v_exact is None else (k_exact, v_exact)
     visible = _visible(keys, mask, bias, sinks, start, lengths, causal, window)
@@ -310,7 +310,7 @@ def check_attention(
     mask, bias, *_, table = seen
     k_high, site = planes[0], options["site"]
     batch = k_high.shape[0] if table is None else table.shape[0]
-    checks.query(site, q, k_high.shape[1], batch, formats.get(options["k_format"]).channels(k_high.shape[4]))
+    checks.query(site, q, k_high.shape[1], batch, formats.get(options["k_format"]).channels(layout.key_width(k_high)))
     others = dict(zip(("mask", "bias", "sinks", "start", "lengths", "table"), seen, strict=True))
     checks.one_device(site, q, k_planes=k_high, v_planes=planes[3], **others)
     names = ("tau", "floor", "budget", "state", "stats", "balance")
@@ -319,7 +319,7 @@ def check_attention(
         assert setting is not None
         checks.heads_of_setting(site, name, setting, k_high.shape[1], batch)
     checks.stored(site, q, planes, hot[3:], seen)
-    room = (k_high.shape[2] if table is None else table.shape[1]) * k_high.shape[3]
+    room = (k_high.shape[2] if table is None else table.shape[1]) * layout.tile_of(k_high)
     checks.visibility(site, q, mask, bias, (int(options["keys"]), room), options["causal"], options["window"])
 
 
@@ -348,12 +348,12 @@ def _fake_look_ahead(q: Tensor, k_high: Tensor, k_scale: Tensor, *args: Any, sub
     block_table = args[-1]
     tiles = k_high.shape[2] if block_table is None else block_table.shape[1]
     return q.new_empty(
-        (q.shape[0], k_high.shape[1], q.shape[2], tiles * (k_high.shape[3] // subtile)), dtype=torch.float32
+        (q.shape[0], k_high.shape[1], q.shape[2], tiles * (layout.tile_of(k_high) // subtile)), dtype=torch.float32
     )
 
 
 def _fake_attend(q: Tensor, *args: Any, v_format: str, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    value_dim = formats.get(v_format).channels(args[3].shape[3])
+    value_dim = formats.get(v_format).channels(layout.value_width(args[3]))
     batch, heads, queries, _ = q.shape
     rows = q.new_empty((batch, heads, queries), dtype=torch.float32)
     return q.new_empty((batch, heads, queries, value_dim)), rows, rows.new_empty((batch, heads, queries, 3))

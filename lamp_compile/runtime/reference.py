@@ -76,7 +76,7 @@ def look_ahead(
     finds it.
     """
     batch, heads, queries, _ = q.shape
-    kv_heads, capacity = k_high.shape[1], k_high.shape[2] * k_high.shape[3]
+    kv_heads, capacity = k_high.shape[1], k_high.shape[2] * layout.tile_of(k_high)
     prepared = prepare_query(q, balance, scores)
     importance_of = lookahead.get(rule).importance
     parts = []
@@ -84,7 +84,7 @@ def look_ahead(
         query = prepared[:, :, rows]
         products = [
             _product(query, _dequantize_keys(k_high[:, :, t], None, k_scale[:, :, j], k_format, query.dtype), scores)
-            for t, j in _key_blocks(k_high.shape[2], k_high.shape[3], query.shape[2])
+            for t, j in _key_blocks(k_high.shape[2], layout.tile_of(k_high), query.shape[2])
         ]
         y = torch.cat(products, dim=-1)
         live = visible.live(rows, queries, capacity, q.device).expand(y.shape)
@@ -168,7 +168,7 @@ def final_importance(
     ``keys`` are the planes ``k_high``, ``k_residual`` and ``k_scale``.
     """
     batch, heads, queries, _ = q.shape
-    kv_heads, capacity = levels.shape[1], keys[0].shape[2] * keys[0].shape[3]
+    kv_heads, capacity = levels.shape[1], keys[0].shape[2] * layout.tile_of(keys[0])
     prepared = prepare_query(q, balance, scores)
     stored = _Stored(Planes(*keys, *keys), None, scores, k_format, k_format)  # its values are not asked for
     parts = []
@@ -207,7 +207,7 @@ class _Stored:
 
     @property
     def value_dim(self) -> int:
-        return formats.get(self.v_format).channels(int(self.planes.v_high.shape[3]))
+        return formats.get(self.v_format).channels(int(layout.value_width(self.planes.v_high)))
 
     def scores_of(self, prepared: Tensor, query: Tensor, level: Tensor) -> Tensor:
         """Scores ``[B, H, S, N]``, each at the precision ``level`` says."""

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lamp_compile.ir import Precision
-from lamp_compile.runtime import formats
+from lamp_compile.runtime import formats, layout
 
 if TYPE_CHECKING:
     from lamp_compile.runtime.cache_layers import NestedLayer
@@ -200,7 +200,7 @@ def exact_attention(
     """
     table = seen[-1]
     tiles = layer.k_high.shape[2] if table is None else table.shape[1]
-    count = tiles * (layer.k_high.shape[3] // int(options["subtile"]))
+    count = tiles * (layout.tile_of(layer.k_high) // int(options["subtile"]))
     basis, level, k, v = PLANES, Precision.BOTH, None, None
     if layer.has_exact:
         basis, level = COPIES, Precision.EXACT

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import lamp_compile
 from lamp_compile.frontends.huggingface.supervise import RETRIED
-from lamp_compile.runtime import guard
+from lamp_compile.runtime import guard, layout
 from tests.huggingface import reference
 from tests.huggingface.test_compiled import lowered_to_eager
 
@@ -43,7 +43,7 @@ def filled(fast: Any, ids: Tensor) -> Any:
 def planes(cache: Any, tokens: int) -> list[Tensor]:
     """Everything stored of the first tokens."""
     return [layer.k_scale[:, :, :tokens] for layer in cache.layers] + [
-        layer.k_high.flatten(2, 3)[:, :, :tokens] for layer in cache.layers
+        layout.key_rows(layer.k_high)[:, :, :tokens] for layer in cache.layers
     ]
 
 

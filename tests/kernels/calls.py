@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 from unittest import mock
@@ -10,11 +11,13 @@ import torch
 from torch import Tensor
 
 from lamp_compile.ir import Precision
-from lamp_compile.runtime import guard, lookahead, reference, rotation
+from lamp_compile.runtime import guard, layout, lookahead, reference, rotation
 from lamp_compile.runtime import ops as _ops  # noqa: F401 (registers torch.ops.lamp)
 from lamp_compile.runtime.arguments import Visibility
 from lamp_compile.runtime.kernels import cpu
 
+CHUNK = 512
+"""Keys whose weights are relative to one number (``core/rows.h``)."""
 COLD, BOTH = 1e9, 0.0
 """tau that refines nothing, tau that refines everything."""
 NAMES = ("mask", "bias", "sinks", "start", "lengths", "table")
@@ -122,10 +125,11 @@ def make(
     seed: int = 0, *, batch: int = 2, heads: int = 4, kv_heads: int = 2, tokens: int = 1, keys: int = 150,
     dim: int = 64, value_dim: int | None = None, tile: int = 32, dtype: torch.dtype = torch.float32,
     sharpness: float = 1.0, balance: Tensor | None = None, share: float = 0.3, tau: float | Tensor | None = None,
-    floor: float | Tensor = 0.0, budget: float | Tensor = 0.25, state: Tensor | None = None, **given: Any,
+    floor: float | Tensor = 0.0, budget: float | Tensor = 0.25, state: Tensor | None = None, lanes: bool = False,
+    **given: Any,
 ) -> Call:  # fmt: skip
-    """Inputs of one call; values have a mean, so that an output of the wrong size is seen. ``given``: what a row sees,
-    and options."""
+    """Inputs of one call; values have a mean, so that an output of the wrong size is seen. ``lanes``: planes lie so.
+    ``given``: what a row sees, and options."""
     torch.manual_seed(seed)
     seen = tuple(given.pop(name, None) for name in NAMES)
     options = {
@@ -137,6 +141,7 @@ def make(
     k, v = torch.randn(batch, kv_heads, keys, dim), torch.randn(batch, kv_heads, keys, value_dim or dim) + 0.3
     stored = reference.quantize(k, v, balance, "nested8", "nested8", options["rotation"], tile)
     planes = (stored.k_high, stored.k_residual, stored.k_scale, stored.v_high, stored.v_residual, stored.v_scale)
+    planes = planes_by_lanes(planes) if lanes else planes
 
     def setting(x: float | Tensor) -> Tensor:
         return x if isinstance(x, Tensor) else torch.full((kv_heads,), float(x))
@@ -145,6 +150,25 @@ def make(
     hot = (setting(0.0), setting(floor), setting(budget), state, guard.new_stats(batch, kv_heads))
     call = Call(q, k, v, planes, hot, balance, seen, options)
     return replace(call, hot=(setting(between(importance_of(call), share) if tau is None else tau), *hot[1:]))
+
+
+def planes_by_lanes(planes: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Six planes, of which two are scales."""
+    return tuple(x if x.dim() == 3 else layout.as_lanes(x) for x in planes)
+
+
+def fit_lanes(planes: Sequence[Tensor]) -> bool:
+    """Whether six planes by rows can lie by lanes."""
+    keys, values = planes[0], planes[3]
+    return layout.lanes_fit(layout.tile_of(keys), layout.key_width(keys), layout.value_width(values))
+
+
+def layouts(call: Call, device: Where) -> list[Call]:
+    """The call over planes by rows, and the same over planes by lanes where they can lie so and are read so."""
+    assert not layout.by_lanes(call.planes[0])
+    if not isinstance(device, Native) or not fit_lanes(call.planes):
+        return [call]
+    return [call, replace(call, planes=planes_by_lanes(call.planes))]
 
 
 def importance_of(call: Call, *, kernels: bool = True) -> Tensor:
@@ -216,7 +240,7 @@ def decided_together(call: Call, device: Where) -> int:
     from lamp_compile.runtime.kernels import targets
 
     pages = call.planes[0].shape[2] if call.seen[5] is None else call.seen[5].shape[1]
-    room = min(call.keys, pages * call.planes[0].shape[3])
+    room = min(call.keys, pages * layout.tile_of(call.planes[0]))
     launch = LaunchPlan.parse("")
     target = targets.target_of(device)
     return targets.cut(target, launch, call.q, call.planes, room, call.options["subtile"], mixed=False).tokens
@@ -228,6 +252,16 @@ def use_launch(patch: Any, **choices: Any) -> None:
 
     plan = LaunchPlan(**{"most_finished": 0, **choices})
     patch.setattr(LaunchPlan, "parse", staticmethod(lambda text: plan))
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.uint8)
+
+
+def same(one: Outcome, other: Outcome) -> None:
+    """Bit for bit, NaN included."""
+    for name, value in one.tensors().items():
+        assert torch.equal(bits(value), bits(other.tensors()[name])), name
 
 
 def worst(got: Tensor, wanted: Tensor) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lamp_compile.runtime import kernels
+from lamp_compile.runtime import kernels, layout
 from lamp_compile.runtime.kernels import cpu
 from lamp_compile.runtime.network import audit, gate
 from lamp_compile.runtime.network import ops as _ops  # noqa: F401  (registers the operators)
@@ -64,7 +64,8 @@ def make(
     """``steps`` is where the audit's count stands; ``level`` is added to what the gate says. ``share`` of the sub-tiles
     is refined by the gate's word, as in ``calls.make``."""
     call = calls.make(seed, **{"tau": 0.01, **given})
-    (batch, heads, _, dim), (stored, kv_heads, pages, tile) = call.q.shape, call.planes[0].shape[:4]
+    (batch, heads, _, dim), (stored, kv_heads, pages) = call.q.shape, call.planes[0].shape[:3]
+    tile = layout.tile_of(call.planes[0])
     table = call.seen[5]
     room = (pages if table is None else table.shape[1]) * tile
     weights = {name: torch.randn(shape) for name, shape in gate.shapes(heads, kv_heads, dim, rank, 0).items()}
@@ -88,6 +89,11 @@ def make(
         return step
     tau = calls.between(predicted(step), share)
     return replace(step, call=replace(call, hot=(tau, *call.hot[1:])))
+
+
+def layouts(step: Step, native: Native) -> list[Step]:
+    """The step over planes of either layout, as ``calls.layouts``."""
+    return [replace(step, call=call) for call in calls.layouts(step.call, native)]
 
 
 def predicted(step: Step) -> Tensor:

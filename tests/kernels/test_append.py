@@ -38,7 +38,7 @@ def planes(batch: int, kv_heads: int, dim: int, value_dim: int, pages: int = PAG
 
 
 def append(k, v, stored, balance, positions, table, kind, device) -> list[Tensor]:
-    """By kernel, on the CPU again."""
+    """By kernel, on the CPU again; over planes by lanes a CPU's stores the same bytes."""
 
     def there(x: Tensor | None) -> Tensor | None:
         return (
@@ -49,6 +49,10 @@ def append(k, v, stored, balance, positions, table, kind, device) -> list[Tensor
     arguments = (there(k), there(v), tuple(moved), there(balance), there(positions), there(table), kind)
     if isinstance(device, calls.Native):
         cpu.append(*arguments)
+        if calls.fit_lanes(stored):
+            lanes = calls.planes_by_lanes([x.clone() for x in stored])
+            cpu.append(there(k), there(v), lanes, *arguments[3:])
+            assert all(map(torch.equal, *(map(calls.bits, x) for x in (calls.planes_by_lanes(moved), lanes))))
     else:
         from lamp_compile.runtime.kernels import append_rows
 
@@ -152,10 +156,11 @@ def test_rows_beyond_the_capacity_go_nowhere(device):
     """On a CPU they are refused. A kernel on a GPU cannot raise, and must not write into the next head."""
     k, v, stored, *rest = inputs(count=10, positions=torch.tensor([122, 500, 0]))
     if isinstance(device, calls.Native):
-        made = [x.clone() for x in stored]
-        with pytest.raises(CacheError, match="nothing was written"):
-            cpu.append(k, v, tuple(made), *rest)
-        assert all(torch.equal(a, b) for a, b in zip(made, stored, strict=True))
+        for planes in (tuple(stored), calls.planes_by_lanes(stored)):
+            made = tuple(x.clone() for x in planes)
+            with pytest.raises(CacheError, match=r"(?s)for 128 keys.*nothing was written"):
+                cpu.append(k, v, made, *rest)
+            assert all(map(torch.equal, made, planes))
         return
     got = append(k, v, stored, *rest, device)
     fits = [(0, slice(0, 6), 122), (2, slice(0, 10), 0)]

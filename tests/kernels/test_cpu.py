@@ -14,8 +14,8 @@ import torch
 from lamp_compile.runtime.kernels import cpu
 from lamp_compile.runtime.kernels.cpu import _library
 from tests.kernels import calls
+from tests.kernels.calls import bits, same
 from tests.kernels.test_decode import check, random_mask
-from tests.kernels.test_faults import bits, same
 from tests.tolerances import CPU_KERNELS
 
 SEGMENT = 2048
@@ -47,8 +47,13 @@ CUTS = {
         "heads": 4, "kv_heads": 1, "batch": 1, "keys": 2 * SEGMENT + 300, "rule": "lamp_relaxed", "sharpness": 2.0,
     },
     "lengths": {"heads": 2, "kv_heads": 1, "keys": 3 * SEGMENT, "lengths": torch.tensor([5000, 31])},
-    # Chunks that four rows see whole are looked at in a way of their own, where instructions allow.
+    # Chunks that four rows see whole are looked at in a way of their own, where instructions allow: those of 64
+    # channels by lanes alone.
     "whole chunks": {"heads": 4, "kv_heads": 1, "batch": 1, "keys": 2 * SEGMENT + 700, "dim": 128},
+    "whole chunks of 64 channels": {
+        "heads": 16, "kv_heads": 2, "keys": SEGMENT + 1100, "causal": "bottom_right", "window": 1900,
+    },
+    "96 channels": {"heads": 4, "kv_heads": 1, "batch": 1, "keys": SEGMENT + 700, "dim": 96},
     "whole chunks, wide": {"heads": 8, "kv_heads": 1, "batch": 1, "keys": SEGMENT + 1100, "dim": 256},
     "whole chunks, tiles of 128": {
         "heads": 4, "kv_heads": 1, "batch": 1, "keys": SEGMENT + 1100, "dim": 128, "value_dim": 80, "tile": 128,
@@ -67,19 +72,37 @@ CUTS = {
 
 @pytest.mark.parametrize("name", CUTS)
 def test_any_number_of_threads_gives_the_same_bits(name, native):
-    call = calls.make(**{"share": 0.1, **CUTS[name]})
-    with threads(1):
-        first = calls.by_kernels(call, native)
-    assert first.stats[..., 2].gt(0).any()
-    for count in THREADS[1:]:
-        with threads(count):
-            same(first, calls.by_kernels(call, native))
+    for call in calls.layouts(calls.make(**{"share": 0.1, **CUTS[name]}), native):
+        with threads(1):
+            first = calls.by_kernels(call, native)
+        assert first.stats[..., 2].gt(0).any()
+        for count in THREADS[1:]:
+            with threads(count):
+                same(first, calls.by_kernels(call, native))
 
 
 @pytest.mark.parametrize("name", CUTS)
 def test_however_the_work_is_cut(name, native):
     with threads(3):
         check(calls.make(**{"share": 0.1, **CUTS[name]}), native)
+
+
+@pytest.mark.parametrize("group", [1, 2, 4, 8])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+def test_planes_by_lanes(dim, group, native):
+    """Of every size that models have, long enough for whole chunks; 80 channels lie by rows alone."""
+    call = calls.make(dim=dim, heads=group, kv_heads=1, batch=1, keys=SEGMENT + 700, share=0.1)
+    assert len(calls.layouts(call, native)) == 2
+    check(call, native)
+    assert len(calls.layouts(calls.make(dim=80), native)) == 1
+
+
+def beside_portable(call: calls.Call, native: calls.Native) -> list[tuple[calls.Outcome, calls.Outcome]]:
+    """What an instruction set leaves over planes of either layout, and the portable one over planes by rows."""
+    found = [calls.by_kernels(laid, native) for laid in calls.layouts(call, native)]
+    _library.load().lamp_use(b"portable")
+    plain = calls.by_kernels(call, calls.Native("portable"))
+    return [(got, plain) for got in found]
 
 
 def test_a_window_of_any_size(native):
@@ -127,15 +150,15 @@ def test_both_planes_at_once(dim, group, native):
 @pytest.mark.parametrize("count", THREADS)
 def test_appending_with_any_number_of_threads(count, native):
     k, v = torch.randn(2, 3, 200, 64), torch.randn(2, 3, 200, 96)
-    made = [
-        torch.zeros_like(x) for _ in range(2) for x in calls.make(kv_heads=3, heads=3, keys=256, value_dim=96).planes
-    ]
-    for stored, number in ((made[:6], 1), (made[6:], count)):
+    room, made = calls.make(kv_heads=3, heads=3, keys=256, value_dim=96).planes, []
+    for planes, number in ((room, 1), (room, count), (calls.planes_by_lanes(room), count)):
+        made.append(tuple(map(torch.zeros_like, planes)))
         with threads(number):
-            cpu.append(k, v, tuple(stored), None, torch.tensor([17, 40]), None, "hadamard")
-    assert made[0].any()
-    for one, other in zip(made[:6], made[6:], strict=True):
+            cpu.append(k, v, made[-1], None, torch.tensor([17, 40]), None, "hadamard")
+    assert made[0][0].any()
+    for one, other, lanes in zip(calls.planes_by_lanes(made[0]), calls.planes_by_lanes(made[1]), made[2], strict=True):
         assert torch.equal(bits(one), bits(other))
+        assert torch.equal(bits(one), bits(lanes))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -223,11 +246,9 @@ def test_first_keys_of_a_segment_that_are_unlike_the_others(step, sharpness, nat
 def test_scores_that_no_level_is_near(native):
     """A hundred powers of two above the first keys': on another instruction set, where there are no levels, alike."""
     call = calls.make(heads=4, kv_heads=1, batch=1, keys=2 * SEGMENT + 700, dim=128, sharpness=60.0, share=0.1)
-    got = calls.by_kernels(call, native)
-    _library.load().lamp_use(b"portable")
-    plain = calls.by_kernels(call, calls.Native("portable"))
-    assert calls.whole(got.out, plain.out) <= CPU_KERNELS["sets"].bound
-    assert torch.equal(got.stats, plain.stats)
+    for got, plain in beside_portable(call, native):
+        assert calls.whole(got.out, plain.out) <= CPU_KERNELS["sets"].bound
+        assert torch.equal(got.stats, plain.stats)
 
 
 @pytest.mark.parametrize("plane", ["k_scale", "v_scale"])
@@ -238,13 +259,11 @@ def test_what_is_spoilt_in_a_whole_chunk_spoils_what_it_would_anywhere(plane, na
     planes[plane] = planes[plane].clone()
     planes[plane].view(2, -1)[1, 1234] = torch.nan
     spoilt = replace(call, planes=tuple(planes.values()))
-    got = calls.by_kernels(spoilt, native)
-    _library.load().lamp_use(b"portable")
-    plain = calls.by_kernels(spoilt, calls.Native("portable"))
-    assert got.out[:, :4].isfinite().all()
-    assert got.out[:, 4:].isnan().all()
-    assert torch.equal(got.out.isnan(), plain.out.isnan())
-    assert calls.whole(got.out[:, :4], plain.out[:, :4]) <= CPU_KERNELS["sets"].bound
+    for got, plain in beside_portable(spoilt, native):
+        assert got.out[:, :4].isfinite().all()
+        assert got.out[:, 4:].isnan().all()
+        assert torch.equal(got.out.isnan(), plain.out.isnan())
+        assert calls.whole(got.out[:, :4], plain.out[:, :4]) <= CPU_KERNELS["sets"].bound
 
 
 def test_a_missing_page_is_dead_as_long_as_nobody_sees_it(native):
@@ -252,21 +271,19 @@ def test_a_missing_page_is_dead_as_long_as_nobody_sees_it(native):
     from tests.kernels.test_decode import in_pool
 
     call = calls.make(causal="bottom_right", window=60, lengths=torch.tensor([150, 130]))
-    pooled = in_pool(call)
-    plain = calls.by_kernels(pooled, native)
-    table = pooled.seen[5].clone()
-    table[:, :2] = torch.tensor([[-1, 10**6], [-7, -1]])
-    same(plain, calls.by_kernels(replace(pooled, seen=(*pooled.seen[:5], table)), native))
+    for laid in calls.layouts(call, native):
+        pooled = in_pool(laid)
+        plain = calls.by_kernels(pooled, native)
+        table = pooled.seen[5].clone()
+        table[:, :2] = torch.tensor([[-1, 10**6], [-7, -1]])
+        same(plain, calls.by_kernels(replace(pooled, seen=(*pooled.seen[:5], table)), native))
 
 
 @pytest.mark.skipif(len(cpu.instruction_sets()) < 2, reason="only one instruction set here")
 @pytest.mark.parametrize("name", CUTS)
 def test_instruction_sets_agree(name, native):
     """Closely: integer products are the same, sums of floats have another order."""
-    call = calls.make(**{"share": 0.1, **CUTS[name]})
-    got = calls.by_kernels(call, native)
-    _library.load().lamp_use(b"portable")
-    plain = calls.by_kernels(call, calls.Native("portable"))
-    assert calls.whole(got.out, plain.out) <= CPU_KERNELS["sets"].bound
-    assert float((got.lse - plain.lse).abs().max()) <= CPU_KERNELS["lse"].bound
-    assert torch.equal(got.stats, plain.stats)
+    for got, plain in beside_portable(calls.make(**{"share": 0.1, **CUTS[name]}), native):
+        assert calls.whole(got.out, plain.out) <= CPU_KERNELS["sets"].bound
+        assert float((got.lse - plain.lse).abs().max()) <= CPU_KERNELS["lse"].bound
+        assert torch.equal(got.stats, plain.stats)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lamp_compile.errors import InputError
-from lamp_compile.runtime import guard
+from lamp_compile.runtime import guard, kernels
 from lamp_compile.runtime.network import audit
 from tests.kernels import calls, predicted
 from tests.kernels.test_cpu import threads
@@ -84,8 +84,9 @@ def made(name: str) -> predicted.Step:
 
 
 def check(step: predicted.Step, native: calls.Native) -> predicted.After:
-    """The kernel leaves what the reference does."""
+    """The kernel leaves what the reference does; over planes by lanes the same bits."""
     got, wanted = predicted.by_kernel(step, native), predicted.by_reference(step)
+    assert all(got.same(predicted.by_kernel(laid, native)) for laid in predicted.layouts(step, native))
     assert torch.equal(got.stats, wanted.stats), (got.stats, wanted.stats)
     assert calls.whole(got.out, wanted.out) < PREDICTED["output"].bound
     for name in ("state", "history", "trust"):
@@ -128,12 +129,12 @@ def test_held_off_and_numbers_that_are_none(native: calls.Native) -> None:
 
 @pytest.mark.parametrize("name", ["several segments", "skipping", "a late window", "dropped", "group 5"])
 def test_any_number_of_threads_gives_the_same_bits(name: str, native: calls.Native) -> None:
-    step = made(name)
     with threads(1):
-        first = predicted.by_kernel(step, native)
+        first = predicted.by_kernel(made(name), native)
     for count in (2, 3, 5):
-        with threads(count):
-            assert first.same(predicted.by_kernel(step, native)), count
+        for step in predicted.layouts(made(name), native):
+            with threads(count):
+                assert first.same(predicted.by_kernel(step, native)), count
 
 
 def spoilt(plane: Tensor, where: Tensor) -> Tensor:
@@ -147,8 +148,9 @@ def spoilt(plane: Tensor, where: Tensor) -> Tensor:
     return made
 
 
-def test_nothing_is_read_of_what_is_skipped_nor_the_residual_of_what_is_cold(native: calls.Native) -> None:
-    step = predicted.make(keys=1000, skip=0.4, margin=0.5, share=0.1)
+@pytest.mark.parametrize("lanes", [False, True], ids=["rows", "lanes"])
+def test_nothing_is_read_of_what_is_skipped_nor_the_residual_of_what_is_cold(lanes: bool, native: calls.Native) -> None:
+    step = predicted.make(keys=1000, skip=0.4, margin=0.5, share=0.1, lanes=lanes)
     importance = predicted.predicted(step)[:, :, 0]
     length = torch.tensor([step.call.keys])
     below = audit.skip_threshold(0.4, step.weights[5], length, 32)[..., None]
@@ -196,6 +198,22 @@ def test_many_steps_with_gates_that_lie_and_that_do_not(level: float, native: ca
     if level:
         assert (flags & (audit.MISSED if level < 0 else audit.LAVISH)).all()
         assert (one.kept[2][..., audit.DROPPED] >= 2).all(), "tried again after a hold"
+
+
+@pytest.mark.parametrize("group", [1, 4, 8, 32])
+def test_summaries_of_planes_by_lanes_are_the_same(group: int, native: calls.Native) -> None:
+    """To the bit; and nothing else is written."""
+    step, weights = predicted.make(group=group), (torch.randn(2, 64, 16), torch.randn(2, 16))
+    made = []
+    for laid in predicted.layouts(step, native):
+        made.append(step.kept[0].clone())
+        keys = laid.call.planes[:3]
+        assert kernels.why_not_summarize(keys, made[-1], 1, group, "nested8") is None
+        kernels.summarize(keys, made[-1], weights, torch.tensor([149, 38]), None, group)
+    assert len(made) == 2
+    assert torch.equal(*made)
+    changed = (made[0] != step.kept[0]).any(-1).any(1)
+    assert changed.nonzero().tolist() == [[0, 149 // group], [1, 38 // group]]
 
 
 def test_wrong_shapes_are_refused_before_anything_is_read() -> None:

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,8 +23,12 @@ from lamp_compile.runtime.kernels import cpu
 from lamp_compile.runtime.kernels.cpu import _library
 from tests.kernels import calls
 from tests.kernels.calls import Call
+from tests.runtime import test_layout_lanes
 
 pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=f"{cpu.why_not()}")
+
+
+HERE = calls.Native(cpu.instruction_set())
 
 
 def run(call: Call) -> Tensor:
@@ -93,10 +98,12 @@ SERVED: dict[str, Callable[[], Call]] = {
 @pytest.mark.parametrize("name", SERVED)
 def test_a_step_is_served_and_gives_the_same_bits(name):
     torch.manual_seed(3)
-    call = SERVED[name]()
-    taken, out, wanted = both(call)
-    assert taken
-    assert (out.device, out.dtype, out.stride()) == (wanted.device, wanted.dtype, wanted.stride())
+    laid = calls.layouts(SERVED[name](), HERE)
+    assert len(laid) == 2 or name == "80 channels"
+    for call in laid:
+        taken, out, wanted = both(call)
+        assert taken
+        assert (out.device, out.dtype, out.stride()) == (wanted.device, wanted.dtype, wanted.stride())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -111,14 +118,19 @@ def test_queries_of_any_dtype_and_strides(dtype, strided):
     assert out.dtype == dtype
 
 
-def test_pages_of_a_pool():
-    call = step(lengths=torch.tensor([90, 64]))
+@pytest.mark.parametrize("lanes", [False, True], ids=["rows", "lanes"])
+def test_pages_of_a_pool(lanes):
+    call = step(lengths=torch.tensor([90, 64]), lanes=lanes)
     planes = tuple(x[:1].repeat_interleave(2, 2) for x in call.planes)
     table = torch.tensor([[1, 4, 2, 0, 3], [3, 0, 5, 2, 9]], dtype=torch.int32)
     taken, *_ = both(replace(call, planes=planes, seen=(*call.seen[:5], table)))
     assert taken
     taken, *_ = both(replace(call, planes=planes, seen=(*call.seen[:5], table.long())))
     assert not taken, "a table in 64 bits is copied"
+
+
+def by_lanes(call: Call, change: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] = tuple) -> Call:
+    return replace(call, planes=change(calls.planes_by_lanes(call.planes)))
 
 
 HANDED_ON: dict[str, Callable[[Call], Call]] = {
@@ -133,6 +145,9 @@ HANDED_ON: dict[str, Callable[[Call], Call]] = {
         c, planes=(c.planes[0].transpose(3, 4).contiguous().transpose(3, 4), *c.planes[1:])
     ),
     "a balance in bfloat16": lambda c: replace(c, balance=torch.ones(2, 64).bfloat16()),
+    "lanes of strides": lambda c: by_lanes(
+        c, lambda planes: (planes[0].transpose(4, 5).contiguous().transpose(4, 5), *planes[1:])
+    ),
 }
 
 
@@ -146,6 +161,10 @@ def test_what_the_core_does_not_read_as_it_is_goes_by_python(name):
 def test_settings_that_it_does_not_know_go_by_python(options):
     taken, *_ = both(step(**options))
     assert not taken
+
+
+def of_wrong_sizes(name: str, call: Call) -> Call:
+    return replace(call, planes=test_layout_lanes.wrong_planes(name, call))
 
 
 WRONG: dict[str, Callable[[Call], Call]] = {
@@ -165,6 +184,10 @@ WRONG: dict[str, Callable[[Call], Call]] = {
     "statistics of two numbers": lambda c: replace(c, hot=(*c.hot[:4], c.hot[4][..., :2].contiguous())),
     "statistics of other heads": lambda c: replace(c, hot=(*c.hot[:4], c.hot[4][:, :1].contiguous())),
     "causal": lambda c: replace(c, options={**c.options, "causal": "sideways"}),
+    "channels of planes by lanes": lambda c: replace(by_lanes(c), q=c.q[..., :32].contiguous()),
+    "80 channels by lanes": lambda c: by_lanes(step(dim=80)),
+    "planes by lanes of one sequence": lambda c: by_lanes(c, lambda planes: tuple(x[:1] for x in planes)),
+    **{f"planes by lanes, {name}": partial(of_wrong_sizes, name) for name in test_layout_lanes.OF_SIX},
 }
 
 

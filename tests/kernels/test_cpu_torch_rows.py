@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from torch import Tensor
 from lamp_compile.errors import CacheError, InputError, LampError
 from lamp_compile.runtime import fused_ops as _fused  # noqa: F401 (registers torch.ops.lamp.append)
 from lamp_compile.runtime.kernels import cpu
+from tests.kernels import calls
+from tests.runtime import test_layout_lanes
 
 pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=f"{cpu.why_not()}")
 STORE = ("nested8", "nested8", "hadamard", "test")
@@ -53,32 +56,54 @@ ROWS: dict[str, tuple[bool, Callable[[dict[str, Any]], dict[str, Any]]]] = {
 }
 
 
+def stored(call: dict[str, Any], served: bool) -> None:
+    """By the core, if it takes the call, what Python stores; planes by lanes hold the same."""
+    by_python, lanes = copy.deepcopy(call), copy.deepcopy(call)
+    lanes |= {"planes": calls.planes_by_lanes(lanes["planes"])}
+    assert (store(call), store(lanes)) == (served, served)
+    with cpu.without_torch():
+        assert store(by_python) == 0
+    assert all(map(torch.equal, call["planes"], by_python["planes"]))
+    assert all(map(torch.equal, calls.planes_by_lanes(call["planes"]), lanes["planes"]))
+    assert any(plane.any() for plane in call["planes"])
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_rows_are_stored_as_by_python(name):
     served, change = ROWS[name]
     call = rows()
-    call |= change(call)
-    other = copy.deepcopy(call)
-    assert store(call) == served
-    with cpu.without_torch():
-        assert store(other) == 0
-    assert all(torch.equal(x, y) for x, y in zip(call["planes"], other["planes"], strict=True))
-    assert any(plane.any() for plane in call["planes"])
+    stored(call | change(call), served)
 
 
 def test_rows_go_to_pages():
     table = torch.tensor([[1, 4, 2], [3, 0, 5]], dtype=torch.int32)
     call = rows(table=table)
-    call |= {"planes": tuple(plane[:1].repeat_interleave(2, 2) for plane in call["planes"])}
-    other = copy.deepcopy(call)
-    assert store(call) == 1
-    with cpu.without_torch():
-        store(other)
-    assert all(torch.equal(x, y) for x, y in zip(call["planes"], other["planes"], strict=True))
+    stored(call | {"planes": tuple(plane[:1].repeat_interleave(2, 2) for plane in call["planes"])}, served=True)
 
 
-def test_rows_beyond_the_planes_are_refused():
+WRONG = {
+    **{name: partial(test_layout_lanes.wrong_planes, name) for name in test_layout_lanes.OF_SIX},
+    "of one sequence": lambda call: tuple(x[:1] for x in calls.planes_by_lanes(call.planes)),
+    "80 channels": lambda call: calls.planes_by_lanes(calls.make(dim=80).planes),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_rows_for_planes_by_lanes_of_wrong_sizes_are_refused_in_the_same_words(name):
+    call = rows(planes=WRONG[name](calls.make()))
+    before = copy.deepcopy(call)
+    with cpu.without_torch(), pytest.raises(InputError) as wanted:
+        store(call)
+    with pytest.raises(InputError) as found:
+        store(call)
+    assert str(found.value) == str(wanted.value)
+    assert all(map(torch.equal, call["planes"], before["planes"]))
+
+
+@pytest.mark.parametrize("lanes", [False, True], ids=["rows", "lanes"])
+def test_rows_beyond_the_planes_are_refused(lanes):
     call = rows(positions=torch.tensor([6, 96]))
+    call |= {"planes": calls.planes_by_lanes(call["planes"])} if lanes else {}
     before = [plane.clone() for plane in call["planes"]]
     with pytest.raises(CacheError, match="do not fit"):
         store(call)

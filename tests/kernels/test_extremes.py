@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -14,9 +15,11 @@ from tests.kernels import calls
 from tests.tolerances import ARITHMETIC, KERNELS
 
 
-def compare(call: calls.Call, device: calls.Where) -> tuple[calls.Outcome, calls.Outcome]:
-    """(kernels, reference with the same decisions)."""
-    return calls.by_kernels(call, device), calls.by_reference(call, calls.levels_of(call))
+def compare(call: calls.Call, device: calls.Where) -> Iterator[tuple[calls.Outcome, calls.Outcome]]:
+    """(kernels, reference with the same decisions), over planes of either layout."""
+    wanted = calls.by_reference(call, calls.levels_of(call))
+    for laid in calls.layouts(call, device):
+        yield calls.by_kernels(laid, device), wanted
 
 
 @pytest.mark.parametrize("floor", [0.0, 1.0])
@@ -29,9 +32,9 @@ def test_products_of_one_sign_stay_exact(dim, rotation, floor, device):
     q, k = along + 0.02 * torch.randn(call.q.shape), along + 0.02 * torch.randn(1, 2, 64, dim)
     stored = reference.quantize(k, call.v, None, "nested8", "nested8", rotation, 32)
     planes = (stored.k_high, stored.k_residual, stored.k_scale, *call.planes[3:])
-    got, wanted = compare(replace(call, q=q, k=k, planes=planes), device)
-    assert float((got.lse - wanted.lse).abs().max()) < KERNELS["lse"].bound
-    assert calls.whole(got.out, wanted.out) < KERNELS["output"].bound
+    for got, wanted in compare(replace(call, q=q, k=k, planes=planes), device):
+        assert float((got.lse - wanted.lse).abs().max()) < KERNELS["lse"].bound
+        assert calls.whole(got.out, wanted.out) < KERNELS["output"].bound
 
 
 def test_squares_of_weights_stay_finite(device):
@@ -40,10 +43,10 @@ def test_squares_of_weights_stay_finite(device):
     bias = torch.zeros(1, 1, 1, 8192)
     bias[..., :32] = -41.3  # 59.6 powers of two, and a thousand keys of a column behind them
     seen = tuple(bias if index == 1 else x for index, x in enumerate(call.seen))
-    got, wanted = compare(replace(call, seen=seen), device)
-    assert calls.whole(got.out, wanted.out) < KERNELS["refined"].bound
-    assert not got.state[..., guard.FLAGS].any()
-    assert not got.state[..., guard.FLOOR].any()
+    for got, wanted in compare(replace(call, seen=seen), device):
+        assert calls.whole(got.out, wanted.out) < KERNELS["refined"].bound
+        assert not got.state[..., guard.FLAGS].any()
+        assert not got.state[..., guard.FLOOR].any()
 
 
 def test_odd_strides_of_settings_are_settings(device):
@@ -63,11 +66,13 @@ def test_odd_strides_of_settings_are_settings(device):
 
 def test_an_empty_range_behind_the_last_key_reads_nothing(device):
     """A sequence that is padding up to its last key, and queries beyond the keys under a window."""
-    got = calls.by_kernels(calls.make(keys=64, start=torch.tensor([64, 10])), device)
-    assert got.lse[0].eq(-torch.inf).all()
-    assert got.out[0].eq(0).all()
-    far = calls.by_kernels(calls.make(keys=32, tokens=40, causal="top_left", window=3), device)
-    assert far.lse[:, :, 36:].eq(-torch.inf).all()
+    for call in calls.layouts(calls.make(keys=64, start=torch.tensor([64, 10])), device):
+        got = calls.by_kernels(call, device)
+        assert got.lse[0].eq(-torch.inf).all()
+        assert got.out[0].eq(0).all()
+    for call in calls.layouts(calls.make(keys=32, tokens=40, causal="top_left", window=3), device):
+        far = calls.by_kernels(call, device)
+        assert far.lse[:, :, 36:].eq(-torch.inf).all()
 
 
 def test_asked_for_gradients_it_raises(monkeypatch):

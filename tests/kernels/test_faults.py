@@ -10,6 +10,7 @@ import torch
 from lamp_compile.ir import Floor
 from lamp_compile.runtime import guard
 from tests.kernels import calls
+from tests.kernels.calls import bits, same
 from tests.kernels.test_decode import in_pool
 
 K_SCALE, V_SCALE = 2, 5
@@ -20,16 +21,6 @@ def spoil(call: calls.Call, plane: int, value: float, place: tuple[int, ...]) ->
     planes = [x.clone() for x in call.planes]
     planes[plane][place] = value
     return replace(call, planes=tuple(planes))
-
-
-def bits(x: torch.Tensor) -> torch.Tensor:
-    return x.contiguous().view(torch.uint8)
-
-
-def same(one: calls.Outcome, other: calls.Outcome) -> None:
-    """Bit for bit, NaN included."""
-    for name, value in one.tensors().items():
-        assert torch.equal(bits(value), bits(other.tensors()[name])), name
 
 
 SETTINGS = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
@@ -30,13 +31,18 @@ def fast(device: calls.Where) -> bool:
 
 
 @cache
-def case(keys: int, sharpness: float, kind: str) -> calls.Call:
-    """Nothing refined, 64 rows; long ones in few steps, for the interpreter's sake."""
-    subtile = 32 if keys <= 1024 else 128
+def case(keys: int, sharpness: float, kind: str, lanes: bool = False) -> calls.Call:
+    """Nothing refined, 64 rows; long ones by rows in few steps, for the interpreter's sake."""
+    subtile = 32 if keys <= 1024 or lanes else 128
     return calls.make(
         keys=keys, heads=32, kv_heads=2, sharpness=sharpness, rotation=kind, tau=calls.COLD, tile=subtile,
-        subtile=subtile,
+        subtile=subtile, lanes=lanes,
     )  # fmt: skip
+
+
+def layouts(device: calls.Where) -> tuple[bool, ...]:
+    """Whether planes lie by lanes, where both are read."""
+    return (False, True) if isinstance(device, calls.Native) else (False,)
 
 
 @cache
@@ -60,8 +66,9 @@ def drift(call: calls.Call, out: Tensor, lse: Tensor) -> tuple[float, float]:
 
 @pytest.mark.parametrize(("sharpness", "kind"), [(DIFFUSE, "none"), (USUAL, "hadamard")])
 def test_no_mean_error_at_any_length(sharpness, kind, device):
-    for keys in LENGTHS + (LONG if fast(device) else ()):
-        call = case(keys, sharpness, kind)
+    lengths = LENGTHS + (LONG if fast(device) else ())
+    for keys, lanes in product(lengths, layouts(device)):
+        call = case(keys, sharpness, kind, lanes)
         got = calls.by_kernels(call, device)
         assert got.stats[..., 2].eq(0).all()
         of_values, of_keys = drift(call, got.out, got.lse)
@@ -70,11 +77,12 @@ def test_no_mean_error_at_any_length(sharpness, kind, device):
             assert abs(of_keys) < KERNELS["drift"].bound, keys
 
 
-def test_the_error_shrinks_as_the_context_grows(native):
+@pytest.mark.parametrize("lanes", [False, True], ids=["rows", "lanes"])
+def test_the_error_shrinks_as_the_context_grows(lanes, native):
     """Against attention over the same planes: what rounding takes from one weight it gives to another."""
     errors = []
     for keys in (1024, LONG[-1]):
-        got = calls.by_kernels(case(keys, DIFFUSE, "none"), native)
+        got = calls.by_kernels(case(keys, DIFFUSE, "none", lanes), native)
         errors.append(calls.whole(got.out, cold_by_reference(keys)))
         assert errors[-1] <= CPU_KERNELS["output"].bound, keys
     assert errors[1] < CPU_KERNELS["growth"].bound * errors[0]
@@ -83,11 +91,12 @@ def test_the_error_shrinks_as_the_context_grows(native):
 @pytest.mark.parametrize("sharpness", [USUAL, 3.0])
 def test_no_mean_error_where_everything_is_refined(sharpness, device):
     """Weights below half a step of the residual plane's row are lost there; their sum must not be felt."""
-    call = case(256, sharpness, "hadamard")
-    call = replace(call, hot=(torch.zeros(2), *call.hot[1:]))
-    got = calls.by_kernels(call, device)
-    assert torch.equal(got.stats[..., 1], got.stats[..., 2])
-    assert all(abs(x) < KERNELS["refined drift"].bound for x in drift(call, got.out, got.lse))
+    for lanes in layouts(device):
+        call = case(256, sharpness, "hadamard", lanes)
+        call = replace(call, hot=(torch.zeros(2), *call.hot[1:]))
+        got = calls.by_kernels(call, device)
+        assert torch.equal(got.stats[..., 1], got.stats[..., 2])
+        assert all(abs(x) < KERNELS["refined drift"].bound for x in drift(call, got.out, got.lse))
 
 
 def test_the_measure_sees_a_missing_correction(monkeypatch):

@@ -1,6 +1,7 @@
 // Which lines of the planes are asked for, over shapes and shares of refined sub-tiles. What is not asked for is read
-// all the same, slowly: no other test notices. Prints a line for each call: D, group, refined share, and what is asked
-// for of the keys, the values, and the residual planes of what is refined of both; and where lines are asked for.
+// all the same, slowly: no other test notices. Prints a line for each call: the layout of planes, D, group, refined
+// share, and what is asked for of the keys, the values, and the residual planes of what is refined of both; and where
+// lines are asked for.
 #include <immintrin.h>
 
 #include <cmath>
@@ -40,7 +41,7 @@ struct Lines {
   }
 };
 
-static void attend_once(Random &random, int64_t dim, int64_t group, Share share) {
+static void attend_once(Random &random, bool lanes, int64_t dim, int64_t group, Share share) {
   const int64_t half = dim / 2, bytes = KEYS * half;
   Lines<uint8_t> planes[4] = {Lines<uint8_t>(bytes), Lines<uint8_t>(bytes), Lines<uint8_t>(bytes),
                               Lines<uint8_t>(bytes)};
@@ -61,6 +62,7 @@ static void attend_once(Random &random, int64_t dim, int64_t group, Share share)
   p.k_high = planes[0].data, p.k_residual = planes[1].data, p.k_scale = k_scale.data;
   p.v_high = planes[2].data, p.v_residual = planes[3].data, p.v_scale = v_scale.data;
   p.pages = p.stored_tiles = KEYS / TILE, p.tile = TILE, p.half_k = p.half_v = half, p.kv_heads = 1;
+  p.by_lanes = lanes;
   call.q = q.data(), call.out = out.data(), call.batch = 1, call.heads = group, call.queries = 1;
   call.q_strides[0] = group * dim, call.q_strides[1] = call.q_strides[2] = dim;
   call.tau = &tau, call.floor = &floor, call.budget = &budget, call.state = state.data(), call.stats = stats.data();
@@ -71,17 +73,18 @@ static void attend_once(Random &random, int64_t dim, int64_t group, Share share)
   const double refined = (double)stats[2] / (double)stats[1], lines = (double)bytes / 64, fine = lines * refined;
   double there[4];
   for (int i = 0; i < 4; i++) there[i] = Lines<uint8_t>::found(planes[i].data, bytes);
-  std::printf("%lld %lld %.2f: %.3f %.3f", (long long)dim, (long long)group, refined, there[0] / lines,
-              there[2] / lines);
+  std::printf("%s %lld %lld %.2f: %.3f %.3f", lanes ? "lanes" : "rows", (long long)dim, (long long)group, refined,
+              there[0] / lines, there[2] / lines);
   if (fine > 0) std::printf(" %.3f %.3f", there[1] / fine, there[3] / fine);
   std::printf("\n");
 }
 
 int main() {
   Random random{1};
-  for (const int64_t dim : {64, 128, 256})
-    for (const int64_t group : {1, 2, 4, 8})
-      for (const Share share : {NONE, SOME, ALL_DECIDED, ALL}) attend_once(random, dim, group, share);
+  for (const bool lanes : {false, true})
+    for (const int64_t dim : {64, 128, 256})
+      for (const int64_t group : {1, 2, 4, 8})
+        for (const Share share : {NONE, SOME, ALL_DECIDED, ALL}) attend_once(random, lanes, dim, group, share);
   std::printf("into the %s cache\n", lamp_ask_near ? "first" : "second");
   return 0;
 }

@@ -13,7 +13,8 @@ constexpr uint16_t HALF_NAN = 0x7e00, HALF_INF = 0x7c00;
 // Wild cases hold NaN, infinities and numbers of any size anywhere; in others they are only where nobody looks.
 struct Case {
   Random random;
-  bool single, wild, paged, whole;  // whole: long, and mostly seen whole by rows that nothing but products scores
+  bool single, wild, paged, lanes;  // lanes: planes lie by lanes
+  bool whole;                       // long, and mostly seen whole by rows that nothing but products scores
   int64_t batch, kv_heads, group, queries, dim, value_dim, tile, pages, stored, keys, heads, room;
   Exact<uint8_t> k_high, k_residual, v_high, v_residual, mask;
   Exact<uint16_t> k_scale, v_scale;
@@ -60,6 +61,22 @@ struct Case {
   static int64_t integer(const LampIntegers &x, int64_t b) {
     return x.bytes == 8 ? ((const int64_t *)x.data)[b * x.stride] : ((const int32_t *)x.data)[b * x.stride];
   }
+  // Where byte c of a key lies, and of a value; rows are counted over all storage tiles.
+  int64_t key_byte(int64_t row, int64_t c, bool by_lanes) const {
+    const int64_t half = dim / 2, first = row / tile * tile * half, key = row % tile;
+    return first + (by_lanes ? c / 4 * (tile * 4) + key * 4 + c % 4 : key * half + c);
+  }
+  int64_t value_byte(int64_t row, int64_t c, bool by_lanes) const {
+    const int64_t half = value_dim / 2, first = row / tile * tile * half, key = row % tile;
+    return first + (by_lanes ? key / 4 * (half * 4) + c * 4 + key % 4 : c * tile + key);
+  }
+  bool fits_lanes() const { return tile == 32 && dim % 8 == 0 && value_dim % 32 == 0; }
+  // The same keys and values in the other layout.
+  void turn() {
+    for (Exact<uint8_t> *plane : {&k_high, &k_residual}) turn(*plane, dim / 2, &Case::key_byte);
+    for (Exact<uint8_t> *plane : {&v_high, &v_residual}) turn(*plane, value_dim / 2, &Case::value_byte);
+    call.planes.by_lanes = lanes = !lanes;
+  }
   float number(float size) {
     if (!wild || random.chance(0.8)) return random.normal() * size;
     const float values[] = {0.0f, -0.0f, 1e-44f, 1e-39f, 1e-20f, 1e20f, 3.4e38f, -3.4e38f, NOT, INF, -INF};
@@ -67,20 +84,28 @@ struct Case {
   }
 
  private:
+  void turn(Exact<uint8_t> &plane, int64_t half, int64_t (Case::*byte)(int64_t, int64_t, bool) const) {
+    std::vector<uint8_t> turned((size_t)plane.size());
+    for (int64_t i = 0; i < plane.size(); i++)
+      turned[(size_t)(this->*byte)(i / half, i % half, !lanes)] = plane[(this->*byte)(i / half, i % half, lanes)];
+    plane.assign(turned);
+  }
+
   void shapes() {
     wild = random.chance(0.3);
     paged = random.chance(0.4);
     const int64_t dims[] = {4, 8, 16, 20, 48, 64, 64, 80, 96, 128, 128, 160, 192, 256}, tiles[] = {32, 64, 128, 32};
     const int64_t groups[] = {1, 2, 3, 4, 4, 5, 7, 8, 16, 33, 64}, counts[] = {1, 1, 1, 1, 2, 3, 5, 17, 70};
     const bool large = random.chance(0.12);
-    dim = random.pick(dims), value_dim = random.chance(0.5) ? dim : random.pick(dims);
+    whole = random.chance(0.08);
+    dim = whole ? 64 << random.below(3) : random.pick(dims), value_dim = random.chance(0.5) ? dim : random.pick(dims);
     tile = random.pick(tiles);
     group = random.pick(groups), queries = single ? 1 : random.pick(counts);
     batch = 1 + random.below(large ? 2 : 3), kv_heads = 1 + random.below(large ? 2 : 3);
     if (large) group = std::min<int64_t>(group, 4), queries = std::min<int64_t>(queries, 5);
     while (group * queries > 256) queries = (queries + 1) / 2;
-    whole = random.chance(0.08);
-    if (whole) dim = random.chance(0.5) ? 128 : 256, group = 4, queries = single ? 1 : 1 + random.below(4);
+    if (whole) group = 4, queries = single ? 1 : 1 + random.below(4);
+    lanes = fits_lanes() && random.chance(0.5);
     heads = group * kv_heads;
     const int64_t wanted =
         large || whole ? 1500 + random.below(large ? 6000 : 1500) : 1 + random.below(random.chance(0.5) ? 70 : 700);
@@ -119,7 +144,7 @@ struct Case {
     p.k_high = k_high.data(), p.k_residual = k_residual.data(), p.k_scale = k_scale.data();
     p.v_high = v_high.data(), p.v_residual = v_residual.data(), p.v_scale = v_scale.data();
     p.pages = pages, p.stored_tiles = stored, p.tile = tile, p.half_k = half_k, p.half_v = half_v,
-    p.kv_heads = kv_heads;
+    p.kv_heads = kv_heads, p.by_lanes = lanes;
   }
 
   LampRotation rotation(int64_t size, Exact<int8_t> &signs) {
@@ -269,5 +294,22 @@ struct Case {
     call.subtile = tile >> random.below(tile == 128 ? 3 : tile == 64 ? 2 : 1);
     call.guard_window = 1 + random.below(20), call.guard_hold = random.below(70), call.hysteresis = 0.5f;
     call.threads = 1;
+  }
+};
+
+// What the planes of a case hold.
+struct Planes {
+  std::vector<uint8_t> bytes[4];
+  std::vector<uint16_t> scales[2];
+
+  explicit Planes(const Case &c)
+      : bytes{c.k_high.copy(), c.k_residual.copy(), c.v_high.copy(), c.v_residual.copy()},
+        scales{c.k_scale.copy(), c.v_scale.copy()} {}
+  void put(Case &c) const {
+    c.k_high.assign(bytes[0]), c.k_residual.assign(bytes[1]), c.v_high.assign(bytes[2]), c.v_residual.assign(bytes[3]);
+    c.k_scale.assign(scales[0]), c.v_scale.assign(scales[1]);
+  }
+  bool operator==(const Planes &o) const {
+    return std::equal(bytes, bytes + 4, o.bytes) && std::equal(scales, scales + 2, o.scales);
   }
 };

@@ -3,6 +3,7 @@
 //   - nothing is read or written outside the call's own arrays (with a sanitizer; inputs stay as they are without one);
 //   - any number of threads gives the same bits;
 //   - instruction sets agree;
+//   - planes by lanes give what the same planes by rows give, to the bit where sums have the same order;
 //   - rows that see nothing give zeros, rows that see something have a log-sum-exp;
 //   - nothing that is not finite comes out, unless it went in where somebody looks;
 //   - appending changes the rows it names and no other byte; so does summarising.
@@ -13,7 +14,7 @@
 
 #include "gate.h"
 
-static uint64_t seed_now = 0;
+static uint64_t seed_now = 0, layouts_compared = 0;
 
 [[noreturn]] static void fail(const char *set, const char *what, double a = 0, double b = 0) {
   std::printf("seed %llu, %s: %s (%g, %g)\n", (unsigned long long)seed_now, set, what, a, b);
@@ -131,12 +132,28 @@ static void check_close(const Case &c, const char *set, const Result &a, const R
   }
 }
 
+// Whether chunks may be looked at whole, by rows or by lanes alone or with sums in another order.
+static bool may_be_whole(const Case &c, const std::string &set) {
+  const LampAttend &call = c.call;
+  bool long_enough = false;
+  for (int64_t b = 0; b < c.batch; b++) long_enough |= c.end(b) - c.begin(b) >= 512;
+  return set == "avx512" && long_enough && !call.mask && !call.bias && call.softcap == 0 && call.rule == LAMP_ENERGY &&
+         (c.dim == 64 || c.dim == 128 || c.dim == 256);
+}
+
+static void compare_layouts(const Case &c, const std::string &set, const Result &one, const Result &turned) {
+  layouts_compared++;
+  if (may_be_whole(c, set))
+    check_close(c, set.c_str(), one, turned);
+  else if (!(one == turned))
+    fail(set.c_str(), "other bits by lanes than by rows");
+}
+
 static void fuzz_attend(uint64_t seed, const std::vector<std::string> &sets) {
   Case c(seed);
   const auto state = c.state.copy();
   const auto stats = c.stats.copy();
-  const auto k_high = c.k_high.copy(), v_residual = c.v_residual.copy();
-  const auto k_scale = c.k_scale.copy();
+  const Planes planes(c);
   const Result plain = attend(c, "portable", 1, state, stats);
   for (const std::string &set : sets) {
     const Result one = set == "portable" ? plain : attend(c, set.c_str(), 1, state, stats);
@@ -146,9 +163,26 @@ static void fuzz_attend(uint64_t seed, const std::vector<std::string> &sets) {
     for (int k = 0; k < 2; k++)
       if (!(attend(c, set.c_str(), c.random.pick(more), state, stats) == one))
         fail(set.c_str(), "other bits with other threads");
+    if (!c.fits_lanes()) continue;
+    c.turn();
+    compare_layouts(c, set, one, attend(c, set.c_str(), 1, state, stats));
+    c.turn();
   }
-  if (!c.k_high.same(k_high) || !c.v_residual.same(v_residual) || !c.k_scale.same(k_scale))
-    fail("all", "planes were written");
+  if (!(Planes(c) == planes)) fail("all", "planes were written");
+}
+
+static void check_untouched(const Case &c, const char *set, const Planes &now, const Planes &before,
+                            const std::vector<char> &written) {
+  for (int64_t row = 0; row < c.k_scale.size(); row++) {
+    if (written[(size_t)row]) continue;
+    for (int i = 0; i < 2; i++)
+      if (now.scales[i][row] != before.scales[i][row]) fail(set, "wrote the scale of another row", (double)row);
+    for (int i = 0; i < 4; i++)
+      for (int64_t k = 0; k < (i < 2 ? c.dim : c.value_dim) / 2; k++) {
+        const int64_t at = i < 2 ? c.key_byte(row, k, c.lanes) : c.value_byte(row, k, c.lanes);
+        if (now.bytes[i][at] != before.bytes[i][at]) fail(set, "wrote another key or value", (double)row, i);
+      }
+  }
 }
 
 static void fuzz_append(uint64_t seed, const std::vector<std::string> &sets) {
@@ -168,8 +202,7 @@ static void fuzz_append(uint64_t seed, const std::vector<std::string> &sets) {
     call.k_strides[2 - axis] = step * (c.dim + gap), call.v_strides[2 - axis] = step * (c.value_dim + gap);
   call.balance = c.call.balance, call.balance_stride = c.call.balance_stride;
   call.positions = {positions.data(), 8, 1};
-  const auto before_k = c.k_high.copy(), before_v = c.v_high.copy();
-  const auto before_scale = c.k_scale.copy();
+  const Planes before(c);
   std::vector<char> written((size_t)c.k_scale.size());
   bool beyond = false;
   for (int64_t b = 0; b < c.batch; b++) beyond |= positions[b] >= 0 && positions[b] + rows > c.room;
@@ -183,32 +216,29 @@ static void fuzz_append(uint64_t seed, const std::vector<std::string> &sets) {
         const int64_t at = c.paged ? g * c.stored + listed : (b * c.kv_heads + g) * c.stored + listed;
         written[(size_t)(at * c.tile + j % c.tile)] = 1;
       }
+  const auto store = [&](const std::string &set, int64_t threads) {
+    const int wanted = beyond && !c.paged ? -2 : 0;
+    call.planes.by_lanes = c.lanes, call.threads = threads;
+    if (lamp_append(&call) != wanted) fail(set.c_str(), "rows beyond the planes are refused, others are not");
+    return Planes(c);
+  };
   for (const std::string &set : sets) {
     lamp_use(set.c_str());
-    std::vector<uint8_t> first;
+    std::vector<Planes> found;
     for (int64_t threads : {1, 2, 5}) {
-      c.k_high.assign(before_k), c.v_high.assign(before_v), c.k_scale.assign(before_scale);
-      call.threads = threads;
-      const int wanted = beyond && !c.paged ? -2 : 0;
-      if (lamp_append(&call) != wanted) fail(set.c_str(), "rows beyond the planes are refused, others are not");
-      auto now = c.k_high.copy();
-      const auto values = c.v_high.copy();
-      now.insert(now.end(), values.begin(), values.end());
-      if (first.empty()) first = now;
+      before.put(c);
+      found.push_back(store(set, threads));
+      check_untouched(c, set.c_str(), found.back(), before, written);
       // Two sequences whose tables list one page write into the same rows; whoever comes last wins.
-      if (first != now && !c.paged) fail(set.c_str(), "appended other bytes with other threads");
+      if (!(found.back() == found[0]) && !c.paged) fail(set.c_str(), "appended other bytes with other threads");
     }
-    for (int64_t row = 0; row < c.k_scale.size(); row++) {
-      if (written[(size_t)row]) continue;
-      if (c.k_scale[row] != before_scale[row]) fail(set.c_str(), "wrote the scale of another row", (double)row);
-      for (int64_t i = 0; i < c.dim / 2; i++)
-        if (c.k_high[row * c.dim / 2 + i] != before_k[row * c.dim / 2 + i])
-          fail(set.c_str(), "wrote another key", (double)row);
-      const int64_t at = row / c.tile * c.tile * (c.value_dim / 2) + row % c.tile;
-      for (int64_t i = 0; i < c.value_dim / 2; i++)
-        if (c.v_high[at + i * c.tile] != before_v[at + i * c.tile])
-          fail(set.c_str(), "wrote another value", (double)row);
-    }
+    before.put(c);
+    if (!c.fits_lanes()) continue;
+    c.turn();
+    store(set, 1);
+    c.turn();
+    if (!(Planes(c) == found[0])) fail(set.c_str(), "appended other bytes by lanes than by rows");
+    before.put(c);
   }
 }
 
@@ -266,7 +296,7 @@ static void fuzz_predicted(uint64_t seed, const std::vector<std::string> &sets) 
   Case c(seed, true);
   Gate gate(c);
   const Predicted before{{{}, {}, {}, c.state.copy(), c.stats.copy(), {}}, gate.history.copy(), gate.trust.copy()};
-  const auto planes = c.k_high.copy();
+  const Planes planes(c);
   const auto summary = gate.summary.copy();
   const Predicted plain = attend_predicted(c, gate, "portable", 1, before);
   for (const std::string &set : sets) {
@@ -282,8 +312,14 @@ static void fuzz_predicted(uint64_t seed, const std::vector<std::string> &sets) 
     for (int k = 0; k < 2; k++)
       if (!(attend_predicted(c, gate, set.c_str(), c.random.pick(more), before) == one))
         fail(set.c_str(), "other bits with other threads");
+    if (!c.fits_lanes()) continue;
+    c.turn();
+    const Predicted turned = attend_predicted(c, gate, set.c_str(), 1, before);
+    c.turn();
+    compare_layouts(c, set, one.result, turned.result);
+    if (!may_be_whole(c, set) && !(one == turned)) fail(set.c_str(), "other history or trust by lanes than by rows");
   }
-  if (!c.k_high.same(planes) || !gate.summary.same(summary)) fail("all", "planes or summaries were written");
+  if (!(Planes(c) == planes) || !gate.summary.same(summary)) fail("all", "planes or summaries were written");
 }
 
 static void fuzz_summarize(uint64_t seed, const std::vector<std::string> &sets) {
@@ -315,6 +351,13 @@ static void fuzz_summarize(uint64_t seed, const std::vector<std::string> &sets) 
           fail(set.c_str(), "summary", now, then);
       }
     }
+    if (!c.fits_lanes() || twice) continue;
+    const auto found = s.gate.summary.copy();
+    c.turn(), s.call.planes.by_lanes = c.lanes;
+    s.gate.summary.assign(before);
+    if (lamp_summarize(&s.call) || !s.gate.summary.same(found))
+      fail(set.c_str(), "other summary by lanes than by rows");
+    c.turn(), s.call.planes.by_lanes = c.lanes;
   }
 }
 
@@ -335,5 +378,6 @@ int main(int count, char **arguments) {
   }
   std::printf("%llu cases from seed %llu: %s\n", (unsigned long long)cases, (unsigned long long)first,
               lamp_instruction_sets());
+  std::printf("%llu results by lanes as by rows\n", (unsigned long long)layouts_compared);
   return 0;
 }

@@ -74,15 +74,26 @@ static int64_t look(uint64_t seed, const Case &c, int64_t piece) {
   return found;
 }
 
+static void look_at(uint64_t seed, const Case &c, int64_t *found) {
+  for (int64_t piece = 0; piece < c.batch * c.kv_heads; piece++) *found += look(seed, c, piece);
+}
+
 int main(int, char **arguments) {
   const uint64_t first = std::strtoull(arguments[1], nullptr, 10), count = std::strtoull(arguments[2], nullptr, 10);
-  int64_t found = 0, cases = 0;
+  int64_t found[2][3] = {}, cases = 0;  // by layout and head size
   for (uint64_t seed = first; seed < first + count; seed++) {
-    const Case c(seed);
+    Case c(seed);
     if (!c.whole || c.wild) continue;
+    const int64_t size = c.dim / 128;
     cases++;
-    for (int64_t piece = 0; piece < c.batch * c.kv_heads; piece++) found += look(seed, c, piece);
+    look_at(seed, c, found[c.lanes] + size);
+    if (!c.fits_lanes()) continue;
+    c.turn();
+    look_at(seed, c, found[c.lanes] + size);
   }
-  std::printf("%lld cases, %lld chunks\n", (long long)cases, (long long)found);
+  std::printf("%lld cases", (long long)cases);
+  for (const auto &sizes : found)
+    for (const int64_t chunks : sizes) std::printf(", %lld", (long long)chunks);
+  std::printf(" chunks by rows and by lanes\n");
   return 0;
 }

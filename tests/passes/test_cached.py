@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lamp_compile
-from lamp_compile.runtime import guard, layout
+from lamp_compile.runtime import guard, kernels, layout
 from tests.passes.captured import found, lamp_counts
 from tests.passes.test_patterns import close
 
@@ -56,6 +56,15 @@ def test_site_over_a_cache():
     assert site.cache.settings["rule"] == "energy"
     assert site.cache.nodes["lengths"] is not None
     assert site.cache.nodes["block_table"] is None
+
+
+def test_site_over_planes_by_lanes(monkeypatch):
+    monkeypatch.setattr(kernels.cpu, "why_not", lambda: "switched off")
+    model = Decoder()
+    for name in ("plane_0", "plane_1", "plane_3", "plane_4"):
+        setattr(model, name, layout.as_lanes(getattr(model, name)))
+    (site,) = found("dynamo", model, query()).sites
+    assert (site.kv_heads, site.head_dim, site.value_dim) == (2, 16, 16)
 
 
 @pytest.mark.parametrize("lower", ["eager", "inductor"])

@@ -9,7 +9,7 @@ from lamp_compile.passes.patterns._base import NoMatch, Pattern
 from lamp_compile.passes.patterns._dialect import Call, bind, schema_of
 from lamp_compile.passes.patterns._values import Emitter, tensor
 from lamp_compile.passes.patterns._walk import checked
-from lamp_compile.runtime import formats
+from lamp_compile.runtime import formats, layout
 
 
 def read_cached(root: Node, call: Call, emit: Emitter) -> AttentionSite:
@@ -25,7 +25,7 @@ def read_cached(root: Node, call: Call, emit: Emitter) -> AttentionSite:
     site = AttentionSite(
         name=bound["site"], pattern="cached", root=root, q=bound["q"], k=None, v=None,
         heads=int(q.shape[1]), kv_heads=int(k_high.shape[1]), head_dim=int(q.shape[3]),
-        value_dim=formats.get(bound["v_format"]).channels(int(v_high.shape[3])),
+        value_dim=formats.get(bound["v_format"]).channels(int(layout.value_width(v_high))),
         dtype=str(q.dtype).removeprefix("torch."), mask=bound["mask"], bias=bound["bias"], sinks=bound["sinks"],
         causal=bound["causal"], window=bound["window"], scale=bound["scale"], softcap=bound["softcap"],
         cache=CacheRef(nodes, settings),

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lamp_compile.runtime import layout
 from lamp_compile.runtime.kernels import cpu
 
 RULES = ("energy", "lamp_strict", "lamp_relaxed")
@@ -75,12 +76,15 @@ def why_not_store(
         return "float64 keys"
     if (k_format, v_format) != (FORMAT, FORMAT):
         return f"kernels store {FORMAT}, this is {k_format} and {v_format}"
-    widest = 2 * max(planes[0].shape[4], planes[3].shape[3])
+    if reason := _why_not_lanes(planes):
+        return reason
+    tile, half_k, half_v = layout.tile_of(planes[0]), layout.key_width(planes[0]), layout.value_width(planes[3])
+    widest = 2 * max(half_k, half_v)
     if widest > LARGEST_DIM:
         return f"a head dimension of {widest}; kernels go up to {LARGEST_DIM}"
     if not all(plane.is_contiguous() for plane in planes):
         return "planes that are not contiguous"
-    if planes[0].device.type == "cpu" and (planes[0].shape[4] % 2 or planes[3].shape[3] % 2 or planes[0].shape[3] % 32):
+    if planes[0].device.type == "cpu" and (half_k % 2 or half_v % 2 or tile % 32):
         return "CPU kernels take head dimensions that are multiples of 4, and storage tiles of 32 keys"
     return None
 
@@ -95,8 +99,8 @@ def why_not_attend(q: Tensor, planes: tuple[Tensor, ...], state: Tensor, options
         return f"query_bits {options['query_bits']}: kernels multiply int8 queries"
     if options["subtile"] not in SUBTILES:
         return f"subtile {options['subtile']}; kernels decide on {', '.join(map(str, SUBTILES))} keys"
-    if planes[0].shape[3] % options["subtile"]:
-        return f"sub-tiles of {options['subtile']} keys in storage tiles of {planes[0].shape[3]}"
+    if (tile := layout.tile_of(planes[0])) % options["subtile"]:
+        return f"sub-tiles of {options['subtile']} keys in storage tiles of {tile}"
     if state.shape[0] != q.shape[0]:
         return "a guard state that sequences share"
     if not state.is_contiguous() or state.dtype != torch.float32:
@@ -128,7 +132,8 @@ def why_not_predicted(
     if options["rule"] != "energy":
         return f"rule {options['rule']!r}: networks predict what 'energy' asks"
     # Sizes of a graph may be symbols that this must not pin down: keys of a page over summaries of a page.
-    group, (groups, most) = planes[0].shape[3] * options["pages"] // summary.shape[2], _summaries(q.device)
+    group = layout.tile_of(planes[0]) * options["pages"] // summary.shape[2]
+    groups, most = _summaries(q.device)
     if group not in groups:
         return f"summaries of {group} keys; kernels take {', '.join(map(str, groups))}"
     if summary.shape[3] > most:
@@ -235,13 +240,22 @@ def why_not_summarize(planes: tuple[Tensor, ...], summary: Tensor, rows: int, gr
         return "kernels summarise one new key"
     if reason := why_not_device(planes[0].device.type) or _refused.get(planes[0].device):
         return reason
-    if k_format != FORMAT or 2 * planes[0].shape[4] > LARGEST_DIM or planes[0].shape[3] % 32:
+    if reason := _why_not_lanes(planes):
+        return reason
+    if k_format != FORMAT or 2 * layout.key_width(planes[0]) > LARGEST_DIM or layout.tile_of(planes[0]) % 32:
         return f"kernels summarise {FORMAT} of up to {LARGEST_DIM} channels, in tiles of 32 keys"
     groups, most = _summaries(planes[0].device)
     if group not in groups or summary.shape[-1] > most or summary.dtype != torch.float16:
         return f"kernels make float16 summaries of {groups} keys, of rank {most} at most"
     if not all(x.is_contiguous() for x in (*planes, summary)):
         return "planes or summaries that are not contiguous"
+    return None
+
+
+def _why_not_lanes(planes: tuple[Tensor, ...]) -> str | None:
+    """Why planes cannot be read in the order that their bytes lie in, or None."""
+    if planes[0].device.type != "cpu" and any(map(layout.by_lanes, planes)):
+        return "planes by lanes; kernels for GPUs read them by rows"
     return None
 
 

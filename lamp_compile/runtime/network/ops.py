@@ -140,7 +140,7 @@ def _audit(
     k = (k_high, k_residual, k_scale)
     if block_table is not None:
         pages = [layout.gather_pages(plane, block_table) for plane in k[:2]]
-        k = (pages[0], pages[1], layout.gather_scales(k_scale, block_table, k_high.shape[3]))
+        k = (pages[0], pages[1], layout.gather_scales(k_scale, block_table, layout.tile_of(k_high)))
     visible = ops._visible(keys, mask, bias, sinks, start, lengths, causal, window)
     scores = ops._scores(q, scale, softcap, rotation, query_bits)
     length, below = _skipping(levels, lengths, margin, keys, skip, subtile)

@@ -45,7 +45,7 @@ def summarize(
     at = index[..., None] * group + torch.arange(group, device=first.device)
     present = (at < end) & (first >= 0)[..., None]
     wanted = (index * group < end[..., 0]) & (first >= 0)
-    tile = k_high.shape[3]
+    tile = layout.tile_of(k_high)
     page = torch.where(wanted, index * group // tile, 0)
     sequence = torch.arange(batch, device=first.device)[:, None].expand_as(index)
     if block_table is not None:
@@ -188,7 +188,7 @@ def check_kernel(
     """Raise InputError unless all that a kernel takes as addresses has the shape it must have. The arguments as of
     ``kernels.attend_predicted``; the planes are known to be right."""
     batch = q.shape[0]
-    stored, kv_heads, pages, tile, _ = planes[0].shape
+    (stored, kv_heads, pages), tile = planes[0].shape[:3], layout.tile_of(planes[0])
     rank, room = weights[0].shape[-1], (pages if table is None else table.shape[1]) * tile
     group = tile * options["pages"] // kept[0].shape[2]
     wanted = {
@@ -209,13 +209,15 @@ def check_kernel(
 def _check_summaries(
     site: str, keys: tuple[Tensor, ...], summary: Tensor, weights: tuple[Tensor, Tensor], group: int
 ) -> None:
-    stored, kv_heads, pages, tile, half = keys[0].shape
-    rank = summary.shape[-1]
+    (stored, kv_heads, pages), rank = keys[0].shape[:3], summary.shape[-1]
+    tile, half = layout.tile_of(keys[0]), layout.key_width(keys[0])
     given = dict(
-        zip(("k_residual", "k_scale", "summary", "key", "key_bias"), (*keys[1:], summary, *weights), strict=True)
+        zip(("k_high", "k_residual", "k_scale", "summary", "key", "key_bias"), (*keys, summary, *weights), strict=True)
     )
+    lanes = layout.by_lanes(keys[0])
+    plane = (stored, kv_heads, pages, *layout.key_shape(layout.LANES_TILE if lanes else tile, half, lanes))
     wanted = {
-        "k_residual": tuple(keys[0].shape), "k_scale": (stored, kv_heads, pages * tile),
+        "k_high": plane, "k_residual": plane, "k_scale": (stored, kv_heads, pages * tile),
         "summary": (stored, kv_heads, pages * tile // group, rank), "key": (kv_heads, 2 * half, rank),
         "key_bias": (kv_heads, rank),
     }  # fmt: skip

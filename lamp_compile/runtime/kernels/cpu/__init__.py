@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lamp_compile.errors import CacheError
-from lamp_compile.runtime import rotation
+from lamp_compile.runtime import layout, rotation
 from lamp_compile.runtime.kernels.cpu import _library
 from lamp_compile.runtime.kernels.cpu._library import (
     instruction_set,
@@ -31,6 +31,7 @@ from lamp_compile.runtime.kernels.result import Result
 __all__ = [
     "append",
     "attend",
+    "by_lanes",
     "instruction_set",
     "instruction_sets",
     "join_torch",
@@ -59,6 +60,12 @@ def why_not() -> str | None:
     return _library.why_not()
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def by_lanes() -> bool:
+    """Whether planes of new caches had better lie by lanes (``runtime/layout.py``): AVX-512 reads them so."""
+    return instruction_set() == "avx512"
+
+
 def append(
     k: Tensor, v: Tensor, planes: tuple[Tensor, ...], balance: Tensor | None, positions: Tensor,
     table: Tensor | None, kind: str,
@@ -80,7 +87,7 @@ def append(
         _address(balance), _sequence_step(balance, 3), *_integers(positions), torch.get_num_threads(),
     )  # fmt: skip
     if _library.load().lamp_append(_library.pointer(call)):
-        room = planes[0].shape[2] * planes[0].shape[3]
+        room = planes[0].shape[2] * layout.tile_of(planes[0])
         raise CacheError(
             f"{rows} rows from {positions.tolist()} on do not fit into planes for {room} keys",
             where="lamp::append",
@@ -116,7 +123,7 @@ def attend(
     sinks = None if sinks is None else sinks.expand(q.shape[1])
     balance, bias, sinks, table = _dense(balance), None if bias is None else bias.float(), _dense(sinks), _table(table)
     batch, heads, queries, dim = q.shape
-    value_dim = 2 * planes[3].shape[3]
+    value_dim = 2 * layout.value_width(planes[3])
     out = q.new_empty(batch, heads, queries, value_dim)
     lse, certificate = _details(batch, heads, queries) if details else (_NOTHING, _NOTHING)
     scale = options["scale"]
@@ -136,7 +143,7 @@ def attend(
         failed = _library.load().lamp_attend(_library.pointer(call))
     else:
         # What is made of other dtypes must live as long as the call.
-        gate, _alive = _gate(*predicted, int(planes[0].shape[3]), options)
+        gate, _alive = _gate(*predicted, int(layout.tile_of(planes[0])), options)
         failed = _library.load().lamp_attend_predicted(_library.pointer(call), _library.pointer(gate))
     if failed:
         raise MemoryError(f"no memory for the scores of {heads // planes[0].shape[1]} x {options['keys']} keys")
@@ -180,7 +187,8 @@ def _planes(planes: tuple[Tensor, ...], table: Tensor | None) -> tuple[int | Non
     pages = k_high.shape[2] if table is None else table.shape[1]
     return (
         *(plane.data_ptr() for plane in planes), _address(table), 0 if table is None else table.stride(0), pages,
-        k_high.shape[2], k_high.shape[3], k_high.shape[4], v_high.shape[3], k_high.shape[1],
+        k_high.shape[2], layout.tile_of(k_high), layout.key_width(k_high), layout.value_width(v_high),
+        k_high.shape[1], layout.by_lanes(k_high),
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ VARIABLE = "LAMP_CPU"
 
 _I, _P, _F = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
 _PLANES = ["k_high", "k_residual", "k_scale", "v_high", "v_residual", "v_scale", "table"]
-_PLANE_SIZES = ["table_stride", "pages", "stored_tiles", "tile", "half_k", "half_v", "kv_heads"]
+_PLANE_SIZES = ["table_stride", "pages", "stored_tiles", "tile", "half_k", "half_v", "kv_heads", "by_lanes"]
 _INTEGERS = ("data", "bytes", "stride")
 
 

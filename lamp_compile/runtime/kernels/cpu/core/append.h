@@ -54,18 +54,22 @@ static void append_row(const LampAppend &call, int64_t b, int64_t g, int64_t i) 
   }
   rotate(call.rotate_k, 2 * half_k, false, x);
   round_row(x, 2 * half_k, row);
-  __builtin_memcpy(planes.k_high + key_at(planes, place), row.high, half_k);
-  __builtin_memcpy(planes.k_residual + key_at(planes, place), row.residual, half_k);
+  const int together = planes.by_lanes ? 4 : half_k;
+  for (int c = 0; c < half_k; c += together) {
+    const int64_t at = key_byte(planes, place, c);
+    __builtin_memcpy(planes.k_high + at, row.high + c, together);
+    __builtin_memcpy(planes.k_residual + at, row.residual + c, together);
+  }
   planes.k_scale[scale_at(planes, place)] = row.scale;
 
   for (int c = 0; c < LANES; c++) x[2 * half_v + c] = 0;
   read_row(call.v, call.dtype, b * call.v_strides[0] + g * call.v_strides[1] + i * call.v_strides[2], 2 * half_v, x);
   rotate(call.rotate_v, 2 * half_v, false, x);
   round_row(x, 2 * half_v, row);
-  uint8_t *high = planes.v_high + value_at(planes, place), *residual = planes.v_residual + value_at(planes, place);
+  const int64_t at = value_byte(planes, place, 0), apart = planes.by_lanes ? 4 : planes.tile;
   for (int c = 0; c < half_v; c++) {
-    high[c * planes.tile] = row.high[c];
-    residual[c * planes.tile] = row.residual[c];
+    planes.v_high[at + c * apart] = row.high[c];
+    planes.v_residual[at + c * apart] = row.residual[c];
   }
   planes.v_scale[scale_at(planes, place)] = row.scale;
 }

@@ -209,5 +209,6 @@ LAMP_INLINE void fine_dots(const uint8_t *high, const uint8_t *residual, int hal
 }
 
 #include "avx512_values.h"
+#include "avx512_lanes.h"
 
 LAMP_INLINE Vf halves(const uint16_t *from) { return (Vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from)); }

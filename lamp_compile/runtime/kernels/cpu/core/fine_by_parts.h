@@ -33,3 +33,5 @@ LAMP_INLINE void fine_values(const uint8_t *const *high, const uint8_t *const *r
   values<ROWS>(high, count, stride, half, w_lower, feeds.refined, part);
   for (int i = 0; i < ROWS * 2 * half; i++) out[i] = out[i] * 16 + part[i];
 }
+
+#include "lanes_by_rows.h"

@@ -23,14 +23,15 @@ enum LampRule { LAMP_ENERGY = 0, LAMP_STRICT = 1, LAMP_RELAXED = 2 };
 enum LampCausal { LAMP_NOT_CAUSAL = 0, LAMP_TOP_LEFT = 1, LAMP_BOTTOM_RIGHT = 2 };
 
 // Six planes of nested8. Keys [B, G, P, tile, half_k], values [B, G, P, half_v, tile], scales [B, G, P * tile] as
-// float16 bits. With a table [B, pages] the planes are a pool [1, G, P, ...].
+// float16 bits. By lanes, with tiles of 32 keys: keys [B, G, P, half_k / 4, 32, 4], values [B, G, P, 8, half_v, 4]
+// (half_k in fours, half_v in sixteens). With a table [B, pages] the planes are a pool [1, G, P, ...].
 typedef struct {
   uint8_t *k_high, *k_residual;
   uint16_t *k_scale;
   uint8_t *v_high, *v_residual;
   uint16_t *v_scale;
   const int32_t *table;
-  int64_t table_stride, pages, stored_tiles, tile, half_k, half_v, kv_heads;
+  int64_t table_stride, pages, stored_tiles, tile, half_k, half_v, kv_heads, by_lanes;
 } LampPlanes;
 
 // A rotation of D = base * 2^n channels: Sylvester's doubling of a base matrix [base, base] of 1 and -1; 0 = none.

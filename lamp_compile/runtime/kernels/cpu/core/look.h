@@ -69,9 +69,9 @@ LAMP_APART void look_at_subtile(Work &work, int r0, int64_t j, const uint8_t *pl
   const int64_t key = key_of(work, j);
   alignas(64) int32_t products[ROWS * SUBTILE];
   if (both)
-    fine_dots<ROWS>(plane, residual, (int)call.planes.half_k, rows.q[r0], rows.sum8 + r0, feed, products);
+    fine_dots_with<ROWS>(call.planes, plane, residual, rows.q[r0], rows.sum8 + r0, feed, products);
   else
-    dots<ROWS>(plane, (int)call.planes.half_k, rows.q[r0], rows.sum8 + r0, feed, products);
+    dots_with<ROWS>(call.planes, plane, rows.q[r0], rows.sum8 + r0, feed, products);
   uint8_t *alive = work.alive + (j - rows.from) / SUBTILE * rows.tokens;
   if (PLAIN && all_seen<ROWS>(call, rows, r0, key)) {
     alive[rows.token[r0]] = 1;
@@ -162,7 +162,7 @@ LAMP_APART void weigh_chunk(Work &work, int64_t chunk, int64_t keys, int r, floa
   work.sum[chunk * work.stride + r] = total(sum);
 }
 
-constexpr int AHEAD = 4 * SUBTILE;  // keys from now that are asked for
+constexpr int AHEAD = 8 * SUBTILE;  // keys from now that are asked for
 
 // Values of a piece's first run, a sub-tile at a time: those behind its first four with the last keys.
 LAMP_INLINE void ask_for_first_values(const Work &work, int64_t j) {

@@ -1,4 +1,4 @@
-// Where a key lies.
+// Where a key lies, and in which order the bytes of its storage tile.
 
 constexpr int SUBTILE = 32;  // keys that kernels take at a time
 
@@ -51,6 +51,27 @@ LAMP_INLINE int64_t value_at(const LampPlanes &planes, const Place &place) {
 }
 LAMP_INLINE int64_t scale_at(const LampPlanes &planes, const Place &place) {
   return place.tile * planes.tile + place.offset;
+}
+
+// Bytes of one key or value: byte c of it. By lanes, four channels of a key lie together, and four keys of a channel:
+// products add up four bytes each, and make a vector of sums of as many keys or channels.
+LAMP_INLINE int64_t key_byte(const LampPlanes &planes, const Place &place, int64_t c) {
+  if (!planes.by_lanes) return key_at(planes, place) + c;
+  return place.tile * SUBTILE * planes.half_k + c / 4 * (4 * SUBTILE) + place.offset * 4 + c % 4;
+}
+LAMP_INLINE int64_t value_byte(const LampPlanes &planes, const Place &place, int64_t c) {
+  if (!planes.by_lanes) return value_at(planes, place) + c * planes.tile;
+  return place.tile * SUBTILE * planes.half_v + place.offset / 4 * (4 * planes.half_v) + 4 * c + place.offset % 4;
+}
+
+// A sub-tile by lanes, as rows of keys and as rows of channels.
+LAMP_INLINE void keys_of_lanes(const uint8_t *lanes, int half, uint8_t *rows) {
+  for (int c = 0; c < half; c += 4)
+    for (int key = 0; key < SUBTILE; key++) __builtin_memcpy(rows + key * half + c, lanes + c * SUBTILE + 4 * key, 4);
+}
+LAMP_INLINE void values_of_lanes(const uint8_t *lanes, int half, uint8_t *rows) {
+  for (int key = 0; key < SUBTILE; key += 4)
+    for (int c = 0; c < half; c++) __builtin_memcpy(rows + c * SUBTILE + key, lanes + key * half + 4 * c, 4);
 }
 
 // Ask for bytes that are read soon. Processors follow one stream by themselves, but not far enough ahead.

@@ -21,6 +21,7 @@ LAMP_APART void add_cold(const Work &work, const Run &run, const Block &block, c
   alignas(64) uint8_t w[RUN * ROWS * WEIGHT_ROOM];
   float step[ROWS];
   const uint8_t *high[RUN];
+  const LampPlanes &planes = work.call->planes;
   for (int n = 0; n < block.cold_count; n++) high[n] = run.v_high[block.cold[n]];
   const float *z[ROWS];
   Vf inverse[ROWS];
@@ -43,11 +44,10 @@ LAMP_APART void add_cold(const Work &work, const Run &run, const Block &block, c
         rounded[i][h] = whole(p * inverse[i] + cut);
       }
     }
-    place_weights<ROWS>(rounded, w + n * ROWS * WEIGHT_ROOM);
+    place_weights_for<ROWS>(planes, rounded, n, w);
   }
-  const int half = (int)work.call->planes.half_v;
   alignas(64) int32_t found[ROWS * MOST_DIM];
-  values<ROWS>(high, block.cold_count, work.call->planes.tile, half, w, feeds.values, found);
+  values_with<ROWS>(planes, high, block.cold_count, w, feeds.values, found);
   add_to<ROWS>(work, r0, step, found, outputs);
 }
 
@@ -55,7 +55,7 @@ LAMP_APART void add_cold(const Work &work, const Run &run, const Block &block, c
 template <int ROWS>
 static void add_hot(const Work &work, Hot &hot, int r0, Feeds &feeds, float *const *outputs, Vf (*sums)[KEY_SUMS]) {
   if (!hot.count) return;
-  const int half = (int)work.call->planes.half_v;
+  const LampPlanes &planes = work.call->planes;
   constexpr int ROOM = MOST_FINE * ROWS * WEIGHT_ROOM;
   alignas(64) uint8_t upper[ROOM], lower[ROOM], eight[WEIGHTS_OF_EIGHT_BITS ? ROOM : 1];
   float step[ROWS], most[ROWS];
@@ -90,12 +90,12 @@ static void add_hot(const Work &work, Hot &hot, int r0, Feeds &feeds, float *con
         if (WEIGHTS_OF_EIGHT_BITS) alone[i][h] = whole(x * splat(1.0f / 256.0f) + cut);
       }
     }
-    place_weights<ROWS>(above, upper + n * ROWS * WEIGHT_ROOM);
-    place_weights<ROWS>(below, lower + n * ROWS * WEIGHT_ROOM);
-    if (WEIGHTS_OF_EIGHT_BITS) place_weights<ROWS>(alone, eight + n * ROWS * WEIGHT_ROOM);
+    place_weights_for<ROWS>(planes, above, n, upper);
+    place_weights_for<ROWS>(planes, below, n, lower);
+    if (WEIGHTS_OF_EIGHT_BITS) place_weights_for<ROWS>(planes, alone, n, eight);
   }
   alignas(64) int32_t found[ROWS * MOST_DIM];
-  fine_values<ROWS>(hot.high, hot.residual, hot.count, work.call->planes.tile, half, upper, lower, eight, feeds, found);
+  fine_values_with<ROWS>(planes, hot.high, hot.residual, hot.count, upper, lower, eight, feeds, found);
   add_to<ROWS>(work, r0, step, found, outputs);
   hot.count = 0;
 }

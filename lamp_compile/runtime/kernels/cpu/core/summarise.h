@@ -10,11 +10,12 @@ static void summarise_group(const LampSummarize &call, int64_t b, int64_t g) {
   Place row = place;
   for (int i = 0; i < count; i++) {
     row.offset = place.offset - place.offset % (int)call.group + i;
-    const uint8_t *high = planes.k_high + key_at(planes, row), *low = planes.k_residual + key_at(planes, row);
     const float scale = half_to_float(planes.k_scale[scale_at(planes, row)]);
     for (int c = 0; c < half; c++) {
-      mean[c] += scale * (float)(16 * ((int8_t)high[c] >> 4) + ((int8_t)low[c] >> 4));
-      mean[half + c] += scale * (float)(16 * ((int8_t)(high[c] << 4) >> 4) + ((int8_t)(low[c] << 4) >> 4));
+      const int64_t at = key_byte(planes, row, c);
+      const uint8_t high = planes.k_high[at], low = planes.k_residual[at];
+      mean[c] += scale * (float)(16 * ((int8_t)high >> 4) + ((int8_t)low >> 4));
+      mean[half + c] += scale * (float)(16 * ((int8_t)(high << 4) >> 4) + ((int8_t)(low << 4) >> 4));
     }
   }
   for (int c = 0; c < 2 * half; c++) mean[c] /= (float)count;

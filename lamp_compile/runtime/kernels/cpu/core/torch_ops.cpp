@@ -32,15 +32,22 @@ bool planes_of(const Arguments &given, int first, const Tensor &table, int64_t b
   const Tensor k_high = given.tensor(first), k_residual = given.tensor(first + 1), k_scale = given.tensor(first + 2);
   const Tensor v_high = given.tensor(first + 3), v_residual = given.tensor(first + 4),
                v_scale = given.tensor(first + 5);
-  if (k_high.dim != 5 || v_high.dim != 5) return false;
+  const bool lanes = k_high.dim == 6;
+  if ((!lanes && k_high.dim != 5) || v_high.dim != k_high.dim) return false;
   for (const Tensor *plane : {&k_high, &k_residual, &v_high, &v_residual})
     if (!plane->holds(types.uint8)) return false;
-  const int64_t *k = k_high.sizes, half_v = v_high.sizes[3], half_k = k[4], tile = k[3];
-  const bool fits = k_scale.holds(types.float16) && v_scale.holds(types.float16) &&
-                    k_residual.is({k[0], k[1], k[2], tile, half_k}) && v_high.is({k[0], k[1], k[2], half_v, tile}) &&
-                    v_residual.is({k[0], k[1], k[2], half_v, tile}) && k_scale.is({k[0], k[1], k[2] * tile}) &&
-                    v_scale.is({k[0], k[1], k[2] * tile}) && k[0] == (table.there ? 1 : batch) && k[1] > 0 && k[2] > 0;
-  if (!fits || tile <= 0 || tile % TILE) return false;
+  const int64_t *k = k_high.sizes, tile = lanes ? k[4] : k[3], half_k = lanes ? 4 * k[3] : k[4],
+                half_v = v_high.sizes[lanes ? 4 : 3];
+  for (const Tensor *plane : {&k_high, &k_residual})
+    if (lanes ? !plane->is({k[0], k[1], k[2], half_k / 4, TILE, 4}) : !plane->is({k[0], k[1], k[2], tile, half_k}))
+      return false;
+  for (const Tensor *plane : {&v_high, &v_residual})
+    if (lanes ? !plane->is({k[0], k[1], k[2], TILE / 4, half_v, 4}) : !plane->is({k[0], k[1], k[2], half_v, tile}))
+      return false;
+  for (const Tensor *scale : {&k_scale, &v_scale})
+    if (!scale->holds(types.float16) || !scale->is({k[0], k[1], k[2] * tile})) return false;
+  if (k[0] != (table.there ? 1 : batch) || k[1] <= 0 || k[2] <= 0) return false;
+  if (tile <= 0 || tile % TILE || (lanes && half_v % 16)) return false;
   for (const int64_t half : {half_k, half_v})
     if (half <= 0 || half % 2 || 2 * half > LAMP_MOST_DIM) return false;
   if (table.there && (table.dim != 2 || table.sizes[0] != batch || table.sizes[1] <= 0 || !table.holds(types.int32)))
@@ -51,6 +58,7 @@ bool planes_of(const Arguments &given, int first, const Tensor &table, int64_t b
   planes.table = (const int32_t *)table.data, planes.table_stride = table.there ? table.strides[0] : 0;
   planes.pages = table.there ? table.sizes[1] : k[2], planes.stored_tiles = k[2];
   planes.tile = tile, planes.half_k = half_k, planes.half_v = half_v, planes.kv_heads = k[1];
+  planes.by_lanes = lanes;
   return true;
 }
 

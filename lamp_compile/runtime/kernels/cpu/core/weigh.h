@@ -46,10 +46,9 @@ template <int ROWS>
 LAMP_APART void score_differences(const Work &work, const Run &run, int t, int r0, Feed &feed, float *difference) {
   const LampAttend &call = *work.call;
   const Rows &rows = work.rows;
-  const int half = (int)call.planes.half_k;
   alignas(64) int32_t fine[ROWS * SUBTILE], coarse[ROWS * SUBTILE];
-  dots<ROWS>(run.k_residual[t], half, rows.q[r0], rows.sum8 + r0, feed, fine);
-  if (call.softcap != 0) dots<ROWS>(run.k_high[t], half, rows.q[r0], rows.sum8 + r0, feed, coarse);
+  dots_with<ROWS>(call.planes, run.k_residual[t], rows.q[r0], rows.sum8 + r0, feed, fine);
+  if (call.softcap != 0) dots_with<ROWS>(call.planes, run.k_high[t], rows.q[r0], rows.sum8 + r0, feed, coarse);
   const Vf scale[2] = {known_halves(run.k_scale[t]), known_halves(run.k_scale[t] + LANES)};
   for (int i = 0; i < ROWS; i++)
     for (int h = 0; h < 2; h++) {

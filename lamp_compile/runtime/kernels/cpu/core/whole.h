@@ -98,14 +98,19 @@ LAMP_INLINE void weigh_keys(Work &work, int64_t first, int r0, Feed &feed, const
   joined[CHUNK / SUBTILE] = join_rows(mass);
 }
 
+#include "whole_lanes.h"
+
 // False where a weight was far above the level, or a NaN: nothing of it holds then.
-template <int HALF>
+template <int HALF, bool BY_LANES>
 LAMP_APART bool weigh_whole(Work &work, int64_t first, int r0, Feed &feed, const float *level) {
   const Rows &rows = work.rows;
   Vf joined[CHUNK / SUBTILE + 1], sum[ABREAST];
   Weigher weigher;
   begin_weigher(rows, r0, level, weigher);
-  weigh_keys<HALF>(work, first, r0, feed, weigher, sum, joined);
+  if (BY_LANES)
+    weigh_keys_by_lanes<HALF>(work, first, r0, feed, weigher, sum, joined);
+  else
+    weigh_keys<HALF>(work, first, r0, feed, weigher, sum, joined);
   __m512i weight[ABREAST];
   totals_by_row(joined + 1, weight);
   const int64_t at = (first - rows.from) / CHUNK * work.stride + r0;
@@ -119,6 +124,16 @@ LAMP_APART bool weigh_whole(Work &work, int64_t first, int r0, Feed &feed, const
     store(work.weight + (r0 + r) * (work.span / SUBTILE) + (first - rows.from) / SUBTILE, root((Vf)weight[r]));
   }
   return near;
+}
+
+static bool weigh_rows(Work &work, int64_t first, int r0, Feed &feed, const float *level) {
+  const int64_t half = work.call->planes.half_k;
+  if (!work.call->planes.by_lanes)
+    return half == 64 ? weigh_whole<64, false>(work, first, r0, feed, level)
+                      : weigh_whole<128, false>(work, first, r0, feed, level);
+  if (half == 32) return weigh_whole<32, true>(work, first, r0, feed, level);
+  return half == 64 ? weigh_whole<64, true>(work, first, r0, feed, level)
+                    : weigh_whole<128, true>(work, first, r0, feed, level);
 }
 
 // The largest scores of a segment's first keys.
@@ -147,7 +162,8 @@ LAMP_INLINE bool is_whole(const Work &work, int64_t first) {
   if (call.mask || call.bias || call.softcap != 0 || call.rule != LAMP_ENERGY || settled(work) || work.order)
     return false;
   if (rows.count % ABREAST || rows.count > MOST_LEVELS) return false;
-  if (call.planes.half_k != 64 && call.planes.half_k != 128) return false;
+  const int64_t half = call.planes.half_k;
+  if (half != 64 && half != 128 && !(half == 32 && call.planes.by_lanes)) return false;
   for (int t = 0; t < rows.tokens; t++)
     if (rows.low[t] > first || rows.high[t] < first + CHUNK) return false;
   return true;
@@ -160,8 +176,7 @@ static bool look_at_whole(Work &work, int64_t first, Feed &feed, Levels &levels)
   if (whole && !levels.known) begin_levels(work, first, feed, levels);
   levels.known &= whole;
   for (int r = 0; levels.known && r < rows.count; r += ABREAST)
-    levels.known = work.call->planes.half_k == 64 ? weigh_whole<64>(work, first, r, feed, levels.level)
-                                                  : weigh_whole<128>(work, first, r, feed, levels.level);
+    levels.known = weigh_rows(work, first, r, feed, levels.level);
   if (!levels.known) return false;
   const int64_t chunk = (first - rows.from) / CHUNK;
   for (int r = 0; r < rows.count; r++) {

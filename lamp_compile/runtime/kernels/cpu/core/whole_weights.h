@@ -33,8 +33,8 @@ struct Weighing {
 // Worked out here, and not where it is used.
 LAMP_INLINE void settle(Vf &v) { __asm__ volatile("" : "+v"(v)); }
 
-LAMP_INLINE void weigh_scores(const Weigher &weigher, const Before &before, Vf scale, int r, Weighing &w) {
-  const Vf y = (Vf)_mm512_cvtepi32_ps(before.product[r]) * splat(weigher.coefficient[r]) - splat(weigher.mean[r]);
+LAMP_INLINE void weigh_scores(const Weigher &weigher, __m512i product, Vf scale, int r, Weighing &w) {
+  const Vf y = (Vf)_mm512_cvtepi32_ps(product) * splat(weigher.coefficient[r]) - splat(weigher.mean[r]);
   w.x = y * scale - splat(weigher.level[r]);
   settle(w.x);
 }
@@ -70,7 +70,7 @@ template <bool LAST>
 LAMP_INLINE void weigh_part(const Weigher &weigher, const Before &before, Vf scale, int part, Weighing &w, Vf *sum,
                             Vf *mass) {
   const int r = part / 4;
-  if (part % 4 == 0) weigh_scores(weigher, before, scale, r, w);
+  if (part % 4 == 0) weigh_scores(weigher, before.product[r], scale, r, w);
   if (part % 4 == 1) weigh_split(w);
   if (part % 4 == 2) weigh_join(w);
   if (part % 4 == 3) weigh_end<LAST>(before, r, w, sum, mass);
