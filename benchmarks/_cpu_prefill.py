@@ -57,7 +57,8 @@ def rows(length: int, shape: Shape, rounds: int) -> list[dict[str, Any]]:
 def _lamp(q: Tensor, k: Tensor, v: Tensor, stats: Tensor) -> Callable[[], Tensor]:
     kv_heads, length, dim = k.shape[1:]
     pages, tile = layout.tiles_for(length, layout.SUBTILE), layout.SUBTILE
-    lead, lanes = (1, kv_heads, pages), kernels.cpu.by_lanes()
+    lead = (1, kv_heads, pages)
+    lanes = kernels.cpu.by_lanes() and layout.lanes_fit(tile, dim // 2, dim // 2)
     keys = [torch.zeros(*lead, *layout.key_shape(tile, dim // 2, lanes), dtype=torch.uint8) for _ in range(2)]
     values = [torch.zeros(*lead, *layout.value_shape(tile, dim // 2, lanes), dtype=torch.uint8) for _ in range(2)]
     scales = [torch.zeros(1, kv_heads, pages * tile, dtype=torch.float16) for _ in range(2)]

@@ -164,7 +164,7 @@ class Lamp:
         self.sets = []
         for index in range(count):
             given = sources.of(index)
-            stored = [_as_stored(p) for p in given.planes]
+            stored = [_as_stored(p, sources.shape.dim) for p in given.planes]
             made = zeros({str(at): (tuple(p.shape), p.dtype) for at, p in enumerate(stored)}, given.q.device)
             planes = tuple(mine.copy_(p) for mine, p in zip(made.values(), stored, strict=True))
             self.sets.append(replace(given, q=given.q.float(), planes=planes))
@@ -209,9 +209,10 @@ class Lamp:
         return Way("lamp append", calls, touched, {"how": "one row of keys and one of values"}, differing)
 
 
-def _as_stored(plane: Tensor) -> Tensor:
+def _as_stored(plane: Tensor, dim: int) -> Tensor:
     """In the order of bytes that a cache on this machine has."""
-    return layout.as_lanes(plane) if plane.dim() == 5 and kernels.cpu.by_lanes() else plane
+    lanes = kernels.cpu.by_lanes() and layout.lanes_fit(layout.SUBTILE, dim // 2, dim // 2)
+    return layout.as_lanes(plane) if plane.dim() == 5 and lanes else plane
 
 
 def measure(

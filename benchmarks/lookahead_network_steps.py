@@ -34,7 +34,7 @@ from lamp_compile.quality import load, windows
 from lamp_compile.quality.environment import environment, write_json
 from lamp_compile.quality.network import row as network_row
 from lamp_compile.quality.network import session
-from lamp_compile.runtime import guard, reference
+from lamp_compile.runtime import guard, layout, reference
 from lamp_compile.runtime.arguments import Scores, Visibility
 from lamp_compile.runtime.kernels.cpu import _library
 from lamp_compile.runtime.network import audit, files
@@ -135,7 +135,7 @@ def shares(way: Way, before: list[Tensor], layers: list[int], keys: int) -> dict
         layer, old = way.cache.layers[index], before[index]
         counted = (layer.stats - old).sum((0, 1)).tolist()
         steps = counted[guard.STEPS] / layer.stats.shape[1]
-        width = layer.k_high.shape[4] + layer.v_high.shape[3]
+        width = layout.key_width(layer.k_high) + layout.value_width(layer.v_high)
         live, refined = live + counted[guard.LIVE], refined + counted[guard.REFINED]
         seen += counted[guard.STEPS] * -(-keys // layer.plan.subtile)
         planes += layer.plan.subtile * (counted[guard.LIVE] * (width + 4) + counted[guard.REFINED] * width) / steps

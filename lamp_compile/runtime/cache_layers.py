@@ -181,11 +181,18 @@ class NestedLayer(GrowableLayer):
         )
 
     def _by_lanes(self, k_width: int, v_width: int) -> bool:
-        """Whether planes of these widths lie by lanes: where a CPU's kernels read those faster."""
+        """Whether planes of these widths lie by lanes: where a CPU's kernels read them, and those faster. A cache that
+        grows stays as it is."""
+        if self.is_initialized:
+            return layout.by_lanes(self.k_high)
         plan = self.plan
         return (
             self.device.type == "cpu"
             and plan.k_format == plan.v_format == kernels.FORMAT
+            and plan.rule in kernels.RULES
+            and plan.query_bits == 8
+            and self.dtype != torch.float64
+            and 2 * max(k_width, v_width) <= kernels.LARGEST_DIM
             and layout.lanes_fit(plan.tile, k_width, v_width)
             and kernels.cpu.by_lanes()
         )

@@ -80,7 +80,7 @@ def planes(site: str, six: tuple[Tensor, ...], table: Tensor | None, batch: int,
             f"planes of shapes {', '.join(str(tuple(x.shape)) for x in six)} do not belong together",
             where=where,
             fix="K [B, G, P, tile, D/2], V [B, G, P, Dv/2, tile], scales [B, G, P * tile]; by lanes "
-            "K [B, G, P, D/8, 32, 4], V [B, G, P, 8, Dv/2, 4] with Dv a multiple of 32",
+            "K [B, G, P, D/8, 32, 4], V [B, G, P, 8, Dv/2, 4] with D a multiple of 8 and Dv of 32",
         )
     sequences = six[0].shape[0]
     if sequences != (batch if table is None else 1):

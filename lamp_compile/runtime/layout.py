@@ -24,6 +24,8 @@ LANES_TILE = 32
 """The storage tile of planes by lanes."""
 LANE = 4
 """Bytes of one lane: neighbouring channels of a key, neighbouring keys of a channel of the values."""
+LANES = 16
+"""Lanes of a vector: channels of values by lanes are a multiple."""
 
 
 def tiles_for(keys: int, tile: int = TILE) -> int:
@@ -38,7 +40,7 @@ def by_lanes(plane: Tensor) -> bool:
 
 def lanes_fit(tile: int, key_width: int, value_width: int) -> bool:
     """Whether planes of these sizes, in bytes, can lie by lanes."""
-    return tile == LANES_TILE and key_width % LANE == 0 and value_width % 16 == 0
+    return tile == LANES_TILE and key_width % LANE == 0 and value_width % LANES == 0
 
 
 def tile_of(keys: Tensor) -> int:

@@ -385,14 +385,14 @@ def test_what_is_given_with_them_is_checked() -> None:
 def test_which_kernels_read_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "why_not_device", lambda kind: None)
     call, summary = by_lanes(calls.make()), torch.zeros(2, 2, 20, 16).half()
-    for device, known in (("cpu", "None"), ("meta", "planes by lanes; kernels for GPUs")):
+    for device, known in (("cpu", None), ("meta", "planes by lanes; kernels for GPUs")):
         q, state, made, *planes = (x.to(device) for x in (call.q, call.hot[3], summary, *call.planes))
         reasons = (
             kernels.why_not_store(tuple(planes), "nested8", "nested8"),
             kernels.why_not_attend(q, tuple(planes), state, call.options),
             kernels.why_not_summarize(tuple(planes[:3]), made, 1, 8, "nested8"),
         )
-        assert all(known in str(reason) for reason in reasons)
+        assert all(reason is None if known is None else known in str(reason) for reason in reasons)
         predicts = {**call.options, "pages": 5}
         kept = (made, torch.zeros(2, 2, 5, 2, device=device), torch.zeros(2, 2, 7, device=device))
         assert kernels.why_not_predicted(q, tuple(planes), kept, predicts) is None

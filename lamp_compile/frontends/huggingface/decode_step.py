@@ -68,6 +68,14 @@ class DecodeStep(nn.Module):
             for name in HOT:
                 self.register_buffer(f"layer{index}_{name}", getattr(layer.controls, name))
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Planes saved by a machine that keeps them in the other order of bytes are turned (``runtime/layout.py``)."""
+        for name, own in self.named_buffers(recurse=False):
+            given = state_dict.get(prefix + name)
+            if isinstance(given, Tensor) and {given.dim(), own.dim()} == {5, 6}:
+                state_dict[prefix + name] = layout.as_lanes(given) if layout.by_lanes(own) else layout.as_rows(given)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def forward(self, input_ids: Tensor) -> Tensor:
         """Append the tokens ``[B, n]`` and give back their logits ``[B, n, V]``."""
         logits: Tensor = self.model(input_ids=input_ids, past_key_values=self.cache, use_cache=True).logits

@@ -59,8 +59,9 @@ LAMP_INLINE const uint8_t *take(Feed &feed, int64_t bytes) {
 }
 
 // Of the second pass: the high plane of the values of the next run, and refined sub-tiles of any. With AVX-512, D = 128
-// and four rows, a half of the values' lines is asked for between products, a quarter as sums are added up, an eighth
-// as cold keys are weighed, a sixteenth as they are rounded and as many as the run is opened (tests/native/asked.cpp).
+// and four rows, three quarters of the values' lines are asked for between products (by rows half of them, and a
+// quarter as sums are added up), an eighth as cold keys are weighed, a sixteenth as they are rounded and as many as the
+// run is opened (tests/native/asked.cpp).
 struct Feeds {
   Feed values, refined;
 };

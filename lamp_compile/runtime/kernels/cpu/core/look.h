@@ -162,14 +162,15 @@ LAMP_APART void weigh_chunk(Work &work, int64_t chunk, int64_t keys, int r, floa
   work.sum[chunk * work.stride + r] = total(sum);
 }
 
-constexpr int AHEAD = 8 * SUBTILE;  // keys from now that are asked for
+// How many keys from now are asked for: more where they take less time.
+LAMP_INLINE int64_t ahead_of(const LampPlanes &planes) { return (planes.by_lanes ? 8 : 4) * SUBTILE; }
 
-// Values of a piece's first run, a sub-tile at a time: those behind its first four with the last keys.
+// Values of a piece's first run, a sub-tile at a time: with the last keys those that nothing else asks for.
 LAMP_INLINE void ask_for_first_values(const Work &work, int64_t j) {
   const LampPlanes &planes = work.call->planes;
   const Rows &rows = work.rows;
   const int64_t at = rows.from + (MOST_TILES - (rows.to - j + SUBTILE - 1) / SUBTILE) * SUBTILE;
-  if (at < rows.from + AHEAD || at >= rows.to || planes.tile != SUBTILE) return;
+  if (at < rows.from + ahead_of(planes) || at >= rows.to || planes.tile != SUBTILE) return;
   const Place place = place_of(planes, rows.b, rows.g, key_of(work, at));
   ask_for(planes.v_high + value_at(planes, place), SUBTILE * planes.half_v);
 }
@@ -196,7 +197,7 @@ LAMP_INLINE void ask_ahead(const Work &work, int64_t j, Feed &feed) {
 LAMP_INLINE void ask_for_first_keys(const Work &work) {
   const LampPlanes &planes = work.call->planes;
   const Rows &rows = work.rows;
-  for (int64_t j = rows.from; j < rows.from + AHEAD && j < rows.to; j += SUBTILE) {
+  for (int64_t j = rows.from; j < rows.from + ahead_of(planes) && j < rows.to; j += SUBTILE) {
     const Place place = place_of(planes, rows.b, rows.g, key_of(work, j));
     ask_for(planes.k_high + key_at(planes, place), SUBTILE * planes.half_k);
   }
@@ -210,7 +211,7 @@ LAMP_INLINE void look_at_chunk(Work &work, int64_t first, int64_t end, Feed &fee
   for (int64_t j = first; j < end; j += SUBTILE) {
     const Place place = place_of(call.planes, rows.b, rows.g, key_of(work, j));
     const uint8_t *plane = call.planes.k_high + key_at(call.planes, place);
-    ask_ahead(work, j + AHEAD, feed);
+    ask_ahead(work, j + ahead_of(call.planes), feed);
     const uint8_t *residual = call.planes.k_residual + key_at(call.planes, place);
     Vf scale[2];
     for (int h = 0; h < 2; h++) {

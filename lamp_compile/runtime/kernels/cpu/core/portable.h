@@ -9,7 +9,8 @@
 // MOST_TILES: how many of V `values` takes at once, which share a scale of weights.
 // feed: what will be read soon, which may be asked for in passing.
 // q is [rows][2][PADDED] with zeros behind the channels, nibbles are -8 to 7, w is [tiles][rows][WEIGHT_ROOM], each as
-// place_weights leaves it (here its 32 bytes).
+// place_weights leaves it (here its 32 bytes). What ends in _by_lanes takes planes by lanes (planes.h), and 32 bytes of
+// weights as place_weights_by_lanes leaves them.
 
 LAMP_INLINE int upper_nibble(uint8_t b) { return (int8_t)b >> 4; }
 LAMP_INLINE int lower_nibble(uint8_t b) { return (int8_t)(b << 4) >> 4; }

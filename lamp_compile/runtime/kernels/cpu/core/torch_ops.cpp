@@ -11,7 +11,8 @@
 
 namespace {
 
-constexpr int TILE = 32;  // storage tiles are whole multiples
+constexpr int TILE = 32;          // storage tiles are whole multiples
+constexpr int SIDE_BY_SIDE = 16;  // channels of values by lanes: whole multiples
 
 std::atomic<bool> serving{false};
 std::atomic<int64_t> served{0};
@@ -47,7 +48,7 @@ bool planes_of(const Arguments &given, int first, const Tensor &table, int64_t b
   for (const Tensor *scale : {&k_scale, &v_scale})
     if (!scale->holds(types.float16) || !scale->is({k[0], k[1], k[2] * tile})) return false;
   if (k[0] != (table.there ? 1 : batch) || k[1] <= 0 || k[2] <= 0) return false;
-  if (tile <= 0 || tile % TILE || (lanes && half_v % 16)) return false;
+  if (tile <= 0 || tile % TILE || (lanes && half_v % SIDE_BY_SIDE)) return false;
   for (const int64_t half : {half_k, half_v})
     if (half <= 0 || half % 2 || 2 * half > LAMP_MOST_DIM) return false;
   if (table.there && (table.dim != 2 || table.sizes[0] != batch || table.sizes[1] <= 0 || !table.holds(types.int32)))

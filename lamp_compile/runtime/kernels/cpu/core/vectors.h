@@ -40,10 +40,28 @@ LAMP_INLINE Vf select(Vi where, Vf a, Vf b) {
   return (Vf)(((Vi)a & where) | ((Vi)b & ~where));
 #endif
 }
+// Comparisons of vectors wider than the machine's they make one by one, too: `each` takes as many as it has room for.
+template <class Part, class Each>
+LAMP_INLINE Vf by_parts(Vf a, Vf b, Each each) {
+  Part x[sizeof(Vf) / sizeof(Part)], y[sizeof(Vf) / sizeof(Part)];
+  __builtin_memcpy(x, &a, sizeof x);
+  __builtin_memcpy(y, &b, sizeof y);
+  for (size_t i = 0; i < sizeof x / sizeof x[0]; i++) x[i] = each(x[i], y[i]);
+  __builtin_memcpy(&a, x, sizeof x);
+  return a;
+}
 // b where either is NaN.
 #if defined(__AVX512F__)
 LAMP_INLINE Vf larger(Vf a, Vf b) { return (Vf)_mm512_max_ps((__m512)a, (__m512)b); }
 LAMP_INLINE Vf smaller(Vf a, Vf b) { return (Vf)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX2__)
+LAMP_INLINE Vf larger(Vf a, Vf b) { return by_parts<__m256>(a, b, _mm256_max_ps); }
+LAMP_INLINE Vf smaller(Vf a, Vf b) { return by_parts<__m256>(a, b, _mm256_min_ps); }
+#elif defined(__ARM_NEON)
+LAMP_INLINE float32x4_t larger_part(float32x4_t a, float32x4_t b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
+LAMP_INLINE float32x4_t smaller_part(float32x4_t a, float32x4_t b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
+LAMP_INLINE Vf larger(Vf a, Vf b) { return by_parts<float32x4_t>(a, b, larger_part); }
+LAMP_INLINE Vf smaller(Vf a, Vf b) { return by_parts<float32x4_t>(a, b, smaller_part); }
 #else
 LAMP_INLINE Vf larger(Vf a, Vf b) { return select(a > b, a, b); }
 LAMP_INLINE Vf smaller(Vf a, Vf b) { return select(a < b, a, b); }

@@ -80,7 +80,7 @@ LAMP_INLINE void weigh_keys(Work &work, int64_t first, int r0, Feed &feed, const
     const int64_t j = first + s * SUBTILE;
     const Place next = j + SUBTILE < first + CHUNK ? place_of(planes, rows.b, rows.g, j + SUBTILE) : place;
     const uint8_t *plane = planes.k_high + key_at(planes, place), *after = planes.k_high + key_at(planes, next);
-    if (!r0) ask_ahead(work, j + AHEAD, feed);
+    if (!r0) ask_ahead(work, j + ahead_of(planes), feed);
     sixteen_keys<HALF, true>(plane, plane + LANES * HALF, rows.q[r0], feed, weigher, before, sum, mass, bytes);
     joined[s] = join_rows(mass);
 #pragma GCC unroll 4

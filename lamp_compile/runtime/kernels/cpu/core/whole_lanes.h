@@ -65,16 +65,16 @@ LAMP_INLINE void weigh_32_keys(const uint8_t *plane, const uint8_t *soon, const 
       before.product[r][h] = _mm512_add_epi32(sums[r][0][h], _mm512_slli_epi32(sums[r][1][h], 4));
 }
 
-// What is asked for with the sub-tile of key j: as much of the one AHEAD of it, or what else is read soon.
+// What is asked for with the sub-tile of key j: as much of one ahead of it, or what else is read soon.
 LAMP_INLINE const uint8_t *asked_with(const Work &work, int64_t j, const uint8_t *plane, const uint16_t *scale,
                                       Feed &feed) {
   const LampPlanes &planes = work.call->planes;
-  const int64_t bytes = SUBTILE * planes.half_k;
-  if (!planes.table && j + AHEAD + MOST_TILES * SUBTILE < work.rows.to) {
-    fetch(scale + AHEAD, 2 * SUBTILE);
-    return plane + AHEAD / SUBTILE * bytes;
+  const int64_t bytes = SUBTILE * planes.half_k, ahead = ahead_of(planes);
+  if (!planes.table && j + ahead + MOST_TILES * SUBTILE < work.rows.to) {
+    fetch(scale + ahead, 2 * SUBTILE);
+    return plane + ahead / SUBTILE * bytes;
   }
-  ask_ahead(work, j + AHEAD, feed);
+  ask_ahead(work, j + ahead, feed);
   return take(feed, bytes);
 }
 
