@@ -24,8 +24,8 @@ program that contains them needs these imports before it is loaded.
 Shapes: B batch, H query heads, G kv heads, S queries, N keys, D head size, Dv value size; storage tiles of
 `tile` keys (P of them), sub-tiles of `subtile` keys (T of them). Planes: `k_*` `[B, G, P, tile, width]`, `v_*`
 `[B, G, P, width, tile]`, scales `[B, G, P * tile]`; or, on CPUs, by lanes
-([concepts](concepts.md#nested8-byte-by-byte)): `k_*` `[B, G, P, width / 4, 32, 4]` and `v_*` `[B, G, P, 8, width, 4]`, with a
-width of `v_*` that is a multiple of 16.
+([concepts](concepts.md#nested8-byte-by-byte)): `k_*` `[B, G, P, width / 4, 32, 4]` and `v_*`
+`[B, G, P, 8, width, 4]`, with a width of `v_*` that is a multiple of 16.
 
 Arguments that mean the same everywhere:
 
