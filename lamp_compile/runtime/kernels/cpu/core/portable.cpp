@@ -1,6 +1,8 @@
-// Any machine.
-#if defined(__AVX512F__)
-#include <immintrin.h>  // where it is compiled for the very machine it is compiled on
+// Any machine. What vectors.h does with its instructions is for where this is compiled for one that surely has them.
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 #include "table.h"
