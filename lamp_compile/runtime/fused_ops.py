@@ -75,13 +75,14 @@ def _append(
         checks.balance(site, balance, k.shape[1], k.shape[3], k.shape[0])
         return kernels.append(k, v, planes, balance, positions, block_table, rotation)
     rows = reference.quantize(k, v, balance, k_format, v_format, rotation, tile=0)
-    place = layout.places(positions, k.shape[0], k.shape[2], layout.tile_of(k_high), block_table)
+    tile = layout.tile_of(k_high)
+    place = layout.places(positions, k.shape[0], k.shape[2], tile, block_table)
     layout.put_keys(k_high, rows.k_high, place)
     layout.put_keys(k_residual, rows.k_residual, place)
-    layout.put_scales(k_scale, rows.k_scale, place, layout.tile_of(k_high))
+    layout.put_scales(k_scale, rows.k_scale, place, tile)
     layout.put_values(v_high, rows.v_high, place)
     layout.put_values(v_residual, rows.v_residual, place)
-    layout.put_scales(v_scale, rows.v_scale, place, layout.tile_of(k_high))
+    layout.put_scales(v_scale, rows.v_scale, place, tile)
     return None
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -12,16 +11,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lamp_compile
-from lamp_compile.plan import SitePlan
-from lamp_compile.runtime import kernels, layout
-from lamp_compile.runtime.cache_layers import LayerSpec
-from lamp_compile.runtime.controls import SiteControls
-from lamp_compile.runtime.kv_cache import CacheSpec, NestedCache
-
-
-def lying(lanes: bool) -> Any:
-    """Within it, caches keep planes by lanes, or by rows, whatever this CPU is."""
-    return mock.patch.object(kernels.cpu, "by_lanes", return_value=lanes)
+from lamp_compile.runtime import layout
+from tests.runtime.test_lanes_in_caches import lying
 
 
 def decoder(head_dim: int = 64, dtype: torch.dtype = torch.float32) -> Any:
@@ -45,10 +36,8 @@ def filled(fast: Any, ids: Tensor) -> Any:
         (64, {}, torch.float32, True),
         (32, {}, torch.bfloat16, True),
         (256, {}, torch.float32, True),
-        (16, {}, torch.float32, False),
         (80, {}, torch.float32, False),
         (64, {"tile": 64}, torch.float32, False),
-        (64, {"query_bits": 16}, torch.float32, False),
         (64, {"rule": "lamp_strict"}, torch.float32, True),
     ],
     ids=str,
@@ -62,20 +51,6 @@ def test_which_layers_keep_them(head_dim: int, changes: dict[str, Any], dtype: t
     with lying(True):
         cache = filled(fast, torch.arange(3, 43).reshape(1, -1))
     assert {layout.by_lanes(plane) for layer in cache.layers for plane in (layer.k_high, layer.v_high)} == {lanes}
-
-
-@pytest.mark.parametrize(
-    ("dim", "fields", "dtype"),
-    [(288, {"rotation": "none"}, torch.float32), (64, {}, torch.float64), (64, {"rule": "mass"}, torch.float32)],
-    ids=str,
-)
-def test_what_no_kernel_reads_stays_by_rows(dim: int, fields: dict[str, Any], dtype: torch.dtype) -> None:
-    plan = SitePlan("site", tile=32, tau=0.05, **fields)
-    spec = CacheSpec((LayerSpec(plan, SiteControls.of(plan, 2)),), "", "a model")
-    with lying(True):
-        cache = NestedCache(spec, 128)
-        cache.update(torch.randn(1, 2, 5, dim, dtype=dtype), torch.randn(1, 2, 5, dim, dtype=dtype), 0)
-    assert not layout.by_lanes(cache.layers[0].k_high)
 
 
 @pytest.mark.parametrize("lanes", [False, True], ids=["rows", "lanes"])

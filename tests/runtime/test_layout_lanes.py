@@ -3,11 +3,8 @@ cache does with them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -15,38 +12,17 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lamp_compile.errors import InputError
-from lamp_compile.plan import SitePlan
 from lamp_compile.runtime import certificate, checks, kernels, layout, reference, worst_case
 from lamp_compile.runtime.arguments import Planes, Scores, Visibility
-from lamp_compile.runtime.cache_layers import LayerSpec, NestedLayer
-from lamp_compile.runtime.controls import SiteControls
-from lamp_compile.runtime.kernels import cpu
-from lamp_compile.runtime.kv_cache import CacheSpec, NestedCache
 from lamp_compile.runtime.network import predict
-from lamp_compile.runtime.plane_handle import PlaneHandle
-from lamp_compile.runtime.slot_cache import LayerShape, SlotCache
 from tests.kernels import calls, predicted
 from tests.kernels.calls import planes_by_lanes
 from tests.kernels.test_decode import in_pool
-from tests.tolerances import ARITHMETIC
 
 DATA = (0, 1, 3, 4)
 """Planes that lie one way or the other; the other two are scales."""
 STORE = ("nested8", "nested8", "hadamard", "site")
 G, H, D = 2, 4, 64
-
-
-@pytest.fixture
-def no_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """All operators by the reference."""
-    monkeypatch.setattr(kernels.cpu, "why_not", lambda: "switched off")
-    with cpu.without_torch():
-        yield
-
-
-def lying(lanes: bool) -> AbstractContextManager[Any]:
-    """Within it, caches keep planes by lanes, or by rows, whatever this CPU is."""
-    return mock.patch.object(kernels.cpu, "by_lanes", return_value=lanes)
 
 
 def by_lanes(call: calls.Call) -> calls.Call:
@@ -118,7 +94,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.usefixtures("no_kernels")
+@pytest.mark.usefixtures("reference_only")
 @pytest.mark.parametrize("paged", [False, True], ids=["sequences", "pages"])
 @pytest.mark.parametrize("name", CASES)
 def test_attention_is_the_same_to_the_bit(name: str, paged: bool) -> None:
@@ -139,7 +115,7 @@ def test_attention_is_the_same_to_the_bit(name: str, paged: bool) -> None:
     assert all(map(torch.equal, *whole))
 
 
-@pytest.mark.usefixtures("no_kernels")
+@pytest.mark.usefixtures("reference_only")
 @pytest.mark.parametrize("paged", [False, True], ids=["sequences", "pages"])
 def test_rows_are_appended_in_place(paged: bool) -> None:
     call = in_pool(calls.make()) if paged else calls.make()
@@ -152,7 +128,7 @@ def test_rows_are_appended_in_place(paged: bool) -> None:
     assert not any(map(torch.equal, lanes.planes, before))
 
 
-@pytest.mark.usefixtures("no_kernels")
+@pytest.mark.usefixtures("reference_only")
 @pytest.mark.parametrize("skip", [0.0, 0.3])
 def test_a_predicted_step_and_its_summaries_are_the_same(skip: float) -> None:
     step = predicted.make(skip=skip, lengths=torch.tensor([150, 66]))
@@ -202,7 +178,7 @@ def test_graphs_know_the_shapes() -> None:
             assert out.shape == (2, 4, 2, 128)
 
 
-@pytest.mark.usefixtures("no_kernels")
+@pytest.mark.usefixtures("reference_only")
 def test_a_compiled_graph_writes_and_reads_them() -> None:
     k, v, q = torch.randn(2, 2, 3, 64), torch.randn(2, 2, 3, 64), torch.randn(2, 4, 3, 64)
 
@@ -222,115 +198,6 @@ def test_a_compiled_graph_writes_and_reads_them() -> None:
     found = torch.compile(step, backend="aot_eager", fullgraph=True)(lanes.planes, call.hot)
     assert torch.equal(found, wanted)
     assert all(map(torch.equal, lanes.planes, planes_by_lanes(call.planes)))
-
-
-def spec(layers: int = 1, **fields: Any) -> CacheSpec:
-    plan = SitePlan("site", **{"tile": 32, "tau": 0.05, **fields})
-    return CacheSpec((LayerSpec(plan, SiteControls.of(plan, G)),) * layers, "", "a model")
-
-
-def rows(count: int, seed: int, batch: int = 2, dim: int = D) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    k, v = (torch.randn(batch, G, count, dim, generator=generator) for _ in range(2))
-    return k, v
-
-
-def attend(cache: Any, batch: int) -> Tensor:
-    q = torch.randn(batch, H, 1, D, generator=torch.Generator().manual_seed(7))
-    out: Tensor = cache.layers[0].attend(q, None, None, None, causal="bottom_right", window=0, scale=0.125, softcap=0.0)
-    return out
-
-
-class Followed:
-    """A cache, and after each operation what it holds and what attention over it gives."""
-
-    def __init__(self, lanes: bool) -> None:
-        with lying(lanes):
-            self.cache = NestedCache(spec(), 128)
-            self.found: list[Tensor] = []
-            self._run()
-        assert layout.by_lanes(self.cache.layers[0].v_residual) == lanes
-
-    def _look(self, batch: int = 2) -> None:
-        layer: NestedLayer = self.cache.layers[0]
-        held = int(layer.cumulative_length)
-        self.found += [PlaneHandle(layer, values, torch.float32)[:, :, :held] for values in (False, True)]
-        self.found += [layer.k_scale[:, :, :held].clone(), attend(self.cache, batch), layer.stats.clone()]
-
-    def _run(self) -> None:
-        cache = self.cache
-        cache.update(*rows(70, 0), 0)
-        self._look()
-        cache.crop(-9)
-        cache.update(*rows(1, 1), 0)
-        self._look()
-        cache.reorder_cache(torch.tensor([1, 1]))
-        cache.update(*rows(5, 2), 0)
-        self._look()
-        cache.update(*rows(150, 3), 0)
-        assert cache.capacity == 256
-        self._look()
-        cache.batch_repeat_interleave(2)
-        cache.batch_select_indices(torch.tensor([3, 0, 1]))
-        cache.update(*rows(2, 4, batch=3), 0)
-        self._look(3)
-        cache.reset()
-        cache.update(*rows(33, 5, batch=3), 0)
-        self._look(3)
-
-
-@pytest.mark.parametrize("by_kernel", [False, True], ids=["reference", "kernels"])
-def test_a_cache_does_the_same_with_them(by_kernel: bool, request: pytest.FixtureRequest) -> None:
-    if not by_kernel:
-        request.getfixturevalue("no_kernels")
-    elif cpu.why_not() is not None:
-        pytest.skip(str(cpu.why_not()))
-    by_rows, lanes = (Followed(x).found for x in (False, True))
-    assert len(by_rows) == 30
-    for one, other in zip(by_rows, lanes, strict=True):
-        assert one.abs().sum() > 0
-        if by_kernel and one.is_floating_point():
-            assert (one - other).norm() <= ARITHMETIC[torch.float32].relative * one.norm()
-        else:
-            assert torch.equal(one, other)
-
-
-@pytest.mark.usefixtures("no_kernels")
-def test_pages_of_slots_do_the_same_with_them() -> None:
-    found = []
-    for lanes in (False, True):
-        with lying(lanes):
-            shape = LayerShape(G, D, D, torch.float32, torch.device("cpu"))
-            cache = SlotCache(spec(), [shape], streams=2, tokens=256, max_length=128)
-        assert layout.by_lanes(cache.layers[0].k_high) == lanes
-        for slot, count in enumerate((40, 70)):
-            assert cache.admit(count) == slot
-            cache.view(slot).update(*rows(count, slot, batch=1), 0)
-        cache.free(0)
-        cache.admit(90)
-        cache.view(0).update(*rows(90, 3, batch=1), 0)
-        cache.update(*rows(1, 4), 0)
-        found.append((attend(cache, 2), *map(layout.as_rows, cache.layers[0].planes)))
-    assert all(map(torch.equal, *found))
-
-
-REASONS: dict[str, tuple[bool, dict[str, Any], int]] = {
-    "a CPU that does not want them": (False, {}, D),
-    "tiles of 128 keys": (True, {"tile": 128}, D),
-    "keys of another format": (True, {"k_format": "int8"}, D),
-    "values of another format": (True, {"v_format": "bf16"}, D),
-    "narrow values": (True, {}, 16),
-}
-
-
-@pytest.mark.parametrize("name", REASONS)
-def test_where_planes_stay_by_rows(name: str) -> None:
-    lanes, fields, dim = REASONS[name]
-    cache = NestedCache(spec(**fields))
-    with lying(lanes):
-        cache.update(*rows(3, 0, dim=dim), 0)
-    planes = cache.layers[0].planes
-    assert [planes[index].dim() for index in DATA] == [5] * 4
 
 
 WRONG = {

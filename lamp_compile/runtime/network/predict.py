@@ -214,7 +214,7 @@ def _check_summaries(
     given = dict(
         zip(("k_high", "k_residual", "k_scale", "summary", "key", "key_bias"), (*keys, summary, *weights), strict=True)
     )
-    lanes = layout.by_lanes(keys[0])
+    lanes = layout.by_lanes(keys[0])  # such as can have one size of tiles alone, whatever these have
     plane = (stored, kv_heads, pages, *layout.key_shape(layout.LANES_TILE if lanes else tile, half, lanes))
     wanted = {
         "k_high": plane, "k_residual": plane, "k_scale": (stored, kv_heads, pages * tile),

@@ -71,27 +71,11 @@ template <int ROWS>
 LAMP_INLINE void place_weights_by_lanes(const Vi (*x)[2], uint8_t *to) {
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   for (int i = 0; i < ROWS; i += 2) {
-    const int next = i + 1 < ROWS ? i + 1 : i;
-    const __m512i bytes = _mm512_packus_epi16(_mm512_packs_epi32((__m512i)x[i][0], (__m512i)x[i][1]),
-                                              _mm512_packs_epi32((__m512i)x[next][0], (__m512i)x[next][1]));
-    const __m512i rows = _mm512_permutexvar_epi32(order, bytes);
-    if (next == i)
+    const __m512i rows = _mm512_permutexvar_epi32(order, bytes_of_two_rows<ROWS>(x, i));
+    if (i + 1 == ROWS)
       _mm256_storeu_si256((__m256i *)(to + i * SUBTILE), _mm512_castsi512_si256(rows));
     else
       _mm512_storeu_si512(to + i * SUBTILE, rows);
-  }
-}
-
-// 8 times the sum of each row's weights, which is what a plus 8 makes too much.
-template <int ROWS>
-LAMP_INLINE void surplus_by_lanes(const uint8_t *w, int count, int32_t *to) {
-  for (int r = 0; r < ROWS; r++) {
-    __m256i sum = _mm256_setzero_si256();
-    for (int t = 0; t < count; t++) {
-      const __m256i weights = _mm256_loadu_si256((const __m256i *)(w + (t * ROWS + r) * SUBTILE));
-      sum = _mm256_dpbusd_epi32(sum, weights, _mm256_set1_epi8(8));
-    }
-    to[r] = _mm512_reduce_add_epi32(_mm512_zextsi256_si512(sum));
   }
 }
 
@@ -151,7 +135,7 @@ template <int ROWS, int LEFT>
 LAMP_INLINE void coarse_values(const uint8_t *const *tiles, int count, int half, const uint8_t *w, Feed &feed,
                                int32_t *out) {
   int32_t surplus[ROWS];
-  surplus_by_lanes<ROWS>(w, count, surplus);
+  surplus_of<ROWS, SUBTILE>(w, count, surplus);
   int c = 0;
   for (; c + 2 * LANES <= half; c += 2 * LANES)
     coarse_of_lanes<ROWS, 2, LEFT>(tiles, count, half, c, w, surplus, feed, out);
@@ -212,8 +196,8 @@ LAMP_INLINE void fine_values_by_lanes(const uint8_t *const *high, const uint8_t 
                                       const uint8_t *w_upper, const uint8_t *w_lower, const uint8_t *, Feeds &feeds,
                                       int32_t *out) {
   int32_t above[ROWS], surplus[ROWS];
-  surplus_by_lanes<ROWS>(w_upper, count, above);
-  surplus_by_lanes<ROWS>(w_lower, count, surplus);
+  surplus_of<ROWS, SUBTILE>(w_upper, count, above);
+  surplus_of<ROWS, SUBTILE>(w_lower, count, surplus);
   for (int r = 0; r < ROWS; r++) surplus[r] += 256 * above[r];
   for (int c = 0; c < half; c += LANES)
     fine_of_lanes<ROWS>(high, residual, count, half, c, w_upper, w_lower, surplus, feeds, out);

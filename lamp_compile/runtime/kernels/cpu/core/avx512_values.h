@@ -48,35 +48,43 @@ constexpr int MOST_TILES = 16;
 // Weights of 32 keys lie there twice, next to themselves, as two channels need them: broadcasts would wait for the
 // products' units.
 constexpr int WEIGHT_ROOM = 2 * SUBTILE;
+// As bytes, of row i and the one behind it: within each 128 bits four keys and the four sixteen behind them, of one row
+// and the next.
+template <int ROWS>
+LAMP_INLINE __m512i bytes_of_two_rows(const Vi (*x)[2], int i) {
+  const int next = i + 1 < ROWS ? i + 1 : i;
+  return _mm512_packus_epi16(_mm512_packs_epi32((__m512i)x[i][0], (__m512i)x[i][1]),
+                             _mm512_packs_epi32((__m512i)x[next][0], (__m512i)x[next][1]));
+}
 // Weights of 0 to 255, of sixteen and sixteen keys of every row; what is above counts as 255. Written sixteen bytes at
 // a time they could not be read at once.
 template <int ROWS>
 LAMP_INLINE void place_weights(const Vi (*x)[2], uint8_t *to) {
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 0, 4, 8, 12, 1, 5, 9, 13);
   for (int i = 0; i < ROWS; i += 2) {
-    const int next = i + 1 < ROWS ? i + 1 : i;
-    // Within each 128 bits: four keys and the four sixteen behind them, of one row and the next.
-    const __m512i bytes = _mm512_packus_epi16(_mm512_packs_epi32((__m512i)x[i][0], (__m512i)x[i][1]),
-                                              _mm512_packs_epi32((__m512i)x[next][0], (__m512i)x[next][1]));
+    const __m512i bytes = bytes_of_two_rows<ROWS>(x, i);
     _mm512_store_si512(to + i * WEIGHT_ROOM, _mm512_permutexvar_epi32(order, bytes));
-    if (next == i) continue;
+    if (i + 1 == ROWS) continue;
     const __m512i behind = _mm512_add_epi32(order, _mm512_set1_epi32(2));
-    _mm512_store_si512(to + next * WEIGHT_ROOM, _mm512_permutexvar_epi32(behind, bytes));
+    _mm512_store_si512(to + (i + 1) * WEIGHT_ROOM, _mm512_permutexvar_epi32(behind, bytes));
   }
 }
 
-// 8 times the sum of each row's weights, which is what a plus 8 makes too much.
-template <int ROWS>
+// 8 times the sum of each row's weights, which is what a plus 8 makes too much; a row's 32 lie in the first of ROOM
+// bytes.
+template <int ROWS, int ROOM>
 LAMP_INLINE void surplus_of(const uint8_t *w, int count, int32_t *to) {
-  __m512i sum[ROWS];
+  __m256i sum[ROWS];
 #pragma GCC unroll 4
-  for (int r = 0; r < ROWS; r++) sum[r] = _mm512_setzero_si512();
+  for (int r = 0; r < ROWS; r++) sum[r] = _mm256_setzero_si256();
   for (int t = 0; t < count; t++)
 #pragma GCC unroll 4
-    for (int r = 0; r < ROWS; r++)
-      add_products(sum[r], _mm512_load_si512(w + (t * ROWS + r) * WEIGHT_ROOM), _mm512_set1_epi8(4));
+    for (int r = 0; r < ROWS; r++) {
+      const __m256i weights = _mm256_loadu_si256((const __m256i *)(w + (t * ROWS + r) * ROOM));
+      sum[r] = _mm256_dpbusd_epi32(sum[r], weights, _mm256_set1_epi8(8));
+    }
 #pragma GCC unroll 4
-  for (int r = 0; r < ROWS; r++) to[r] = _mm512_reduce_add_epi32(sum[r]);
+  for (int r = 0; r < ROWS; r++) to[r] = _mm512_reduce_add_epi32(_mm512_zextsi256_si512(sum[r]));
 }
 
 // Runs `step(t)` for t from count - 1 down to 0. Written out: nobody foresees the end of a loop whose length is another
@@ -145,7 +153,7 @@ template <int ROWS, bool TOGETHER>
 LAMP_APART void values_of(const uint8_t *const *tiles, int count, int64_t stride, int half, const uint8_t *w,
                           Feed &feed, int32_t *out) {
   int32_t surplus[ROWS];
-  surplus_of<ROWS>(w, count, surplus);
+  surplus_of<ROWS, WEIGHT_ROOM>(w, count, surplus);
   all_channels<ROWS>(
       TOGETHER ? SUBTILE : stride, half, out,
       [&](const int64_t *at, __m512i(*sums)[2]) LAMP_LAMBDA {
@@ -232,8 +240,8 @@ LAMP_APART void fine_values_of(const uint8_t *const *high, const uint8_t *const 
       },
       [](int, __m512i &, __m512i &) LAMP_LAMBDA {});
   int32_t above[ROWS], below[ROWS];
-  surplus_of<ROWS>(w_upper, count, above);
-  surplus_of<ROWS>(w_lower, count, below);
+  surplus_of<ROWS, WEIGHT_ROOM>(w_upper, count, above);
+  surplus_of<ROWS, WEIGHT_ROOM>(w_lower, count, below);
   for (int r = 0; r < ROWS; r++) {
     const int32_t surplus = 256 * above[r] + below[r];
     for (int c = 0; c < 2 * half; c++) out[r * 2 * half + c] -= surplus;

@@ -19,7 +19,7 @@ struct Levels {
 // sixteen keys before are weighed on the way; LAST where those are the last ones of their sub-tile.
 template <int HALF, bool LAST>
 LAMP_INLINE void sixteen_keys(const uint8_t *plane, const uint8_t *after, const int8_t *q, Feed &feed,
-                              const Weigher &weigher, Before &before, Vf *sum, Vf *mass, __m512i (*bytes)[4]) {
+                              const Weigher &weigher, Before<1> &before, Vf *sum, Vf *mass, __m512i (*bytes)[4]) {
   constexpr int EVERY = HALF / 64;
   __m512i sums[ABREAST][2];
 #pragma GCC unroll 4
@@ -56,7 +56,22 @@ LAMP_INLINE void sixteen_keys(const uint8_t *plane, const uint8_t *after, const 
     for (int d = 0; d < 8; d++) bytes[d / 4][d % 4] = next[d / 4][d % 4];
   }
 #pragma GCC unroll 4
-  for (int r = 0; r < ABREAST; r++) before.product[r] = _mm512_add_epi32(sums[r][0], _mm512_slli_epi32(sums[r][1], 4));
+  for (int r = 0; r < ABREAST; r++)
+    before.product[r][0] = _mm512_add_epi32(sums[r][0], _mm512_slli_epi32(sums[r][1], 4));
+}
+
+// Before a chunk's first keys there are none to weigh: what is made of them is written over.
+template <int VECTORS>
+LAMP_INLINE void begin_before(const Work &work, int64_t first, int r0, const Place &place, Before<VECTORS> &before,
+                              Vf *sum, Vf *mass) {
+#pragma GCC unroll 4
+  for (int r = 0; r < ABREAST; r++) {
+    for (int v = 0; v < VECTORS; v++) before.product[r][v] = _mm512_setzero_si512();
+    sum[r] = mass[r] = splat(0.0f);
+  }
+  before.scale = work.call->planes.k_scale + scale_at(work.call->planes, place);
+  before.weight = work.z + r0 * work.pitch + (first - work.rows.from);
+  before.pitch = work.pitch;
 }
 
 // Weights of a chunk's keys for four rows, their sums, and what is joined of the squares of the sub-tile before each.
@@ -69,13 +84,9 @@ LAMP_INLINE void weigh_keys(Work &work, int64_t first, int r0, Feed &feed, const
   __m512i bytes[2][4];
   Place place = place_of(planes, rows.b, rows.g, first);
   begin_keys<HALF>(planes.k_high + key_at(planes, place), bytes);
-  // Before the first keys there are none to weigh: what is made of them is written over.
-  Before before;
-#pragma GCC unroll 4
-  for (int r = 0; r < ABREAST; r++) before.product[r] = _mm512_setzero_si512(), sum[r] = mass[r] = splat(0.0f);
-  before.scale = planes.k_scale + scale_at(planes, place);
-  before.weight = work.z + r0 * work.pitch + (first - rows.from) + LANES;
-  before.pitch = work.pitch;
+  Before<1> before;
+  begin_before(work, first, r0, place, before, sum, mass);
+  before.weight += LANES;
   for (int s = 0; s < CHUNK / SUBTILE; s++) {
     const int64_t j = first + s * SUBTILE;
     const Place next = j + SUBTILE < first + CHUNK ? place_of(planes, rows.b, rows.g, j + SUBTILE) : place;

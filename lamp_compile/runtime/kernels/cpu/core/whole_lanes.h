@@ -1,15 +1,8 @@
 // Whole chunks of planes by lanes: products of 32 keys at a time, beside which the 32 keys before are weighed. Part of
 // whole.h.
 
-struct Before32 {
-  __m512i product[ABREAST][2];
-  const uint16_t *scale;
-  float *weight;
-  int64_t pitch;
-};
-
 // Part `part` of 32: eight of each row, in turns of its first and its last sixteen keys.
-LAMP_INLINE void weigh_part_of_32(const Weigher &weigher, const Before32 &before, const Vf *scale, int part,
+LAMP_INLINE void weigh_part_of_32(const Weigher &weigher, const Before<2> &before, const Vf *scale, int part,
                                   Weighing *weighing, Vf *sum, Vf *mass) {
   const int r = part / 8, h = part % 2;
   Weighing &w = weighing[h];
@@ -26,7 +19,7 @@ LAMP_INLINE void weigh_part_of_32(const Weigher &weigher, const Before32 &before
 // Products of the 32 keys at `plane`; as many bytes at `soon` are asked for.
 template <int HALF>
 LAMP_INLINE void weigh_32_keys(const uint8_t *plane, const uint8_t *soon, const int8_t *q, const Weigher &weigher,
-                               Before32 &before, Vf *sum, Vf *mass) {
+                               Before<2> &before, Vf *sum, Vf *mass) {
   constexpr int STEPS = HALF / 4, PARTS = 8 * ABREAST;
   __m512i sums[ABREAST][2][2];
 #pragma GCC unroll 4
@@ -86,16 +79,8 @@ LAMP_INLINE void weigh_keys_by_lanes(Work &work, int64_t first, int r0, Feed &fe
   const Rows &rows = work.rows;
   Vf mass[ABREAST];
   Place place = place_of(planes, rows.b, rows.g, first);
-  // Before the first keys there are none to weigh: what is made of them is written over.
-  Before32 before;
-#pragma GCC unroll 4
-  for (int r = 0; r < ABREAST; r++) {
-    before.product[r][0] = before.product[r][1] = _mm512_setzero_si512();
-    sum[r] = mass[r] = splat(0.0f);
-  }
-  before.scale = planes.k_scale + scale_at(planes, place);
-  before.weight = work.z + r0 * work.pitch + (first - rows.from);
-  before.pitch = work.pitch;
+  Before<2> before;
+  begin_before(work, first, r0, place, before, sum, mass);
   for (int s = 0; s < CHUNK / SUBTILE; s++) {
     const int64_t j = first + s * SUBTILE;
     const uint8_t *plane = planes.k_high + key_at(planes, place);

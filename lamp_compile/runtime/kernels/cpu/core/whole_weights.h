@@ -16,9 +16,11 @@ struct Weigher {
   int32_t begin[ABREAST];  // less what the products with nibbles are too large by
 };
 
-// Of the sixteen keys before: 16 times their products, and where their scales are and their weights go.
+// Of the sixteen keys before, or as many vectors of them: 16 times their products, and where their scales are and their
+// weights go.
+template <int VECTORS>
 struct Before {
-  __m512i product[ABREAST];
+  __m512i product[ABREAST][VECTORS];
   const uint16_t *scale;
   float *weight;
   int64_t pitch;
@@ -56,7 +58,7 @@ LAMP_INLINE void weigh_join(Weighing &w) {
 // With a sub-tile's last keys, the weights of its first ones are read again: sums kept for them would have to be
 // stored, which products wait for.
 template <bool LAST>
-LAMP_INLINE void weigh_end(const Before &before, int r, const Weighing &w, Vf *sum, Vf *mass) {
+LAMP_INLINE void weigh_end(const Before<1> &before, int r, const Weighing &w, Vf *sum, Vf *mass) {
   float *weight = before.weight + r * before.pitch;
   store(weight, w.x);
   if (!LAST) return;
@@ -67,10 +69,10 @@ LAMP_INLINE void weigh_end(const Before &before, int r, const Weighing &w, Vf *s
 
 // Part `part` of sixteen: four of each row.
 template <bool LAST>
-LAMP_INLINE void weigh_part(const Weigher &weigher, const Before &before, Vf scale, int part, Weighing &w, Vf *sum,
+LAMP_INLINE void weigh_part(const Weigher &weigher, const Before<1> &before, Vf scale, int part, Weighing &w, Vf *sum,
                             Vf *mass) {
   const int r = part / 4;
-  if (part % 4 == 0) weigh_scores(weigher, before.product[r], scale, r, w);
+  if (part % 4 == 0) weigh_scores(weigher, before.product[r][0], scale, r, w);
   if (part % 4 == 1) weigh_split(w);
   if (part % 4 == 2) weigh_join(w);
   if (part % 4 == 3) weigh_end<LAST>(before, r, w, sum, mass);
