@@ -1,5 +1,6 @@
 // Segments of one piece taken by several threads: each by one of them, the owner's from the front, the others' from the
-// back; and `run`, whose threads help when no task is left. Arguments: rounds, threads.
+// back; and `run`, whose threads help when no task is left, and go on with the tasks that are said to be their own.
+// Arguments: rounds, threads.
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -59,6 +60,31 @@ struct Called {
 static void task(void *data, int64_t, int64_t) { static_cast<Called *>(data)->tasks++; }
 static void help(void *data, int64_t) { static_cast<Called *>(data)->helps++; }
 
+// Every thread waits in its first task until all have one: each begins a share then.
+struct Begun {
+  int64_t threads;
+  std::vector<int64_t> first;  // task, by thread; -1 before it has one
+  std::atomic<int64_t> waiting{0};
+};
+static void begin(void *data, int64_t at, int64_t thread) {
+  Begun &begun = *static_cast<Begun *>(data);
+  if (begun.first[thread] >= 0) return;
+  begun.first[thread] = at;
+  begun.waiting++;
+  for (int64_t times = 0; begun.waiting < begun.threads; times++) rest(times);
+}
+static void tell_shares(int64_t threads) {
+  for (int64_t count = threads; count < 5 * threads; count++) {
+    Begun begun = {threads, std::vector<int64_t>(threads, -1)};
+    run(begin, &begun, count, threads);
+    for (int64_t at = 1; at < count; at++) {
+      bool begins = false;
+      for (const int64_t first : begun.first) begins |= first == at;
+      if (begins == same_share(at - 1, at, count, threads)) fail("shares", at, count);
+    }
+  }
+}
+
 int main(int, char **arguments) {
   const int64_t rounds = std::atoll(arguments[1]), threads = std::atoll(arguments[2]);
   Segments segments = {};
@@ -66,6 +92,7 @@ int main(int, char **arguments) {
   int64_t helped = 0;
   for (int64_t round = 0; round < rounds; round++) share_out(round, threads, segments, helped);
   if (!helped) fail("nobody helped", 0, 0);
+  tell_shares(threads);
   Called called;
   for (int64_t count = 0; count < 3; count++) run(task, &called, count, threads, help, threads);
   if (called.tasks != 3) fail("tasks", called.tasks, 3);

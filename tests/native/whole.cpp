@@ -25,6 +25,7 @@ struct Piece {
     plan.call = &c.call;
     plan.segments = (c.keys + SEGMENT - 1) / SEGMENT, plan.span = (c.keys + CHUNK - 1) / CHUNK * CHUNK;
     plan.tokens = c.queries, plan.per_head = 1;
+    plan.pieces = c.call.batch * c.call.planes.kv_heads, plan.threads = 1;
     plan.bytes = sizes_of(c.call, nullptr, c.group * c.queries, c.queries, plan.segments, plan.span).all;
     memory.resize((size_t)plan.bytes + 64);
     work = &open_work(plan, piece, memory.data() + (64 - (uintptr_t)memory.data() % 64));

@@ -7,7 +7,7 @@ struct Plan {
   const LampAttend *call;
   const LampPredict *gate;  // of a network that predicts, or null
   int64_t pieces, tokens, per_head, bytes, segments, span;
-  int64_t memories;  // for pieces that are worked on at one time
+  int64_t threads, memories;  // memories for pieces that are worked on at one time
   char *scratch;
   Shared *shared;       // of each memory
   Evidence *evidence;   // [B * G][group * S]
@@ -63,6 +63,9 @@ static Work &open_work(const Plan &plan, int64_t piece, char *memory) {
   const float floor = call.floor[rows.b * call.floor_stride + rows.g];
   const float guarded = call.state[(rows.b * call.planes.kv_heads + rows.g) * 4 + 1];
   work.level = guarded > floor ? guarded : floor;
+  // Other tokens of the same head read what is there.
+  const bool goes_on = plan.per_head == 1 && rows.g + 1 < call.planes.kv_heads;
+  work.next_head = goes_on && same_share(piece, piece + 1, plan.pieces, plan.threads) ? rows.g + 1 : -1;
   work.ahead = nullptr, work.order = nullptr, work.hot = nullptr;
   if (plan.gate) {
     const Ahead &ahead = *look_forward(call, *plan.gate, rows, work.level, at + s.alive);
@@ -174,6 +177,7 @@ static int attend(const LampAttend *given, const LampPredict *gate) {
   // Waking threads costs more than a few thousand keys.
   const int64_t work = plan.pieces * keys * plan.tokens * group;
   const int64_t threads = work < 8192 ? 1 : call.threads;
+  plan.threads = threads;
   plan.memories = plan.pieces < threads ? plan.pieces : threads;
   const int64_t evidence = aligned(sizeof(Evidence) * heads * group * call.queries);
   const int64_t shared = sizeof(Shared) * plan.memories, counts = aligned(8 * (2 * plan.pieces + 1));

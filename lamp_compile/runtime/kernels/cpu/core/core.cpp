@@ -133,7 +133,7 @@ struct Job {
   Share share[SEATS];
 
   Job(Task given, void *with, int64_t tasks, int64_t threads, Help then)
-      : task(given), help(then), data(with), count(tasks), shares(threads < SEATS ? threads : SEATS) {}
+      : task(given), help(then), data(with), count(tasks), shares(std::min(threads, SEATS)) {}
 
   int64_t sit() {
     for (int64_t i = 0; i < shares; i++) {
@@ -170,6 +170,13 @@ constexpr int64_t MOST_KEPT = 256 << 20;
 #if defined(LAMP_X86)
 const bool lamp_ask_near = is_zen5();
 #endif
+
+bool same_share(int64_t one, int64_t other, int64_t count, int64_t threads) {
+  const int64_t shares = std::min(threads, SEATS);
+  // The last share that begins at a task or before it: take_tasks() has where they begin.
+  const auto share_of = [=](int64_t task) { return ((task + 1) * shares - 1) / count; };
+  return share_of(one) == share_of(other);
+}
 
 void run(Task task, void *data, int64_t count, int64_t threads, Help help, int64_t useful) {
   useful = std::min(threads, help ? useful : count);

@@ -16,6 +16,7 @@ struct Work {
   float lse[MOST_ROWS];      // of the look-ahead, base 2; -inf where nothing is seen
   float inverse[MOST_ROWS];  // one over the largest |y| e^y, for the relaxed rule
   float tau, level;
+  int64_t next_head;  // the kv head of the same sequence that its thread most likely goes on with; -1 where none
   // Where a network decided, null elsewhere. Keys are then counted by the places of those sub-tiles that are read.
   const Ahead *ahead;
   const int32_t *order;  // the sub-tile at each place

@@ -246,12 +246,17 @@ static void refine_segments(Work &work, int64_t first, Segments *more) {
   clear(work.rows, carried);
   enter(work, first, course);
   take_step(work, course, steps[0], feeds.values);
+  // Of more than a few all that comes behind them would be asked for a run late, for the rest of the piece.
+  if (steps[0].segment >= 0 && few_refined(steps[0].run)) ask_for_refined(work, steps[0].run, feeds.refined);
   for (int now = 0; steps[now].segment >= 0; now ^= 1) {
     const Step &step = steps[now];
     Step &next = steps[now ^ 1];
     clear(feeds.values, &feeds);
     take_step(work, course, next, feeds.values);
-    if (next.segment >= 0) ask_for_refined(work, next.run, feeds.refined);
+    if (next.segment >= 0)
+      ask_for_refined(work, next.run, feeds.refined);
+    else if (more)
+      ask_for_next(work, feeds.values);
     float *partial = partial_of(work, step.segment);
     refine_run(work, step.run, feeds, partial, carried);
     if (!step.closes) continue;

@@ -193,16 +193,47 @@ LAMP_APART void open_run(const Work &work, int64_t first, int64_t end, Run &run,
   if (any(~finite(all))) leave_out_bad(run);
 }
 
-// What a run that is decided on will read of residual planes, in order.
+// Whether little of a run is refined, so that it lies anywhere.
+LAMP_INLINE bool few_refined(const Run &run) { return __builtin_popcount(run.hot) <= 4; }
+
+// What a run that is decided on will read of residual planes, in order. Of a few sub-tiles the first lines at once: the
+// addresses of pages that lie anywhere take long to look up.
 LAMP_APART void ask_for_refined(const Work &work, const Run &run, Feed &feed) {
   const LampPlanes &planes = work.call->planes;
-  for (uint32_t hot = settled(work) ? 0 : run.hot; hot;)
-    push(feed, run.k_residual[take_lowest(hot)], SUBTILE * planes.half_k);
+  const bool few = few_refined(run);
+  for (uint32_t hot = settled(work) ? 0 : run.hot; hot;) {
+    const uint8_t *keys = run.k_residual[take_lowest(hot)];
+    if (few) ask(keys);
+    push(feed, keys, SUBTILE * planes.half_k);
+  }
   for (uint32_t hot = run.hot; hot;) {
-    const int t = take_lowest(hot);
-    if (planes.tile == SUBTILE)
-      push(feed, run.v_residual[t], planes.tile * planes.half_v);
-    else
-      for (int64_t c = 0; c < planes.half_v; c++) ask(run.v_residual[t] + c * planes.tile);
+    const uint8_t *values = run.v_residual[take_lowest(hot)];
+    if (planes.tile == SUBTILE) {
+      if (few) ask(values);
+      push(feed, values, planes.tile * planes.half_v);
+    } else {
+      for (int64_t c = 0; c < planes.half_v; c++) ask(values + c * planes.tile);
+    }
+  }
+}
+
+// What the next piece of its thread reads first, while a piece has no more values to ask for.
+LAMP_APART void ask_for_next(const Work &work, Feed &feed) {
+  const LampAttend &call = *work.call;
+  const LampPlanes &planes = call.planes;
+  const Rows &rows = work.rows;
+  if (work.next_head < 0 || work.order) return;
+  const int64_t size = call.dtype == LAMP_FLOAT32 ? 4 : 2;
+  for (int r = 0; r < rows.count; r++) {
+    const int64_t head = rows.head[r] + rows.group, token = rows.first_token + rows.token[r];
+    const int64_t at = rows.b * call.q_strides[0] + head * call.q_strides[1] + token * call.q_strides[2];
+    ask_for((const uint8_t *)call.q + size * at, 2 * planes.half_k * size);
+  }
+  for (int64_t j = rows.from; j < rows.from + RUN_KEYS && j < rows.to; j += SUBTILE) {
+    const Place place = place_of(planes, rows.b, work.next_head, j);
+    ask(planes.v_scale + scale_at(planes, place));
+    if (j >= rows.from + ahead_of(planes)) continue;
+    ask(planes.k_scale + scale_at(planes, place));
+    push(feed, planes.k_high + key_at(planes, place), SUBTILE * planes.half_k);
   }
 }

@@ -14,6 +14,8 @@ typedef void (*Help)(void *data, int64_t thread);
 // Tasks 0 to count - 1 on at most so many threads, numbered from 0. Whoever finds no task any more helps, where that is
 // of use to so many threads at most.
 void run(Task task, void *data, int64_t count, int64_t threads, Help help = nullptr, int64_t useful = 0);
+// Whether two of those tasks are a thread's own, which it takes one after the other.
+bool same_share(int64_t one, int64_t other, int64_t count, int64_t threads);
 // Of a thread that waits for another one, for the so many-th time.
 void rest(int64_t times);
 // Memory of the calling thread, kept for its next call; null without memory. Aligned to 64 bytes, not cleared.
