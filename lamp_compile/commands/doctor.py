@@ -109,8 +109,13 @@ def _cpu_kernels() -> dict[str, Any]:
         called = (
             "called by torch itself" if alone is None else f"called by Python, which short contexts notice ({alone})"
         )
+        lie = (
+            "by lanes"
+            if cpu.by_lanes()
+            else "by rows; programs exported where they lie by lanes run slower here than ones exported here"
+        )
         detail = (
-            f"{cpu.instruction_set()}, {called}, {cpu.threads()} "
+            f"{cpu.instruction_set()}, {called}, {cpu.threads()}, planes {lie} "
             f"(this machine has {found}; LAMP_CPU=NAME takes another, LAMP_CPU=none none)"
         )
     return {"name": "CPU kernels", "available": reason is None, "detail": detail}

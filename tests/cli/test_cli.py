@@ -198,6 +198,14 @@ def test_doctor_says_what_the_kernels_lack(call, monkeypatch):
     assert "lamp_compile[kernels]" in line
 
 
+@pytest.mark.skipif(kernels.cpu.why_not() is not None, reason=f"{kernels.cpu.why_not()}")
+def test_doctor_says_how_planes_lie_on_this_cpu(call, monkeypatch):
+    for lanes, says in ((True, ", planes by lanes ("), (False, ", planes by rows; programs exported where")):
+        monkeypatch.setattr(kernels.cpu, "by_lanes", lambda lanes=lanes: lanes)
+        (line,) = [line for line in call("doctor")[1].splitlines() if "CPU kernels" in line]
+        assert says in line
+
+
 def test_doctor_names_the_target_of_each_device(call, monkeypatch):
     """And says which one is too old; all of them too old is a no."""
     names, capabilities = ["sm_90", "sm_70"], [(9, 0), (7, 0)]

@@ -1,7 +1,7 @@
 // Which lines of the planes are asked for, over shapes and shares of refined sub-tiles. What is not asked for is read
 // all the same, slowly: no other test notices. Prints a line for each call: the layout of planes, D, group, refined
-// share; what is asked for of the queries, the scales of keys and the keys themselves that the second of two heads
-// begins with, before it begins; of all keys and values, and of the residual planes of what is refined of both. Last
+// share; what is asked for of the queries, the scales and the keys that the second of two heads begins with, before it
+// begins; of all keys and values, of the residual planes of what is refined of both, and their first lines twice. Last
 // where lines are asked for.
 #include <immintrin.h>
 
@@ -83,12 +83,18 @@ static void attend_once(Random &random, bool lanes, int64_t dim, int64_t group, 
   for (int i = 0; i < 4; i++) there[i] = planes[i].found(0, bytes);
   // Nothing else asks for queries and scales, and keys are asked for again when the head begins.
   const int64_t rows = 4 * group * dim, first = (lanes ? 8 : 4) * TILE;
+  const int64_t run = 2 * kernels_under_test::RUN_KEYS;
+  const double scales[2] = {k_scale.found(KEYS, 2 * first) / (double)(2 * first / 64),
+                            v_scale.found(KEYS, run) / (double)(run / 64)};
   std::printf("%s %lld %lld %.2f: %.3f %.3f %.3f", lanes ? "lanes" : "rows", (long long)dim, (long long)group, refined,
-              q.found(group * dim, rows) / (double)(rows / 64),
-              k_scale.found(KEYS, 2 * first) / (double)(2 * first / 64),
+              q.found(group * dim, rows) / (double)(rows / 64), std::fmin(scales[0], scales[1]),
               planes[0].found(KEYS * half, first * half, 2) / (double)(first * half / 64));
   std::printf(" %.3f %.3f", there[0] / lines, there[2] / lines);
-  if (fine > 0) std::printf(" %.3f %.3f", there[1] / fine, there[3] / fine);
+  // The first line of each refined sub-tile once more than the others.
+  const double subtiles = (double)(HEADS * KEYS / TILE) * refined;
+  double twice = 0;
+  for (int64_t at = 0; at < bytes; at += TILE * half) twice += planes[1].found(at, 64, 2) + planes[3].found(at, 64, 2);
+  if (fine > 0) std::printf(" %.3f %.3f %.3f", there[1] / fine, there[3] / fine, twice / (2 * subtiles));
   std::printf("\n");
 }
 

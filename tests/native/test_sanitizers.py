@@ -88,9 +88,8 @@ def test_what_is_read_is_asked_for(layout: str, asked: list[str]) -> None:
     lines = [line for line in asked[:-1] if line.startswith(layout)]
     calls = [[float(word) for word in re.findall(r"\d+(?:\.\d+)?", line)] for line in lines]
     assert len(calls) == 3 * 4 * 4
-    for line, (_dim, _group, refined, queries, scales, first, keys, values, *residual) in zip(
-        lines, calls, strict=True
-    ):
+    for line, (_dim, _group, refined, queries, scales, first, keys, values, *more) in zip(lines, calls, strict=True):
+        residual, twice = more[:2], more[2:]
         assert min(queries, scales, first) == 1, line
         assert keys > 0.99, line
         assert values > (0.93 if refined < 0.5 else 0.88), line
@@ -98,6 +97,7 @@ def test_what_is_read_is_asked_for(layout: str, asked: list[str]) -> None:
         # And next to nothing else: where few sub-tiles are refined, what lies behind one.
         assert max(residual, default=1) < 1.1, line
         assert min(residual, default=1) > (0.96 if refined < 0.5 else 0.92), line
+        assert all(share > 0.9 if refined < 0.5 else share < 0.6 for share in twice), line
     assert sum(0.01 < call[2] < 0.2 for call in calls) > 8  # such as text has
 
 

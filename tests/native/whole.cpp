@@ -20,12 +20,12 @@ struct Piece {
   std::vector<char> memory;
   Work *work;
 
-  Piece(const Case &c, int64_t piece) {
+  Piece(const Case &c, int64_t piece, int64_t threads = 1) {
     Plan plan = {};
     plan.call = &c.call;
     plan.segments = (c.keys + SEGMENT - 1) / SEGMENT, plan.span = (c.keys + CHUNK - 1) / CHUNK * CHUNK;
     plan.tokens = c.queries, plan.per_head = 1;
-    plan.pieces = c.call.batch * c.call.planes.kv_heads, plan.threads = 1;
+    plan.pieces = c.call.batch * c.call.planes.kv_heads, plan.threads = threads;
     plan.bytes = sizes_of(c.call, nullptr, c.group * c.queries, c.queries, plan.segments, plan.span).all;
     memory.resize((size_t)plan.bytes + 64);
     work = &open_work(plan, piece, memory.data() + (64 - (uintptr_t)memory.data() % 64));
@@ -76,7 +76,15 @@ static int64_t look(uint64_t seed, const Case &c, int64_t piece) {
 }
 
 static void look_at(uint64_t seed, const Case &c, int64_t *found) {
-  for (int64_t piece = 0; piece < c.batch * c.kv_heads; piece++) *found += look(seed, c, piece);
+  const int64_t pieces = c.batch * c.kv_heads;
+  for (int64_t piece = 0; piece < pieces; piece++) {
+    *found += look(seed, c, piece);
+    // One thread goes on with the next head of the sequence; of as many as there are heads none does.
+    const int64_t g = piece % c.kv_heads, next = g + 1 < c.kv_heads ? g + 1 : -1;
+    const int64_t alone = Piece(c, piece).work->next_head, of_many = Piece(c, piece, pieces).work->next_head;
+    expect(alone == next, "next head", seed, (double)alone, (double)next);
+    expect(of_many == (pieces > 1 ? -1 : next), "next head of another", seed, (double)of_many, -1);
+  }
 }
 
 int main(int, char **arguments) {

@@ -26,7 +26,7 @@ LAMP_INLINE void ask(const void *at) {
 // Two lines next to each other are best asked for together (Zen 4).
 LAMP_INLINE void ask_for_two(const uint8_t *at) { ask(at), ask(at + 64); }
 
-// For what nothing can be put between: bytes of a plane that begin at a line.
+// For what nothing can be put between: bytes that begin at a line.
 LAMP_INLINE void ask_for(const uint8_t *from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) ask(from + i);
 }
