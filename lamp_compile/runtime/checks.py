@@ -54,6 +54,27 @@ def keys_and_values(site: str, k: Tensor, v: Tensor) -> None:
         )
 
 
+def held(site: str, table: Tensor | None, k_high: Tensor, v_high: Tensor | None = None) -> tuple[int, int]:
+    """Sequences in planes, or in a pool's table, and keys that each has room for.
+
+    Raises:
+        InputError: These are no planes, or that is no table.
+    """
+    for name, x in (("k_high", k_high), ("v_high", v_high)):
+        if x is not None and x.dim() not in (5, 6):
+            raise InputError(
+                f"{name} has {x.dim()} dimensions {tuple(x.shape)}",
+                where=_where(site, name),
+                fix="[B, G, P, tile, width] for keys, [B, G, P, width, tile] for values; six by lanes",
+            )
+    if table is not None and table.dim() != 2:
+        raise InputError(
+            f"a block table {tuple(table.shape)}", where=_where(site, "block_table"), fix="int32 [B, pages]"
+        )
+    batch, tiles = (k_high.shape[0], k_high.shape[2]) if table is None else table.shape
+    return batch, tiles * layout.tile_of(k_high)
+
+
 def planes(site: str, six: tuple[Tensor, ...], table: Tensor | None, batch: int, v_width: int | None = None) -> None:
     """Raise InputError unless six planes of ``nested8`` belong together and hold ``batch`` sequences: what kernels take
     as addresses.

@@ -67,6 +67,7 @@ def _append(
     planes = (k_high, k_residual, k_scale, v_high, v_residual, v_scale)
     checks.given(site, positions=positions)
     checks.keys_and_values(site, k, v)
+    checks.held(site, block_table, k_high, v_high)
     checks.one_device(site, k, v=v, k_planes=k_high, v_planes=v_high, balance=balance, positions=positions)
     if kernels.why_not_store(planes, k_format, v_format, k.dtype) is None:
         checks.planes(site, planes, block_table, k.shape[0], v.shape[3] // 2)

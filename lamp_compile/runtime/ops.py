@@ -123,11 +123,10 @@ def _look_ahead(
     subtile: int,
     site: str,
 ) -> Tensor:
-    batch = k_high.shape[0] if block_table is None else block_table.shape[0]
+    batch, room = checks.held(site, block_table, k_high)
     checks.query(site, q, k_high.shape[1], batch, formats.get(k_format).channels(layout.key_width(k_high)))
     checks.one_device(site, q, k_planes=k_high, mask=mask, bias=bias, lengths=lengths, start=start, table=block_table)
-    tiles = k_high.shape[2] if block_table is None else block_table.shape[1]
-    checks.visibility(site, q, mask, bias, (int(keys), tiles * layout.tile_of(k_high)), causal, window)
+    checks.visibility(site, q, mask, bias, (int(keys), room), causal, window)
     if block_table is not None:
         k_scale = layout.gather_scales(k_scale, block_table, layout.tile_of(k_high))
         k_high = layout.gather_pages(k_high, block_table)
@@ -182,11 +181,10 @@ def _attend(
     subtile: int,
     site: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch = k_high.shape[0] if block_table is None else block_table.shape[0]
+    batch, room = checks.held(site, block_table, k_high, v_high)
     checks.query(site, q, k_high.shape[1], batch, formats.get(k_format).channels(layout.key_width(k_high)))
     checks.one_device(site, q, k_planes=k_high, v_planes=v_high, levels=levels, mask=mask, bias=bias, lengths=lengths)
-    tiles = k_high.shape[2] if block_table is None else block_table.shape[1]
-    checks.visibility(site, q, mask, bias, (int(keys), tiles * layout.tile_of(k_high)), causal, window)
+    checks.visibility(site, q, mask, bias, (int(keys), room), causal, window)
     planes = Planes(k_high, k_residual, k_scale, v_high, v_residual, v_scale).gathered(block_table)
     exact = None if k_exact is None or v_exact is None else (k_exact, v_exact)
     visible = _visible(keys, mask, bias, sinks, start, lengths, causal, window)
@@ -309,7 +307,7 @@ def check_attention(
     """
     mask, bias, *_, table = seen
     k_high, site = planes[0], options["site"]
-    batch = k_high.shape[0] if table is None else table.shape[0]
+    batch, room = checks.held(site, table, k_high, planes[3])
     checks.query(site, q, k_high.shape[1], batch, formats.get(options["k_format"]).channels(layout.key_width(k_high)))
     others = dict(zip(("mask", "bias", "sinks", "start", "lengths", "table"), seen, strict=True))
     checks.one_device(site, q, k_planes=k_high, v_planes=planes[3], **others)
@@ -319,7 +317,6 @@ def check_attention(
         assert setting is not None
         checks.heads_of_setting(site, name, setting, k_high.shape[1], batch)
     checks.stored(site, q, planes, hot[3:], seen)
-    room = (k_high.shape[2] if table is None else table.shape[1]) * layout.tile_of(k_high)
     checks.visibility(site, q, mask, bias, (int(options["keys"]), room), options["causal"], options["window"])
 
 

@@ -175,6 +175,7 @@ WRONG: dict[str, Callable[[Call], Call]] = {
     "lengths in floats": lambda c: replace(c, seen=(*c.seen[:4], torch.tensor([1.0, 2.0]), None)),
     "mask in floats": lambda c: replace(c, seen=(torch.zeros(2, 1, 1, 150), *c.seen[1:])),
     "mask of other keys": lambda c: replace(c, seen=(torch.zeros(2, 1, 1, 99) > 0, *c.seen[1:])),
+    "a table of pages alone": lambda c: replace(c, seen=(*c.seen[:5], torch.arange(5, dtype=torch.int32))),
     "tau of three heads": lambda c: replace(c, hot=(torch.zeros(3), *c.hot[1:])),
     "a scale too short": lambda c: replace(c, planes=(*c.planes[:5], c.planes[5][..., :-1].contiguous())),
     "a residual too short": lambda c: replace(
@@ -187,7 +188,7 @@ WRONG: dict[str, Callable[[Call], Call]] = {
     "channels of planes by lanes": lambda c: replace(by_lanes(c), q=c.q[..., :32].contiguous()),
     "80 channels by lanes": lambda c: by_lanes(step(dim=80)),
     "planes by lanes of one sequence": lambda c: by_lanes(c, lambda planes: tuple(x[:1] for x in planes)),
-    **{f"planes by lanes, {name}": partial(of_wrong_sizes, name) for name in test_layout_lanes.OF_SIX},
+    **{f"planes by lanes, {name}": partial(of_wrong_sizes, name) for name in test_layout_lanes.WRONG},
 }
 
 

@@ -82,7 +82,7 @@ def test_rows_go_to_pages():
 
 
 WRONG = {
-    **{name: partial(test_layout_lanes.wrong_planes, name) for name in test_layout_lanes.OF_SIX},
+    **{name: partial(test_layout_lanes.wrong_planes, name) for name in test_layout_lanes.WRONG},
     "of one sequence": lambda call: tuple(x[:1] for x in calls.planes_by_lanes(call.planes)),
     "80 channels": lambda call: calls.planes_by_lanes(calls.make(dim=80).planes),
 }
@@ -113,6 +113,11 @@ def test_rows_beyond_the_planes_are_refused(lanes):
 def test_rows_without_positions_are_refused():
     with pytest.raises(InputError, match="positions is None"):
         store(rows(positions=None))
+
+
+def test_rows_for_a_table_of_pages_alone_are_refused():
+    with pytest.raises(InputError, match=r"(?s)block table \(5,\).*try: .*int32 \[B, pages\]"):
+        store(rows(table=torch.arange(5, dtype=torch.int32)))
 
 
 def test_rows_in_another_format_are_not_taken_for_it():

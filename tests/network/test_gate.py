@@ -172,3 +172,9 @@ def test_operators_refuse_what_does_not_belong_together() -> None:
         torch.ops.lamp.predict(q, summary[..., :4], history, g.query, *rest, **arguments)
     with pytest.raises(InputError, match="without what they saw"):
         torch.ops.lamp.predict(q.expand(1, H, 2, D), summary, history, g.query, *rest, **arguments)
+    flat, at = torch.zeros(1, G, 64, D // 2, dtype=torch.uint8), torch.zeros(1, dtype=torch.long)
+    with pytest.raises(InputError, match="k_high has 4 dimensions"):
+        torch.ops.lamp.summarize(
+            flat, flat, torch.zeros(1, G, 64).half(), summary, g.key, g.key_bias, at, None,
+            rows=1, group=GROUP, k_format="nested8", site="s",
+        )  # fmt: skip

@@ -76,6 +76,8 @@ def why_not_store(
         return "float64 keys"
     if (k_format, v_format) != (FORMAT, FORMAT):
         return f"kernels store {FORMAT}, this is {k_format} and {v_format}"
+    if {planes[0].dim(), planes[3].dim()} - {5, 6}:
+        return "planes of other than five or six dimensions"
     if reason := _why_not_lanes(planes):
         return reason
     tile, half_k, half_v = layout.tile_of(planes[0]), layout.key_width(planes[0]), layout.value_width(planes[3])

@@ -31,7 +31,7 @@ def summarize(
     site: str,
 ) -> None:
     """``lamp::summarize``."""
-    batch = k_high.shape[0] if block_table is None else block_table.shape[0]
+    batch, _ = checks.held(site, block_table, k_high)
     checks.per_sequence(site, batch, positions=positions)
     checks.one_device(site, k_high, summary=summary, key=key, positions=positions)
     keys = (k_high, k_residual, k_scale)
