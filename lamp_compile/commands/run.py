@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from lamp_compile import api
     from lamp_compile.commands import _measure
     from lamp_compile.quality import continuation, load, windows
+    from lamp_compile.runtime import kernel_notes
 
     folder = load.model_folder(args.model)
     tokenizer = load.load_tokenizer(folder)
@@ -73,7 +74,10 @@ def run(args: argparse.Namespace) -> int:
         print(f"the {len(plain.ids)} tokens are the same")
     else:
         print(f"first differing token: number {first + 1} of {len(plain.ids)}")
-    print(f"seconds before the timed call: {plain.warm_up_s:.1f} uncompiled, {fast.warm_up_s:.1f} with compilation")
+    print(f"seconds before the timed call: {plain.warm_up_s:.1f} uncompiled, {fast.warm_up_s:.1f} LAMP")
+    for note in fast_model.lamp.report().notes:
+        if note.startswith(kernel_notes.START):
+            print(f"note: {note}")
     return 0
 
 

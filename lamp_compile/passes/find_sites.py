@@ -73,7 +73,8 @@ def site_name(node: Node) -> str:
     path = ""
     for entry in stack.values():
         path = entry[0] if isinstance(entry, tuple) else str(entry)
-    path = re.sub(r"^[LG]\[(['\"])[^'\"]*\1\]", "", path)
+    # A decorated forward of transformers 5.24 has the model as the first of its arguments.
+    path = re.sub(r"^[LG]\[(['\"])(?:args\1\]\[0\]|[^'\"]*\1\])", "", path)
     path = re.sub(r"\.(_modules|__self__)\b", "", path)
     path = re.sub(r"\[(['\"]?)([^'\"\]]*)\1\]", r".\2", path)
     return re.sub(r"@\d+", "", path).strip(".") or "attention"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lamp_compile.errors import InputError
+from lamp_compile.runtime import cache_argument
 
 WARM_UP_TOKENS = 3
 
@@ -67,7 +68,7 @@ def write(model: Any, prompt: Tensor, tokens: int) -> Continuation:
         torch.cuda.synchronize(prompt.device)
     ended = time.perf_counter()
     ids = done.sequences[0, prompt.shape[1] :].tolist()
-    return Continuation(ids, len(ids) / (ended - warm), warm - began, kv_bytes(done.past_key_values))
+    return Continuation(ids, len(ids) / (ended - warm), warm - began, kv_bytes(cache_argument.of(done)))
 
 
 def compare(first: Continuation, second: Continuation) -> int | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lamp_compile.plan import Plan, SitePlan
-from lamp_compile.runtime import guard
+from lamp_compile.runtime import cache_argument, guard
 from lamp_compile.runtime.cache_layers import LayerSpec, NestedLayer
 from lamp_compile.runtime.controls import SiteControls
 from lamp_compile.runtime.kv_cache import CacheSpec, NestedCache
@@ -96,7 +96,7 @@ class CompiledEngine:
         for layer in cache.layers:
             layer.reference_only = True
         with torch.no_grad():
-            logits = self._fast(input_ids=ids, past_key_values=cache, use_cache=True).logits
+            logits = self._fast(input_ids=ids, **cache_argument.given(self._fast, cache), use_cache=True).logits
         tiles = {layer.name: self._tiles(layer) for layer in cache.layers if isinstance(layer, NestedLayer)}
         kept = [layer for layer in cache.layers if not isinstance(layer, NestedLayer) and layer.is_initialized]
         values = sum(layer.num_heads * (layer.k_head_dim + layer.v_head_dim) for layer in kept)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lamp_compile.errors import InputError
 from lamp_compile.quality.metrics import Comparison
-from lamp_compile.runtime import guard
+from lamp_compile.runtime import cache_argument, guard
 from lamp_compile.runtime.kv_cache import NestedLayer
 
 TAUS = (0.0, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -105,5 +105,5 @@ def _forward(fast: Any, ids: Tensor) -> tuple[Tensor, float]:
     layers = [layer for layer in cache.layers if isinstance(layer, NestedLayer)]
     for layer in layers:
         layer.reference_only = True
-    logits: Tensor = fast(input_ids=ids, past_key_values=cache, use_cache=True).logits
+    logits: Tensor = fast(input_ids=ids, **cache_argument.given(fast, cache), use_cache=True).logits
     return logits, float(torch.stack([layer.state[..., guard.ERROR].mean() for layer in layers]).mean())

@@ -200,11 +200,26 @@ class GrowableLayer(StaticLayer):  # type: ignore[misc]
             self.cumulative_length.sub_(-count).clamp_(min=0)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Sequence i becomes what sequence ``beam_idx[i]`` was, in place."""
-        if self.is_initialized:
-            for name in self.per_sequence:
-                tensor = getattr(self, name)
-                tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
+        """Sequence i becomes what sequence ``beam_idx[i]`` was, in place.
+
+        Raises:
+            CacheError: There are more or fewer indices than sequences, or others (on a GPU nobody waits to see).
+        """
+        if not self.is_initialized:
+            return
+        integers = beam_idx.dtype in (torch.int64, torch.int32) and beam_idx.shape == (self.batch_size,)
+        if not integers or (
+            beam_idx.device.type == "cpu" and not set(beam_idx.tolist()) <= set(range(self.batch_size))
+        ):
+            given = beam_idx.tolist() if beam_idx.numel() <= 16 else f"{beam_idx.dtype} {tuple(beam_idx.shape)}"
+            raise CacheError(
+                f"sequences {given} of a cache that holds {self.batch_size}",
+                where="reorder_cache",
+                fix="an index for each sequence; batch_select_indices keeps fewer",
+            )
+        for name in self.per_sequence:
+            tensor = getattr(self, name)
+            tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each sequence ``repeats`` times in a row."""

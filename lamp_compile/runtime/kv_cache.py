@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from lamp_compile.errors import CacheError
-from lamp_compile.runtime import guard, layout
+from lamp_compile.runtime import cache_argument, guard, layout
 from lamp_compile.runtime.allocation import allocate, together, zero
 from lamp_compile.runtime.cache_layers import FloatLayer, LayerShape, LayerSpec, NestedLayer
 from lamp_compile.runtime.growable_layer import KEPT_FOR, rounded_capacity
@@ -85,14 +85,14 @@ class NestedCache(Cache):  # type: ignore[misc]
             raise CacheError(
                 f"a cache of another compiled model was given to {spec.model} ({spec.fingerprint}): "
                 f"it belongs to {self.spec.model} ({self.spec.fingerprint})",
-                where="past_key_values",
+                where=cache_argument.NAME,
                 fix="make it with `fast.lamp.cache()` of the model that uses it",
             )
         held = self.layers[0].batch_size
         if batch is not None and held not in (-1, batch) and int(self.get_seq_length()):
             raise CacheError(
                 f"the cache holds {held} sequences and {batch} came",
-                where="past_key_values",
+                where=cache_argument.NAME,
                 fix="use one cache per batch, or cache.reset()",
             )
 

@@ -187,7 +187,8 @@ for _name, _schema in SCHEMAS.items():
 
 class Int8Linear(nn.Linear):
     """A linear layer that reads INT8 weights. The original's parameters stay in place, shared and unread, so that what
-    looks at them (tied weights, ``state_dict``, ``save_pretrained``) finds the model as it was.
+    looks at them (tied weights, ``state_dict``, ``save_pretrained``) finds the model as it was. Weights that change are
+    rounded anew: by ``load_state_dict`` of this module at once, otherwise at its next call outside a graph.
 
     Args:
         original: The layer; its parameters become this one's.
@@ -211,6 +212,7 @@ class Int8Linear(nn.Linear):
         rounded, scale = quantize_weight(original.weight, row.group)
         self.register_buffer("weight_int8", rounded, persistent=False)
         self.register_buffer("weight_scale", scale, persistent=False)
+        self._rounded = self._state()
 
     @property
     def extra_bytes(self) -> int:
@@ -219,11 +221,31 @@ class Int8Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., K]`` -> ``[..., N]`` in the dtype of ``x``."""
+        if not torch.compiler.is_compiling():
+            self.refresh()
         out: Tensor = torch.ops.lamp.linear_int8(
             x, self.weight_int8, self.weight_scale, self.bias,
             dynamic=self.row.format == "int8_dynamic", site=self.row.name,
         )  # fmt: skip
         return out
+
+    def refresh(self) -> None:
+        """Round the weights anew, in place, if others were written or given since. What is written through ``.data`` is
+        not seen."""
+        if self._rounded == (now := self._state()):
+            return
+        rounded, scale = quantize_weight(self.weight, self.row.group)
+        with torch.no_grad():
+            self.weight_int8.copy_(rounded)
+            self.weight_scale.copy_(scale)
+        self._rounded = now
+
+    def _state(self) -> tuple[int, int]:
+        return self.weight.data_ptr(), -1 if self.weight.is_inference() else self.weight._version
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.refresh()
 
     def extra_repr(self) -> str:
         """As nn.Linear's, with the format."""

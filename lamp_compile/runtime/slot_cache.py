@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lamp_compile.errors import CacheError, OptionError
-from lamp_compile.runtime import layout
+from lamp_compile.runtime import cache_argument, layout
 from lamp_compile.runtime.allocation import allocate, zero
 from lamp_compile.runtime.cache_layers import LayerShape
 from lamp_compile.runtime.growable_layer import ordinary_tensors
@@ -52,7 +52,7 @@ class SlotView(NestedCache):
         if batch is not None and batch != self.rows.count:
             raise CacheError(
                 f"{batch} sequences came to {self.rows.count} slot{'s' if self.rows.count > 1 else ''}",
-                where="past_key_values",
+                where=cache_argument.NAME,
                 fix="one row per slot, or cache.view(slot) for a single sequence",
             )
 

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lamp_compile
+from lamp_compile.errors import CacheError
 from lamp_compile.plan import SitePlan
 from lamp_compile.runtime import layout
 from lamp_compile.runtime.cache_layers import LayerSpec
@@ -61,6 +62,15 @@ def test_reorder_moves_every_state_in_place() -> None:
     cache.reorder_cache(order)
     assert same(contents(cache), {name: t[order] for name, t in before.items()})
     assert addresses(cache) == where
+
+
+@pytest.mark.parametrize("order", [[1], [0, 1, 2, 0], [0, 1, 3], [0, -1, 2], [0.0, 1.0, 2.0]], ids=str)
+def test_an_order_that_is_none_is_refused_and_moves_nothing(order: list[Any]) -> None:
+    cache = filled()
+    before = contents(cache)
+    with pytest.raises(CacheError, match=r"(?s)of a cache that holds 3.*where: reorder_cache.*batch_select_indices"):
+        cache.reorder_cache(torch.tensor(order))
+    assert same(contents(cache), before)
 
 
 def test_select_and_repeat_move_every_state() -> None:

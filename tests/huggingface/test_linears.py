@@ -138,6 +138,31 @@ def test_a_copy_runs_alone(model: Any, ids: Tensor) -> None:
     assert torch.equal(reference.logits(copied, ids), wanted)
 
 
+@pytest.mark.parametrize("format", ["int8", "int8_dynamic"])
+@pytest.mark.parametrize("through", ["compiled", "original", "a new parameter"])
+def test_other_weights_are_rounded_anew(model: Any, ids: Tensor, format: str, through: str) -> None:
+    fast = lamp_compile.compile(model, mode="eager", linears=format)
+    fast(ids)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.5).add_(torch.randn_like(parameter), alpha=0.02)
+    addresses = [module.weight_int8.data_ptr() for module in fast.modules() if isinstance(module, Int8Linear)]
+    if through == "a new parameter":
+        for parameter, given in zip(fast.parameters(), other.parameters(), strict=True):
+            parameter.data = given.detach().clone()
+    else:
+        (fast if through == "compiled" else model).load_state_dict(other.state_dict())
+    if through == "compiled":  # at once: a graph of the caller's own would not look
+        rounded = [module.weight_scale.clone() for module in fast.modules() if isinstance(module, Int8Linear)]
+    wanted = reference.logits(lamp_compile.compile(other, plan=fast.lamp.plan, mode="eager"), ids)
+    assert torch.equal(reference.logits(fast, ids), wanted)
+    now = [module for module in fast.modules() if isinstance(module, Int8Linear)]
+    assert addresses == [module.weight_int8.data_ptr() for module in now], "what graphs read"
+    if through == "compiled":
+        assert all(torch.equal(module.weight_scale, before) for module, before in zip(now, rounded, strict=True))
+
+
 def test_saved_weights_are_the_originals(model: Any, ids: Tensor, tmp_path: Any) -> None:
     lamp_compile.compile(model, mode="eager", linears="int8").save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager").eval()

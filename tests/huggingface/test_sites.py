@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import lamp_compile
 from lamp_compile.frontends.huggingface import balance
 from lamp_compile.frontends.huggingface.sites import probe
+from lamp_compile.runtime import cache_argument
 from tests.huggingface import reference
 
 PAIRS = {"Llama": [8, 9], "Phi-3": [4, 5], "GPT-NeoX": [2, 3], "GPT-2": [0, 1]}
@@ -168,13 +169,13 @@ def test_key_changed_after_the_cache_is_refused(model: Any) -> None:
     original = type(attention).forward
 
     def forward(hidden_states: Tensor, **kwargs: Any) -> Any:
-        cache = kwargs.pop("past_key_values")
+        cache = kwargs.pop(cache_argument.NAME)
 
-        def update(k: Tensor, v: Tensor, index: int) -> Any:
+        def update(k: Tensor, v: Tensor, index: int, **more: Any) -> Any:
             keys, values = cache.update(k, v, index)
             return keys * 1.0, values
 
-        return original(attention, hidden_states, past_key_values=SimpleNamespace(update=update), **kwargs)
+        return original(attention, hidden_states, **{cache_argument.NAME: SimpleNamespace(update=update)}, **kwargs)
 
     attention.forward = forward
     sites, refusals = probed(model)

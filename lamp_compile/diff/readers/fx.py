@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -240,7 +241,7 @@ def _scope(node: Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     last = list(stack.values())[-1:] if isinstance(stack, dict) else []
     path = last[0][0] if last and isinstance(last[0], tuple) else ""
-    return "" if str(path).startswith("_empty") else str(path).removeprefix("L['self'].")
+    return "" if str(path).startswith("_empty") else re.sub(r"^L\['(?:self'\]|args'\]\[0\])\.", "", str(path))
 
 
 def _dtype(dtype: torch.dtype) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lamp_compile.errors import ModelError
 from lamp_compile.frontends.huggingface.compiled import Lamp
-from lamp_compile.runtime import layout
+from lamp_compile.runtime import cache_argument, layout
 from lamp_compile.runtime.cache_layers import NestedLayer
 
 HOT = ("tau", "floor", "budget")
@@ -48,7 +48,7 @@ class DecodeStep(nn.Module):
                 where=type(model).__name__,
                 fix="a plan without shadow, guard.retry and exact_tier",
             )
-        self.model, self.cache = model, lamp.cache(capacity)
+        self.model, self.cache, self.argument = model, lamp.cache(capacity), cache_argument.name_for(model)
         by_name = {site.name: site for site in lamp.sites}
         for index, layer in enumerate(self.cache.layers):
             if not isinstance(layer, NestedLayer):
@@ -78,5 +78,5 @@ class DecodeStep(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Append the tokens ``[B, n]`` and give back their logits ``[B, n, V]``."""
-        logits: Tensor = self.model(input_ids=input_ids, past_key_values=self.cache, use_cache=True).logits
+        logits: Tensor = self.model(input_ids=input_ids, use_cache=True, **{self.argument: self.cache}).logits
         return logits

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lamp_compile.errors import InputError
+from lamp_compile.errors import InputError, ModelError
 from lamp_compile.frontends import switch
 from lamp_compile.frontends.huggingface.compiled import Lamp, drop_foreign_step, refuse_training
 from lamp_compile.frontends.huggingface.slots import positions_for
+from lamp_compile.runtime import cache_argument
 from lamp_compile.runtime.kv_cache import NestedCache
 from lamp_compile.runtime.slot_cache import SlotView
 
@@ -32,7 +33,14 @@ def attach(model: nn.Module, lamp: Lamp) -> None:
     base = model.forward
     bound = "forward" in model.__dict__
     parameters = list(inspect.signature(base).parameters)
-    position = parameters.index("past_key_values")
+    name = cache_argument.name_for(model)
+    if name not in parameters:
+        raise ModelError(
+            "its forward takes no cache by name",
+            where=type(model).__name__,
+            fix="torch.compile(model, backend='lamp') for its prefill",
+        )
+    position = parameters.index(name)
     call = base if bound else type(model).forward
 
     @functools.wraps(type(model).forward)
@@ -40,7 +48,8 @@ def attach(model: nn.Module, lamp: Lamp) -> None:
         compiling = torch.compiler.is_compiling()
         if not compiling and switch.disabled():
             return self.lamp.original.forward(*args, **kwargs)
-        given = args[position] if len(args) > position else kwargs.get("past_key_values")
+        kwargs = cache_argument.renamed(kwargs, name)
+        given = args[position] if len(args) > position else kwargs.get(name)
         made = None
         if not compiling:
             made = _cache_for_forward(self, given, args, kwargs)
@@ -51,7 +60,7 @@ def attach(model: nn.Module, lamp: Lamp) -> None:
         if made is not None and len(args) > position:
             args = (*args[:position], made, *args[position + 1 :])
         elif made is not None:
-            kwargs["past_key_values"] = made
+            kwargs[name] = made
         whole = args if bound else (self, *args)
         cache = given if made is None else made
         if compiling or not isinstance(cache, NestedCache):
@@ -67,6 +76,7 @@ def attach(model: nn.Module, lamp: Lamp) -> None:
             return self.lamp.original.generate(*args, **kwargs)
         refuse_training(self)
         drop_foreign_step(self)
+        kwargs = cache_argument.renamed(kwargs, cache_argument.NAME)
         self.lamp.clock.pause()
         token = _unpadded.set([])
         try:
@@ -82,7 +92,7 @@ def attach(model: nn.Module, lamp: Lamp) -> None:
 
         def step(*inputs: Any, **named: Any) -> Any:
             run = functools.partial(compiled, *inputs, **named)
-            cache = named.get("past_key_values")
+            cache = named.get(name)
             if not isinstance(cache, NestedCache):
                 return run()
             return self.lamp.step(run, functools.partial(self, *inputs, **named), cache, _new_tokens(inputs, named))
@@ -130,7 +140,7 @@ def _cache_for_forward(model: Any, given: Any, args: tuple[Any, ...], kwargs: di
         given.check(lamp.spec, None if ids is None else int(ids.shape[0]))
         return None
     if given is not None:
-        lamp.warn_once(f"past_key_values is a {type(given).__name__}")
+        lamp.warn_once(f"{cache_argument.NAME} is a {type(given).__name__}")
         return None
     if not _uses_cache(model, kwargs):
         lamp.warn_once("use_cache is False")
@@ -140,7 +150,7 @@ def _cache_for_forward(model: Any, given: Any, args: tuple[Any, ...], kwargs: di
 
 # In a user's own torch.compile a graph break makes the cache; with fullgraph=True Dynamo raises and gives the reason.
 _cache_outside_the_graph: Any = torch.compiler.disable(  # type: ignore[no-untyped-call]
-    _cache_for_forward, reason="a compiled call without a cache: pass past_key_values=fast.lamp.cache(tokens)"
+    _cache_for_forward, reason=f"a compiled call without a cache: pass {cache_argument.NAME}=fast.lamp.cache(tokens)"
 )
 
 
@@ -163,18 +173,18 @@ def _prepare_cache_for_generation(
 ) -> Any:
     """transformers' hook: supply or check the cache, and name the backend that compiles decoding."""
     lamp: Lamp = self.lamp
-    given = model_kwargs.get("past_key_values")
+    given = model_kwargs.get(cache_argument.NAME)
     rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
     ours = isinstance(given, NestedCache)
     if isinstance(given, NestedCache):
         given.check(lamp.spec, rows)
         given.ensure_capacity(max_cache_length)
     elif given is not None:
-        lamp.warn_once(f"past_key_values is a {type(given).__name__}")
+        lamp.warn_once(f"{cache_argument.NAME} is a {type(given).__name__}")
     elif generation_config.cache_implementation is not None:
         lamp.warn_once(f"cache_implementation is {generation_config.cache_implementation!r}")
     elif generation_config.use_cache is not False:
-        model_kwargs["past_key_values"] = lamp.borrow(max_cache_length, rows)
+        model_kwargs[cache_argument.NAME] = lamp.borrow(max_cache_length, rows)
         ours = True
     if ours:
         _leave_out_masks(self, model_kwargs)
@@ -196,7 +206,7 @@ def _leave_out_masks(model: Any, model_kwargs: dict[str, Any]) -> None:
     """Without padding, and without patterns of the model's own, length, causality and window say what may be seen: then
     neither ``[B, 1, S, keys]`` masks are made for a prompt nor ``[B, 1, 1, keys]`` at every step."""
     lamp: Lamp = model.lamp
-    cache, padding = model_kwargs["past_key_values"], model_kwargs.get("attention_mask")
+    cache, padding = model_kwargs[cache_argument.NAME], model_kwargs.get("attention_mask")
     if not isinstance(cache, NestedCache) or isinstance(cache, SlotView) or not lamp.maskless(model.config):
         return
     if any(model_kwargs.get(name) is not None for name in PATTERNS):

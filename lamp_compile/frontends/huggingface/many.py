@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lamp_compile.errors import CacheError, InputError, OptionError
 from lamp_compile.frontends.huggingface.sampling import Sampling
+from lamp_compile.runtime import cache_argument
 from lamp_compile.runtime.growable_layer import ordinary_tensors, rounded_capacity
 from lamp_compile.runtime.slot_cache import SlotCache
 from lamp_compile.runtime.slot_table import upload
@@ -162,6 +163,7 @@ class ManyPrompts:
         last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         self._prefill, self._step = functools.partial(model, **last), step
         self.cache, self.sampling, self.eos = cache, sampling, eos
+        self._argument = cache_argument.name_for(model)
         self._running: dict[int, Stream] = {}
         self._unread: deque[Chosen] = deque()
         self._device = cache.lengths.device
@@ -228,7 +230,7 @@ class ManyPrompts:
     @torch.no_grad()
     def _forward(self, call: Callable[..., Any], ids: Tensor, cache: Any) -> Tensor:
         """Logits ``[B, V]`` of the last position."""
-        last: Tensor = call(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1]
+        last: Tensor = call(input_ids=ids, use_cache=True, **{self._argument: cache}).logits[:, -1]
         return last
 
     @torch.no_grad()

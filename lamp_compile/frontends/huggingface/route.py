@@ -21,6 +21,7 @@ from lamp_compile.frontends.structure import structural_copy
 from lamp_compile.linear_plan import LinearPlan
 from lamp_compile.plan import Plan, SitePlan
 from lamp_compile.report import Report
+from lamp_compile.runtime import cache_argument
 from lamp_compile.runtime.controller_thread import StepClock
 from lamp_compile.runtime.controls import Controls
 
@@ -177,8 +178,8 @@ def trace_decoding(fast: Any, backend: Any) -> None:
     ids = torch.zeros(1, 2, dtype=torch.long, device=fast.device)
     step: Any = torch.compile(fast.forward, backend=backend, fullgraph=True)
     with torch.no_grad():
-        cache = fast(ids, use_cache=True).past_key_values
-        step(ids[:, :1], past_key_values=cache, use_cache=True)
+        cache = cache_argument.of(fast(ids, use_cache=True))
+        step(ids[:, :1], **cache_argument.given(fast, cache), use_cache=True)
 
 
 def compile_decoding(fast: Any, backend: Any) -> None:

@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from lamp_compile.errors import ModelError
 from lamp_compile.frontends.huggingface.attention import observing
 from lamp_compile.ir import Refusal
+from lamp_compile.runtime import cache_argument
 from lamp_compile.runtime.cache_layers import LayerShape
 from lamp_compile.runtime.rotation import HEAD_DIMS
 
@@ -135,7 +136,7 @@ def _run(model: nn.Module, cache: _ProbeCache, observe: Any) -> None:
     ids = probe_ids(model)
     try:
         with torch.no_grad(), observing(observe):
-            model(input_ids=ids, past_key_values=cache, use_cache=True)
+            model(input_ids=ids, **cache_argument.given(model, cache), use_cache=True)
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
         raise ModelError(
             f"its forward does not run on token ids alone: {type(error).__name__}: {error}",

@@ -7,6 +7,7 @@ from typing import Any
 
 from lamp_compile.errors import CacheError
 from lamp_compile.frontends.huggingface.sites import ProbedSite
+from lamp_compile.runtime import cache_argument
 from lamp_compile.runtime.kv_cache import CacheSpec
 from lamp_compile.runtime.slot_cache import SlotCache, SlotView
 
@@ -55,7 +56,7 @@ def positions_for(cache: SlotView, parameters: Sequence[str], args: Sequence[Any
     if "position_ids" not in parameters:
         raise CacheError(
             "the model takes no position_ids, and the slots' sequences differ in length",
-            where="past_key_values",
+            where=cache_argument.NAME,
             fix="fast.lamp.cache() and generate",
         )
     index = list(parameters).index("position_ids")

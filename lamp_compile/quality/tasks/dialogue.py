@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from lamp_compile.quality.tasks._base import Material, Sample, Task
+from lamp_compile.runtime import cache_argument
 
 TURNS = 8
 TEMPERATURE, TOP_P = 0.8, 0.95
@@ -34,8 +35,8 @@ def _answer(model: torch.nn.Module, ids: torch.Tensor, tokens: int, generator: t
     """``ids`` with ``tokens`` drawn ones behind them, on the CPU. The draws are the same on every device."""
     step, cache = ids[None], None
     for _ in range(tokens):
-        done = model(input_ids=step, past_key_values=cache, use_cache=True)
-        cache = done.past_key_values
+        done = model(input_ids=step, **cache_argument.given(model, cache), use_cache=True)
+        cache = cache_argument.of(done)
         p, order = (done.logits[0, -1].float().cpu() / TEMPERATURE).softmax(-1).sort(descending=True)
         p = p.masked_fill(p.cumsum(-1) - p > TOP_P, 0.0)
         token = order[torch.multinomial(p, 1, generator=generator)].to(ids.device)

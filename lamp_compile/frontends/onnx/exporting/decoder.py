@@ -22,7 +22,7 @@ from lamp_compile.frontends.huggingface.slots import why_masked
 from lamp_compile.frontends.onnx.exporting import torch_ops as _torch_ops  # noqa: F401  (registers torch.ops.lamp_onnx)
 from lamp_compile.frontends.onnx.form import check_row
 from lamp_compile.frontends.structure import structural_copy
-from lamp_compile.runtime import guard
+from lamp_compile.runtime import cache_argument, guard
 from lamp_compile.runtime.cache_layers import PLANES, LayerSpec
 from lamp_compile.runtime.plane_handle import PlaneHandle
 
@@ -167,7 +167,7 @@ class DecoderGraph(nn.Module):
             # The grouped product of the default has no ONNX operator; this one gathers weights and multiplies.
             self.model.set_experts_implementation("batched_mm")  # type: ignore[operator]
         taken = inspect.signature(self.model.forward).parameters
-        self.chooses_logits = "logits_to_keep" in taken
+        self.chooses_logits, self.cache = "logits_to_keep" in taken, cache_argument.name_for(self.model)
         if "position_ids" not in taken:
             raise ModelError(
                 "its forward takes no position_ids",
@@ -233,7 +233,7 @@ class DecoderGraph(nn.Module):
         places = positions[:, None] + torch.arange(rows, device=input_ids.device)
         held = _GraphCache(list(self.layers))
         logits = self.model(
-            input_ids=input_ids, position_ids=places, past_key_values=held, use_cache=True, return_dict=True, **wanted
+            input_ids=input_ids, position_ids=places, use_cache=True, return_dict=True, **{self.cache: held}, **wanted
         ).logits
         return (logits, *(layer.tensors[name] for layer in self.layers for name in layer.names))
 

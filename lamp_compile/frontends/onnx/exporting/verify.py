@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lamp_compile.frontends.onnx.exporting import kept_logits
 from lamp_compile.quality.metrics import Comparison, Scores
+from lamp_compile.runtime import cache_argument
 from lamp_compile.runtime.ort import providers
 
 DRIFT = 0.5
@@ -205,7 +206,7 @@ def decoder(run: Any, fast: Any, empty: dict[str, Any], ids: Tensor, reduced: bo
     with torch.no_grad():
         wanted = fast.lamp.original(input_ids=ids, use_cache=False).logits
         for step in steps:
-            there.append(fast(input_ids=ids[:, step], past_key_values=held, use_cache=True).logits)
+            there.append(fast(input_ids=ids[:, step], **cache_argument.given(fast, held), use_cache=True).logits)
             positions = torch.full((ids.shape[0],), step.start)
             given = {"input_ids": ids[:, step].contiguous().numpy(), "positions": positions.numpy(), **feeds}
             found = dict(zip(names, run.run(None, given), strict=True))

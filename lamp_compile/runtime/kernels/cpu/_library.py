@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -203,7 +204,9 @@ def why_not() -> str | None:
     except (OSError, AttributeError, RuntimeError) as error:
         return f"the CPU kernels do not load: {error}"
     if wanted and core.lamp_use(wanted.encode()) != 0:
-        return f"{VARIABLE}={wanted}: this machine has {core.lamp_instruction_sets().decode()}"
+        reason = f"{VARIABLE}={wanted}: this machine has {core.lamp_instruction_sets().decode()}"
+        warnings.warn(f"{reason}; on CPUs the reference runs, slowly", stacklevel=2)
+        return reason
     return None
 
 
