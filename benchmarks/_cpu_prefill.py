@@ -11,7 +11,7 @@ import torch
 from _planes import STORE, Shape
 from torch import Tensor
 
-from lamp_compile.runtime import fused_ops, guard, kernels, layout
+from lamp_compile.runtime import fused_ops, guard, kernels, layout, prompt
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
 TAU, SHARPNESS = 0.01, 1.5
@@ -45,7 +45,8 @@ def rows(length: int, shape: Shape, rounds: int) -> list[dict[str, Any]]:
                 times[call].append(time.perf_counter() - began)
         took = {call: 1e3 * statistics.median(seconds) for call, seconds in times.items()}
         sdpa = min(("enable_gqa", "repeated heads"), key=took.__getitem__)
-        share = float(stats[..., guard.REFINED].sum() / stats[..., guard.LIVE].sum())
+        live = float(stats[..., guard.LIVE].sum())
+        share = float(stats[..., guard.REFINED].sum()) / live if live else None  # None: no plane was read
         case = f"1x{length}"
         found.append({"case": case, "name": f"sdpa_{name}", "ms": took[sdpa], "how": sdpa, "error": errors[sdpa]})
         ratio = took[sdpa] / took["lamp"]
@@ -68,9 +69,16 @@ def _lamp(q: Tensor, k: Tensor, v: Tensor, stats: Tensor) -> Callable[[], Tensor
     options = dict(causal="bottom_right", window=0, scale=None, softcap=0.0, keys=length, rule="energy", query_bits=8,
                    subtile=32, guard_window=16, guard_hold=64, hysteresis=0.5, site="", **STORE)  # fmt: skip
     settings = fused_ops.settings(options)
+    as_they_came = length >= prompt.LEAST_ROWS[k.device.type] and prompt.goes_on(
+        k.device
+    )  # what a layer does with them
 
     def run() -> Tensor:
         torch.ops.lamp.append.default(k, v, *planes, None, start, None, *STORE.values(), "")
+        if as_they_came:
+            found = prompt.attend(q, k, v, None, None, options)
+            assert isinstance(found, Tensor), found
+            return found
         state = guard.new_state(1, kv_heads)
         none = (None,) * 7
         out: Tensor = torch.ops.lamp.fused_attention.default(q, *planes, *hot, state, stats, *none, *settings)
@@ -82,7 +90,7 @@ def _lamp(q: Tensor, k: Tensor, v: Tensor, stats: Tensor) -> Callable[[], Tensor
 def line(row: dict[str, Any]) -> str:
     """A row as it is printed."""
     ratio = f"{row['ratio_to_sdpa']:7.2f}" if "ratio_to_sdpa" in row else " " * 7
-    share = f"{row['refined_share']:8.1%}" if "refined_share" in row else " " * 8
+    share = f"{row['refined_share']:8.1%}" if row.get("refined_share") is not None else " " * 8
     return (
         f"{row['case']:10s} {row['name']:18s} {row['ms']:8.1f} {ratio} {share}  {row['error']:.2e} {row.get('how', '')}"
     )

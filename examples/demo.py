@@ -129,7 +129,7 @@ def planted_faults(model: Any, ids: torch.Tensor) -> dict[str, Any]:
     print("step  error estimate  floor per layer   tiles refined   KL of the step")
     with torch.no_grad():
         reference = model(ids[:, : start + end]).logits.log_softmax(-1)
-        fast(ids[:, :start], past_key_values=cache)
+        fast(ids[:, :start], cache=cache)
         before = counts(cache)
         for step in range(end):
             if step == broken:
@@ -141,7 +141,7 @@ def planted_faults(model: Any, ids: torch.Tensor) -> dict[str, Any]:
             elif step == poisoned:
                 print("      -- fault: the scale of one stored value becomes NaN")
                 cache.layers[0].v_scale[0, 0, start - 1] = torch.nan
-            logits = fast(ids[:, start + step : start + step + 1], past_key_values=cache).logits
+            logits = fast(ids[:, start + step : start + step + 1], cache=cache).logits
             now = counts(cache)
             wanted = reference[0, start + step]
             kl = float((wanted.exp() * (wanted - logits[0, -1].log_softmax(-1))).sum())

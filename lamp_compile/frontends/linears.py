@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lamp_compile.errors import LampError, OptionError, PlanError
 from lamp_compile.linear_plan import FORMATS, GROUP, LinearPlan, validate
-from lamp_compile.quality.linear_speed import speedup
+from lamp_compile.quality.linear_speed import PLAUSIBLE, speedup
 from lamp_compile.runtime.linear import Int8Linear
 
 MODES = ("never", "auto", *FORMATS)
@@ -99,6 +99,8 @@ def speed_row(name: str, module: nn.Linear) -> LinearPlan:
         return LinearPlan(name, False, f"its speed cannot be measured: {str(error).splitlines()[0]}", group=group)
     enough = gain >= LEAST_SPEEDUP
     reason = f"{gain:.1f}x as fast at one row" if enough else f"int8 is {gain:.1f}x as fast at one row"
+    if gain < PLAUSIBLE:
+        reason += " (do other processes use the cores?)"
     return LinearPlan(name, enough, reason, group=group, speedup=gain)
 
 

@@ -20,6 +20,10 @@ BYTES, MOST_COPIES = 64 << 20, 12
 REPEATS, ROUNDS = 8, 5
 """Timings in a row, and turns that the two take. The fastest counts: what else runs here only ever adds."""
 
+ATTEMPTS, PLAUSIBLE = 3, 0.5
+"""No layer is that much slower by itself: threads then wait for each other because others use the cores. After a
+second, and after two more, it is measured again."""
+
 
 @cache
 def speedup(outputs: int, inputs: int, group: int, dtype: torch.dtype, dynamic: bool) -> float:
@@ -38,9 +42,15 @@ def speedup(outputs: int, inputs: int, group: int, dtype: torch.dtype, dynamic: 
     run = _compiled(x, rounded, scale, dynamic)
     before = [partial(F.linear, x, weight) for weight in originals]
     after = [partial(run, x, scale, *rounded)]
+    turns: list[tuple[float, float]] = []
     with torch.no_grad():
-        turns = [(_fastest(before), _fastest(after)) for _ in range(ROUNDS)]
-    return min(turn[0] for turn in turns) / min(turn[1] for turn in turns)
+        for attempt in range(ATTEMPTS):
+            time.sleep(attempt)
+            turns += [(_fastest(before), _fastest(after)) for _ in range(ROUNDS)]
+            ratio = min(turn[0] for turn in turns) / min(turn[1] for turn in turns)
+            if ratio >= PLAUSIBLE:
+                break
+    return ratio
 
 
 def _fastest(calls: Sequence[Callable[[], Any]]) -> float:

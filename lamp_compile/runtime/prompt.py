@@ -14,22 +14,28 @@ from torch import Tensor
 from torch.nn import functional
 
 from lamp_compile.runtime.fused_ops import inference_only
+from lamp_compile.runtime.kernels import cpu
 
 if TYPE_CHECKING:
     from lamp_compile.runtime.cache_layers import NestedLayer
 
-DEVICES = ("cuda",)
-"""Where it is the faster way. A CPU's kernels take prompts as fast as torch does."""
-DTYPES = (torch.bfloat16, torch.float16)
+FAST_CPUS = ("avx512",)
+"""Instruction sets whose kernels take prompts faster than torch does."""
+DTYPES = {"cuda": (torch.bfloat16, torch.float16), "cpu": (torch.float32, torch.bfloat16, torch.float16)}
 """What flash attention takes; without it scores of all rows and keys would be laid out in memory."""
-LEAST_ROWS = 128
-"""Below this the kernels are as fast."""
+LEAST_ROWS = {"cuda": 128, "cpu": 8}
+"""With fewer the kernels are as fast."""
 MOST_DIM = 256
 MOST_MASK = 1 << 30
 """Entries of a mask; it becomes as many numbers of the model's type."""
 NOT_FAST = "torch has no fast attention for them on this GPU"
 SLOWLY = "attentions of long prompts read the planes: "
 """How an event of the ledger begins that counts what did not go this way."""
+
+
+def goes_on(device: torch.device) -> bool:
+    """Whether prompts on this device go this way."""
+    return device.type == "cuda" or (device.type == "cpu" and cpu.instruction_set() not in FAST_CPUS)
 
 
 def is_one(layer: NestedLayer, k: Tensor, v: Tensor, empty: bool) -> bool:
@@ -41,7 +47,7 @@ def is_one(layer: NestedLayer, k: Tensor, v: Tensor, empty: bool) -> bool:
         v: Values.
         empty: Nothing was held before them.
     """
-    return empty and k.shape[2] >= LEAST_ROWS and k.device.type in DEVICES and not layer.reference_only
+    return empty and goes_on(k.device) and k.shape[2] >= LEAST_ROWS[k.device.type] and not layer.reference_only
 
 
 def attend(
@@ -88,9 +94,10 @@ def attend(
 
 def _why_not(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, how: Mapping[str, Any]) -> str:
     """Why these cannot go through torch's attention without all scores in memory, as far as shapes tell; or empty."""
-    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
-        return f"{str(k.dtype).removeprefix('torch.')}, and flash attention takes bfloat16 and float16"
-    if not k.shape[3] == v.shape[3] <= MOST_DIM or k.shape[3] % 8:
+    if q.dtype not in (taken := DTYPES.get(q.device.type, ())) or not q.dtype == k.dtype == v.dtype:
+        words = [str(dtype).removeprefix("torch.") for dtype in (k.dtype, *taken)]
+        return f"{words[0]}, and flash attention takes {', '.join(words[1:-1])} and {words[-1]}"
+    if not k.shape[3] == v.shape[3] <= MOST_DIM or (q.is_cuda and k.shape[3] % 8):
         return f"head dimensions of {k.shape[3]} and {v.shape[3]}"
     if sinks is not None or how["softcap"]:
         return "sinks" if sinks is not None else "a soft-cap"

@@ -270,7 +270,7 @@ class SlotCache(SlotView):
         self._table.running[slot] = True
 
     def view(self, slot: int, upto: int | None = None) -> SlotView:
-        """One slot as a batch of one: ``fast(ids, past_key_values=cache.view(slot))`` adds tokens to it alone.
+        """One slot as a batch of one: ``fast(ids, cache=cache.view(slot))`` adds tokens to it alone.
 
         Args:
             slot: One that was admitted.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from lamp_compile.errors import InputError, OptionError, PlanError
 from lamp_compile.frontends import linears
 from lamp_compile.linear_plan import LinearPlan
 from lamp_compile.plan import Plan
+from lamp_compile.quality import linear_speed
 from lamp_compile.quality.linears import calibrate
 from lamp_compile.runtime.linear import Int8Linear
 from tests.huggingface import reference
@@ -101,6 +103,20 @@ def test_speed_is_measured(model: Any) -> None:
     assert row.speedup is not None
     assert row.speedup > 0
     assert row.apply == (row.speedup >= linears.LEAST_SPEEDUP)
+
+
+@pytest.mark.parametrize(("slow", "found", "waits"), [(0, 2.0, [0]), (1, 2.0, [0, 1]), (9, 0.01, [0, 1, 2])])
+def test_a_speed_that_no_layer_has_is_measured_again(
+    slow: int, found: float, waits: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others on the cores: threads of the INT8 loops wait for each other."""
+    waited: list[int] = []
+    seconds = itertools.chain([1.0, 100.0] * (slow * linear_speed.ROUNDS), itertools.cycle([1.0, 0.5]))
+    monkeypatch.setattr(linear_speed.time, "sleep", waited.append)
+    monkeypatch.setattr(linear_speed, "_compiled", lambda *args: print)
+    monkeypatch.setattr(linear_speed, "_fastest", lambda calls: next(seconds))
+    assert linear_speed.speedup.__wrapped__(8, 32, 32, torch.float32, False) == found
+    assert waited == waits
 
 
 def test_explain_lists_the_layers(model: Any) -> None:

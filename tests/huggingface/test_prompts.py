@@ -29,8 +29,9 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         rows.extend([] if isinstance(out, str) else [q.shape[2]])
         return out
 
-    monkeypatch.setattr(prompt, "DEVICES", ("cpu", "cuda"))
-    monkeypatch.setattr(prompt, "LEAST_ROWS", 16)
+    monkeypatch.setattr(prompt, "goes_on", lambda device: True)
+    monkeypatch.setitem(prompt.DTYPES, "cpu", prompt.DTYPES["cuda"])
+    monkeypatch.setitem(prompt.LEAST_ROWS, "cpu", 16)
     monkeypatch.setattr(prompt, "attend", counted)
     return rows
 
@@ -70,12 +71,35 @@ def test_a_prompt_is_the_original_models(served: list[int], model: Any, ids: Ten
     assert not close(after, reference.logits(model, torch.cat((ids, ids[:, :1]), dim=1))[:, -1:])
 
 
+@pytest.mark.parametrize("name", ["avx512", "avx2", "neon", "portable", ""])
+def test_cpus_whose_kernels_are_slower_go_this_way(
+    name: str, model: Any, ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With "" the reference runs. float32, too: a CPU's flash attention takes it."""
+    taken: list[Any] = []
+    attend = prompt.attend
+    monkeypatch.setattr(prompt.cpu, "instruction_set", lambda: name)
+    monkeypatch.setattr(prompt, "attend", lambda *given: taken.append(attend(*given)) or taken[-1])
+    model = model.float()
+    fast = compiled(model)
+    long = ids[:, : prompt.LEAST_ROWS["cpu"]]
+    wanted = first_logits(model, long)
+    got = first_logits(fast, long)
+    slower = name != "avx512"
+    assert [type(out) for out in taken] == [Tensor, Tensor] * slower
+    assert (reference.relative(got, wanted) < ARITHMETIC[torch.float32].relative * 2) == slower
+    notes = "\n".join(fast.lamp.report().notes)
+    assert ("attends to its keys and values as they came" in notes) == slower
+    first_logits(fast, long[:, :-1])
+    assert len(taken) == 2 * slower, "short ones read the planes"
+
+
 def test_planes_are_written_all_the_same(
     served: list[int], model: Any, ids: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caches = []
-    for devices in (("cpu",), ()):
-        monkeypatch.setattr(prompt, "DEVICES", devices)
+    for goes in (True, False):
+        monkeypatch.setattr(prompt, "goes_on", lambda device, goes=goes: goes)
         fast = compiled(model)
         caches.append(fast.lamp.cache())
         first_logits(fast, ids, caches[-1])

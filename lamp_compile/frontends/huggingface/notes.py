@@ -20,8 +20,8 @@ ALWAYS = (
 )
 PLANES = "prefill reads the planes too, so it follows the same numbers as decoding"
 AS_THEY_CAME = (
-    f"a prompt of {prompt.LEAST_ROWS} tokens or more into an empty cache attends to its keys and values as they came; "
-    "all that follows reads the planes"
+    "a prompt of {} tokens or more into an empty cache attends to its keys and values as they came; all that follows "
+    "reads the planes"
 )
 WINDOWS = "sliding-window layers store all keys; the mask keeps to the window"
 
@@ -39,8 +39,12 @@ def notes_for(spec: CacheSpec, sites: tuple[ProbedSite, ...], graphs: Iterable[R
         sites: What the probe saw.
         graphs: Reports of the graphs compiled so far, which know more of the calls.
     """
-    fast = any(site.device.type in prompt.DEVICES and site.dtype in prompt.DTYPES for site in sites)
-    notes = [*ALWAYS, AS_THEY_CAME if fast else PLANES]
+    fast = [
+        site.device.type
+        for site in sites
+        if prompt.goes_on(site.device) and site.dtype in prompt.DTYPES[site.device.type]
+    ]
+    notes = [*ALWAYS, AS_THEY_CAME.format(prompt.LEAST_ROWS[fast[0]]) if fast else PLANES]
     if any(feature.startswith("window") for site in sites for feature in site.features):
         notes.append(WINDOWS)
     notes += _predicted(spec)

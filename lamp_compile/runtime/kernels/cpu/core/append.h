@@ -8,10 +8,10 @@ struct Row {
 };
 
 // Steps of -119 to 119; 0 where there is no number.
-LAMP_INLINE Vf steps_of(Vf x, Vf scale) {
+LAMP_INLINE Vf steps_of(Vf x, float scale) {
   const Vf magic = splat(12582912.0f);  // adding it rounds to a whole number
-  const Vf steps = select(scale == splat(0.0f), splat(0.0f), x / scale);
-  const Vf known = select(steps == steps, steps, splat(0.0f));
+  if (scale == 0) return splat(0.0f);
+  const Vf known = numbers(x / splat(scale));
   return (smaller(larger(known, splat((float)-LARGEST)), splat((float)LARGEST)) + magic) - magic;
 }
 
@@ -25,17 +25,15 @@ LAMP_INLINE void round_row(const float *x, int dim, Row &row) {
   // NaN in, NaN out: the scale carries it, a nibble cannot. An infinity makes its row's scale infinite.
   const float peak = largest(most), unknown = total(spoilt);
   row.scale = float_to_half(unknown != unknown && peak <= 3.4e38f ? unknown : peak / (float)LARGEST);
-  const Vf scale = splat(half_to_float(row.scale));
+  const float scale = half_to_float(row.scale);
   const int half = dim / 2;
   for (int c = 0; c < half; c += LANES) {
     const Vi upper = __builtin_convertvector(steps_of(load(x + c), scale), Vi);
     const Vi lower = __builtin_convertvector(steps_of(load(x + half + c), scale), Vi);
     const Vi high_upper = (upper + splat(8)) >> 4, high_lower = (lower + splat(8)) >> 4;
     const Vi low_upper = upper - (high_upper << 4), low_lower = lower - (high_lower << 4);
-    const Vb high = __builtin_convertvector((high_upper & splat(15)) << 4 | (high_lower & splat(15)), Vb);
-    const Vb residual = __builtin_convertvector((low_upper & splat(15)) << 4 | (low_lower & splat(15)), Vb);
-    __builtin_memcpy(row.high + c, &high, sizeof high);
-    __builtin_memcpy(row.residual + c, &residual, sizeof residual);
+    store_bytes(row.high + c, (high_upper & splat(15)) << 4 | (high_lower & splat(15)));
+    store_bytes(row.residual + c, (low_upper & splat(15)) << 4 | (low_lower & splat(15)));
   }
 }
 

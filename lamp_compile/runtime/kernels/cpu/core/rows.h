@@ -1,8 +1,8 @@
 // The rows of one piece of work: the query heads that share a kv head, for some of the tokens; and what each may see.
 
 constexpr int MOST_ROWS = LAMP_MOST_GROUP;  // rows of one piece of work: those of a token at least
-constexpr int CHUNK = 512;     // keys that share a maximum
-constexpr int SEGMENT = 2048;  // keys that share a partial result, whatever the number of threads
+constexpr int CHUNK = 512;                  // keys that share a maximum
+constexpr int SEGMENT = 2048;               // keys that share a partial result, whatever the number of threads
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float PEAK_SQUARE = 119.0f * 119.0f / 7.5f;  // mean square of a stored row over its scale (formats/_base.py)
 
@@ -48,8 +48,7 @@ LAMP_INLINE void prepare_row(const LampAttend &call, Rows &rows, int r) {
     // A step below the smallest normal number is not exact, so the largest could come out above 127.
     const Vf held = smaller(larger((steps + magic) - magic, splat(-127.0f)), splat(127.0f));
     const Vi q = __builtin_convertvector(held, Vi);
-    const Vb bytes = __builtin_convertvector(q, Vb);
-    __builtin_memcpy(rounded + c, &bytes, sizeof bytes);
+    store_bytes(rounded + c, q);
     sums += q;
     squares += q * q;
   }

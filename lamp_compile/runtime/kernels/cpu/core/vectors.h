@@ -29,6 +29,22 @@ LAMP_INLINE Vi load(const int32_t *from) {
   return v;
 }
 LAMP_INLINE void store(float *to, Vf v) { __builtin_memcpy(to, &v, sizeof v); }
+// The lowest byte of each.
+#if !defined(__AVX512F__) && defined(__AVX2__)
+LAMP_INLINE void store_bytes(void *to, Vi v) {
+  __m256i x[2];
+  __builtin_memcpy(x, &v, sizeof x);
+  for (int i = 0; i < 2; i++) x[i] = _mm256_and_si256(x[i], _mm256_set1_epi32(255));
+  // Within each 128 bits words of both come together, so what is packed is put in order at the end.
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(x[0], x[1]), 0xd8);
+  _mm_storeu_si128((__m128i *)to, _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+}
+#else
+LAMP_INLINE void store_bytes(void *to, Vi v) {
+  const Vb bytes = __builtin_convertvector(v, Vb);
+  __builtin_memcpy(to, &bytes, sizeof bytes);
+}
+#endif
 LAMP_INLINE Vf floats(Vi v) { return __builtin_convertvector(v, Vf); }
 LAMP_INLINE Vi whole(Vf v) { return __builtin_convertvector(v, Vi); }
 LAMP_INLINE Vf bits(Vi v) { return (Vf)v; }
@@ -65,6 +81,18 @@ LAMP_INLINE Vf smaller(Vf a, Vf b) { return by_parts<float32x4_t>(a, b, smaller_
 #else
 LAMP_INLINE Vf larger(Vf a, Vf b) { return select(a > b, a, b); }
 LAMP_INLINE Vf smaller(Vf a, Vf b) { return select(a < b, a, b); }
+#endif
+// 0 for NaN.
+#if !defined(__AVX512F__) && defined(__AVX2__)
+LAMP_INLINE __m256 numbers_part(__m256 a, __m256) { return _mm256_and_ps(a, _mm256_cmp_ps(a, a, _CMP_ORD_Q)); }
+LAMP_INLINE Vf numbers(Vf v) { return by_parts<__m256>(v, v, numbers_part); }
+#elif defined(__ARM_NEON)
+LAMP_INLINE float32x4_t numbers_part(float32x4_t a, float32x4_t) {
+  return vbslq_f32(vceqq_f32(a, a), a, vdupq_n_f32(0));
+}
+LAMP_INLINE Vf numbers(Vf v) { return by_parts<float32x4_t>(v, v, numbers_part); }
+#else
+LAMP_INLINE Vf numbers(Vf v) { return select(v == v, v, splat(0.0f)); }
 #endif
 LAMP_INLINE Vf magnitude(Vf v) { return (Vf)((Vi)v & splat(0x7fffffff)); }
 LAMP_INLINE Vi finite(Vf v) { return ((Vi)v & splat(0x7f800000)) != splat(0x7f800000); }
