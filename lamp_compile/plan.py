@@ -229,7 +229,7 @@ class Plan:
             PlanError: Not JSON, another version, unknown or missing fields, impossible values.
         """
         try:
-            data = json.loads(text)
+            data = json.loads(text, object_pairs_hook=lambda pairs: _once(pairs, where))
         except (json.JSONDecodeError, RecursionError) as error:
             raise PlanError(
                 f"not JSON: {error}", where=where, fix="write plans with Plan.save() or `lamp-compile compile`"
@@ -369,3 +369,12 @@ def _balance(value: object, where: str) -> tuple[tuple[float, ...], ...]:
             "balance must be one list of numbers per kv head, all of one length", where=where, fix="or null"
         )
     return tuple(tuple(row) for row in value)
+
+
+def _once(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise PlanError(f"{name!r} stands twice in one object", where=where, fix="leave one of them")
+        found[name] = value
+    return found

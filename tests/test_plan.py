@@ -97,6 +97,7 @@ def test_nonsense_is_refused_by_name(changes: dict[str, object], says: str) -> N
     [
         ("", "not JSON"),
         ("{", "not JSON"),
+        ('{"version": 1, "sites": [{"name": "a", "tau": 0.5, "tau": 0.9}]}', "'tau' stands twice"),
         ("[" * 100_000, "not JSON"),
         ("[]", "a plan is a JSON object, this is a list"),
         ('{"version": 2, "sites": []}', "plan version 2"),

@@ -3,11 +3,15 @@ synchronisation."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lamp_compile.errors import InputError
-from lamp_compile.runtime import layout
+from lamp_compile.plan import QUERY_BITS
+from lamp_compile.runtime import layout, rotation
 from lamp_compile.runtime.arguments import CAUSAL
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -268,6 +272,29 @@ def visibility(
     if window and not causal:
         raise InputError(
             f"window={window} without causal", where=_where(site, "window"), fix="causal='top_left' or 'bottom_right'"
+        )
+
+
+LEAST = {"window": 0, "softcap": 0, "keys": 0, "subtile": 1, "guard_window": 1, "guard_hold": 0, "hysteresis": 0}
+
+
+def settings(options: Mapping[str, Any], room: int) -> None:
+    """Raise InputError for what means nothing among the numbers and words of an attention over planes that have room
+    for so many keys."""
+    site = str(options["site"])
+    for name, least in LEAST.items():
+        if not options[name] >= least:
+            raise InputError(f"{name}={options[name]}", where=_where(site, name), fix=f"{least} or more")
+    for name, known in (("rotation", rotation.KINDS), ("query_bits", QUERY_BITS)):
+        if options[name] not in known:
+            raise InputError(
+                f"{name}={options[name]!r}", where=_where(site, name), fix=f"one of {', '.join(map(str, known))}"
+            )
+    if room % options["subtile"]:
+        raise InputError(
+            f"sub-tiles of {options['subtile']} keys, and room for {room}",
+            where=_where(site, "subtile"),
+            fix="32, 64 or 128, of which there is room for a whole number",
         )
 
 

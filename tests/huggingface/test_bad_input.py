@@ -253,3 +253,9 @@ def test_own_mask_covers_the_tokens_held_or_is_refused(fast: Any, ids: Tensor) -
             fast(ids, past_key_values=cache)
             with pytest.raises(InputError, match=f"mask over {width} keys"):
                 fast(step, attention_mask=mask, past_key_values=cache)
+
+
+@pytest.mark.parametrize("capacity", [0, -1, 1.5, "5", True])
+def test_a_capacity_that_is_no_number_of_tokens(fast: Any, capacity: Any) -> None:
+    with says(OptionError, f"capacity={capacity!r}"):
+        fast.lamp.cache(capacity)

@@ -187,6 +187,22 @@ WRONG: dict[str, Callable[[Call], Call]] = {
     "causal": lambda c: replace(c, options={**c.options, "causal": "sideways"}),
     "channels of planes by lanes": lambda c: replace(by_lanes(c), q=c.q[..., :32].contiguous()),
     "80 channels by lanes": lambda c: by_lanes(step(dim=80)),
+    **{
+        f"{name}={value}": (lambda c, name=name, value=value: replace(c, options={**c.options, name: value}))
+        for name, value in (
+            ("rotation", "zzz"),
+            ("query_bits", 3),
+            ("window", -5),
+            ("keys", -1),
+            ("softcap", -1.0),
+            ("softcap", float("nan")),
+            ("subtile", 0),
+            ("subtile", 24),
+            ("guard_window", 0),
+            ("guard_hold", -1),
+            ("hysteresis", float("nan")),
+        )
+    },
     "planes by lanes of one sequence": lambda c: by_lanes(c, lambda planes: tuple(x[:1] for x in planes)),
     **{f"planes by lanes, {name}": partial(of_wrong_sizes, name) for name in test_layout_lanes.WRONG},
 }

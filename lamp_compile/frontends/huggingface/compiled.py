@@ -132,7 +132,12 @@ class Lamp:
 
         Args:
             capacity: Tokens to make room for at once.
+
+        Raises:
+            OptionError: ``capacity`` is no whole number above 0.
         """
+        if type(capacity) is not int or capacity < 1:
+            raise OptionError(f"capacity={capacity!r}", where="cache", fix="a number of tokens above 0")
         return NestedCache(self.spec, capacity)
 
     def slots(self, streams: int = 16, tokens: int = 65536, max_length: int | None = None) -> SlotCache:

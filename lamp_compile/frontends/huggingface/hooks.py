@@ -145,7 +145,7 @@ def _cache_for_forward(model: Any, given: Any, args: tuple[Any, ...], kwargs: di
     if not _uses_cache(model, kwargs):
         lamp.warn_once("use_cache is False")
         return None
-    return lamp.cache(int(ids.shape[1])) if ids is not None else None
+    return lamp.cache(max(1, int(ids.shape[1]))) if ids is not None else None
 
 
 # In a user's own torch.compile a graph break makes the cache; with fullgraph=True Dynamo raises and gives the reason.

@@ -191,6 +191,8 @@ bool settings_of(const Arguments &given, LampAttend &call) {
   call.guard_window = given.integer(GUARD_WINDOW), call.guard_hold = given.integer(GUARD_HOLD);
   call.hysteresis = (float)given.number(HYSTERESIS), call.softcap = (float)given.number(SOFTCAP);
   const int64_t subtile = call.subtile;
+  if (call.window < 0 || call.keys < 0 || call.guard_window < 1 || call.guard_hold < 0) return false;
+  if (!(call.softcap >= 0) || !(call.hysteresis >= 0)) return false;
   return given.integer(QUERY_BITS) == 8 && (!call.window || causal) &&
          (subtile == 32 || subtile == 64 || subtile == 128) && call.planes.tile % subtile == 0;
 }
