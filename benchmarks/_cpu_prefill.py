@@ -69,9 +69,7 @@ def _lamp(q: Tensor, k: Tensor, v: Tensor, stats: Tensor) -> Callable[[], Tensor
     options = dict(causal="bottom_right", window=0, scale=None, softcap=0.0, keys=length, rule="energy", query_bits=8,
                    subtile=32, guard_window=16, guard_hold=64, hysteresis=0.5, site="", **STORE)  # fmt: skip
     settings = fused_ops.settings(options)
-    as_they_came = length >= prompt.LEAST_ROWS[k.device.type] and prompt.goes_on(
-        k.device
-    )  # what a layer does with them
+    as_they_came = length >= prompt.least_rows(k.device)  # as a layer has it
 
     def run() -> Tensor:
         torch.ops.lamp.append.default(k, v, *planes, None, start, None, *STORE.values(), "")

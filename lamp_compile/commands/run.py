@@ -58,12 +58,14 @@ def run(args: argparse.Namespace) -> int:
     fast_model = api.compile(model, mode=args.mode, **_options.compile_options(args))
     fast = continuation.write(fast_model, prompt, args.max_new_tokens)
     first = continuation.compare(plain, fast)
+    notes = [note for note in fast_model.lamp.report().notes if note.startswith(kernel_notes.START)]
     if args.json:
         sides = {"uncompiled": _side(plain, tokenizer), "lamp": _side(fast, tokenizer)}
         about = {
             "prompt_tokens": ids.numel(),
             "dtype": str(model.dtype).removeprefix("torch."),
             "first_difference": first,
+            "notes": notes,
         }
         _output.print_json({**about, **sides})
         return 0
@@ -75,9 +77,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(f"first differing token: number {first + 1} of {len(plain.ids)}")
     print(f"seconds before the timed call: {plain.warm_up_s:.1f} uncompiled, {fast.warm_up_s:.1f} LAMP")
-    for note in fast_model.lamp.report().notes:
-        if note.startswith(kernel_notes.START):
-            print(f"note: {note}")
+    for note in notes:
+        print(f"note: {note}")
     return 0
 
 

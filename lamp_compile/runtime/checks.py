@@ -269,13 +269,15 @@ def visibility(
         raise InputError(
             f"causal={causal!r}", where=_where(site, "causal"), fix=f"one of {', '.join(map(repr, CAUSAL))}"
         )
+    if window < 0:
+        raise InputError(f"window={window}", where=_where(site, "window"), fix="a number of keys, or 0 for all")
     if window and not causal:
         raise InputError(
             f"window={window} without causal", where=_where(site, "window"), fix="causal='top_left' or 'bottom_right'"
         )
 
 
-LEAST = {"window": 0, "softcap": 0, "keys": 0, "subtile": 1, "guard_window": 1, "guard_hold": 0, "hysteresis": 0}
+LEAST = {"softcap": 0, "keys": 0, "subtile": 1, "guard_window": 1, "guard_hold": 0, "hysteresis": 0}
 
 
 def settings(options: Mapping[str, Any], room: int) -> None:

@@ -112,7 +112,6 @@ def _fused_attention(q: Tensor, *args: Any) -> Tensor:
     planes, hot, balance, seen = args[:6], args[6:11], args[11], args[12:TENSORS]
     options = dict(zip(SETTINGS, args[TENSORS:], strict=False))  # defaults are left out by the dispatcher
     state, stats = hot[3:]
-    checks.settings(options, checks.held(options["site"], seen[-1], planes[0], planes[3])[1])
     if kernels.why_not_attend(q, planes, state, options) is None:
         ops.check_attention(q, planes, (*hot, balance), seen, options)
         return kernels.attend(q, planes, hot, balance, seen, options)

@@ -289,6 +289,7 @@ def _cached(
         check_attention(q, planes, (tau, floor, budget, state, stats, balance), seen[1:], options)
         state, stats = state.clone(), stats.clone()
         return kernels.attend(q, planes, (tau, floor, budget, state, stats), balance, seen[1:], options), state, stats
+    checks.settings(options, checks.held(site, block_table, k_high, v_high)[1])
     return attend_in_parts(q, planes, (tau, floor, budget, state, stats), seen, options)
 
 
@@ -308,6 +309,7 @@ def check_attention(
     mask, bias, *_, table = seen
     k_high, site = planes[0], options["site"]
     batch, room = checks.held(site, table, k_high, planes[3])
+    checks.settings(options, room)
     checks.query(site, q, k_high.shape[1], batch, formats.get(options["k_format"]).channels(layout.key_width(k_high)))
     others = dict(zip(("mask", "bias", "sinks", "start", "lengths", "table"), seen, strict=True))
     checks.one_device(site, q, k_planes=k_high, v_planes=planes[3], **others)

@@ -6,6 +6,7 @@ attention is several times faster than kernels made for a few rows over many key
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ FAST_CPUS = ("avx512",)
 DTYPES = {"cuda": (torch.bfloat16, torch.float16), "cpu": (torch.float32, torch.bfloat16, torch.float16)}
 """What flash attention takes; without it scores of all rows and keys would be laid out in memory."""
 LEAST_ROWS = {"cuda": 128, "cpu": 8}
-"""With fewer the kernels are as fast."""
+"""With fewer the kernels are as fast on a GPU, and a CPU has next to nothing to gain."""
 MOST_DIM = 256
 MOST_MASK = 1 << 30
 """Entries of a mask; it becomes as many numbers of the model's type."""
@@ -33,9 +34,10 @@ SLOWLY = "attentions of long prompts read the planes: "
 """How an event of the ledger begins that counts what did not go this way."""
 
 
-def goes_on(device: torch.device) -> bool:
-    """Whether prompts on this device go this way."""
-    return device.type == "cuda" or (device.type == "cpu" and cpu.instruction_set() not in FAST_CPUS)
+def least_rows(device: torch.device) -> float:
+    """Tokens from which on prompts on this device go this way; infinitely many where none do."""
+    slower = device.type != "cpu" or cpu.instruction_set() not in FAST_CPUS
+    return LEAST_ROWS.get(device.type, math.inf) if slower else math.inf
 
 
 def is_one(layer: NestedLayer, k: Tensor, v: Tensor, empty: bool) -> bool:
@@ -47,7 +49,7 @@ def is_one(layer: NestedLayer, k: Tensor, v: Tensor, empty: bool) -> bool:
         v: Values.
         empty: Nothing was held before them.
     """
-    return empty and goes_on(k.device) and k.shape[2] >= LEAST_ROWS[k.device.type] and not layer.reference_only
+    return empty and k.shape[2] >= least_rows(k.device) and not layer.reference_only
 
 
 def attend(

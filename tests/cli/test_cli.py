@@ -148,6 +148,21 @@ def test_run_prints_both_continuations(call, nano, tmp_path):
     assert "LAMP: " in out
 
 
+def test_run_says_where_no_kernel_serves(call, nano, tmp_path):
+    """Rather than being slow without a word."""
+    prompt, plan = tmp_path / "prompt.txt", tmp_path / "plan.json"
+    prompt.write_text("When I wrote")
+    call("compile", nano, "-o", plan)
+    made = Plan.load(plan)
+    replace(made, sites=tuple(replace(site, query_bits=16) for site in made.sites)).save(plan)
+    options = ("run", nano, "--prompt-file", prompt, "--max-new-tokens", "2", "--mode", "eager")
+    for given, wanted in (((), 0), (("--plan", plan), 1)):
+        code, out, _ = call(*options, *given)
+        assert code == 0
+        assert len(re.findall("^note: no kernel for .*the reference runs there, slowly", out, re.M)) == wanted
+        assert len(json.loads(call(*options, *given, "--json")[1])["notes"]) == wanted
+
+
 def test_bisect_names_a_planted_fault(call, nano, text, tmp_path):
     path = tmp_path / "plan.json"
     call("compile", nano, "-o", path)

@@ -48,7 +48,6 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> Any:
         hot = (getattr(layer.controls, name).to(META) for name in ("tau", "floor", "budget"))
         layers.append(replace(layer, controls=SiteControls(*hot), shape=replace(layer.shape, device=META)))
     made.lamp.spec = replace(made.lamp.spec, layers=tuple(layers))
-    monkeypatch.setattr(prompt, "goes_on", lambda device: device.type == "meta")
     monkeypatch.setitem(prompt.LEAST_ROWS, "meta", 16)
     return made.to(META)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -29,9 +30,8 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         rows.extend([] if isinstance(out, str) else [q.shape[2]])
         return out
 
-    monkeypatch.setattr(prompt, "goes_on", lambda device: True)
+    monkeypatch.setattr(prompt, "least_rows", lambda device: 16)
     monkeypatch.setitem(prompt.DTYPES, "cpu", prompt.DTYPES["cuda"])
-    monkeypatch.setitem(prompt.LEAST_ROWS, "cpu", 16)
     monkeypatch.setattr(prompt, "attend", counted)
     return rows
 
@@ -98,8 +98,8 @@ def test_planes_are_written_all_the_same(
     served: list[int], model: Any, ids: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caches = []
-    for goes in (True, False):
-        monkeypatch.setattr(prompt, "goes_on", lambda device, goes=goes: goes)
+    for least in (16, math.inf):
+        monkeypatch.setattr(prompt, "least_rows", lambda device, least=least: least)
         fast = compiled(model)
         caches.append(fast.lamp.cache())
         first_logits(fast, ids, caches[-1])

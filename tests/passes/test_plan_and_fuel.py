@@ -6,9 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.fx import Graph
 
+from lamp_compile.diff.readers.fx import _scope
 from lamp_compile.driver import rewrite
 from lamp_compile.errors import OptionError, PlanError
+from lamp_compile.passes.find_sites import site_name
 from lamp_compile.plan import Plan
 from tests.backends.modules import stack, tokens
 from tests.passes.captured import lamp_counts
@@ -98,3 +101,22 @@ def test_bad_options(program, options, words):
 def test_an_option_beside_a_plan_is_refused(program):
     with pytest.raises(OptionError, match="beside a plan"):
         rewrite(program, plan=Plan(()), tau=0.1)
+
+
+@pytest.mark.parametrize(
+    ("stack", "named"),
+    [
+        ("L['self'].model.layers.0.self_attn", "model.layers.0.self_attn"),
+        ("L['args'][0].model.layers.0.self_attn", "model.layers.0.self_attn"),
+        ('L["args"][0].model.layers[3].self_attn', "model.layers.3.self_attn"),
+        ("L['args'][1].attention", "1.attention"),
+        ("layers.0.attn", "layers.0.attn"),
+    ],
+)
+def test_a_site_is_named_by_its_module_however_its_forward_is_wrapped(stack: str, named: str) -> None:
+    """A wrapped forward has the model as the first of its ``args``."""
+    node = Graph().placeholder("x")
+    node.meta["nn_module_stack"] = {"1": ("L['self']", torch.nn.Module), "2": (stack, torch.nn.Module)}
+    assert site_name(node) == named
+    if "['args'][1]" not in stack and '"' not in stack:
+        assert _scope(node) == named

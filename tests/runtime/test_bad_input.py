@@ -42,6 +42,7 @@ CASES = {
     "bias over fewer keys": (dict(bias=torch.zeros(2, 1, 3, 20)), "covers 20 keys of 40", "per key"),
     "bias over more keys": (dict(bias=torch.zeros(2, 1, 3, 60)), "covers 60 keys of 40", "per key"),
     "unknown causality": (dict(causal="left"), "'left'", "bottom_right"),
+    "negative window": (dict(causal="bottom_right", window=-4), "window=-4", "0 for all"),
     "window without causality": (dict(window=8), "window=8", "causal"),
 }
 

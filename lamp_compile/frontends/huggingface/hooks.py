@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
+from collections.abc import Callable
 from contextvars import ContextVar
 from types import MethodType
 from typing import Any
@@ -28,20 +29,34 @@ _unpadded: ContextVar[list[NestedCache]] = ContextVar("lamp_unpadded")
 
 
 def attach(model: nn.Module, lamp: Lamp) -> None:
-    """Bind the hooks to the model."""
+    """Bind the hooks to the model.
+
+    Raises:
+        ModelError: Its forward takes no cache.
+    """
     hooked: Any = model
-    base = model.forward
-    bound = "forward" in model.__dict__
-    parameters = list(inspect.signature(base).parameters)
     name = cache_argument.name_for(model)
+    parameters = list(inspect.signature(model.forward).parameters)
     if name not in parameters:
         raise ModelError(
             "its forward takes no cache by name",
             where=type(model).__name__,
             fix="torch.compile(model, backend='lamp') for its prefill",
         )
+    made = (_forward(model, name, parameters), _generate(hooked), _get_compiled_call(hooked, name))
+    lamp._model = weakref.ref(model)
+    hooked.lamp = lamp
+    hooked._lamp_identity = id(model)
+    hooked.forward, hooked.generate, hooked.get_compiled_call = (MethodType(hook, model) for hook in made)
+    hooked._prepare_cache_for_generation = MethodType(_prepare_cache_for_generation, model)
+
+
+def _forward(model: nn.Module, name: str, parameters: list[str]) -> Callable[..., Any]:
+    """Forward with the cache it was given, or one of ours. ``parameters`` are the original's, the cache's ``name`` one
+    of them."""
     position = parameters.index(name)
-    call = base if bound else type(model).forward
+    bound = "forward" in model.__dict__
+    call = model.forward if bound else type(model).forward
 
     @functools.wraps(type(model).forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -70,7 +85,11 @@ def attach(model: nn.Module, lamp: Lamp) -> None:
         run = functools.partial(call, *whole, **kwargs)
         return self.lamp.step(run, run, cache, _new_tokens(args, kwargs))
 
-    @functools.wraps(hooked.generate.__func__)
+    return forward
+
+
+def _generate(model: Any) -> Callable[..., Any]:
+    @functools.wraps(model.generate.__func__)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         if switch.disabled():
             return self.lamp.original.generate(*args, **kwargs)
@@ -86,7 +105,11 @@ def attach(model: nn.Module, lamp: Lamp) -> None:
                 cache.unpadded = False  # whoever goes on with it may pad
             _unpadded.reset(token)
 
-    @functools.wraps(hooked.get_compiled_call.__func__)
+    return generate
+
+
+def _get_compiled_call(model: Any, name: str) -> Callable[..., Any]:
+    @functools.wraps(model.get_compiled_call.__func__)
     def get_compiled_call(self: Any, *args: Any, **kwargs: Any) -> Any:
         compiled = type(self).get_compiled_call(self, *args, **kwargs)
 
@@ -99,13 +122,7 @@ def attach(model: nn.Module, lamp: Lamp) -> None:
 
         return step
 
-    lamp._model = weakref.ref(model)
-    hooked.lamp = lamp
-    hooked._lamp_identity = id(model)
-    hooked.forward = MethodType(forward, model)
-    hooked.generate = MethodType(generate, model)
-    hooked.get_compiled_call = MethodType(get_compiled_call, model)
-    hooked._prepare_cache_for_generation = MethodType(_prepare_cache_for_generation, model)
+    return get_compiled_call
 
 
 def _refuse_weights(model: Any, kwargs: dict[str, Any]) -> None:

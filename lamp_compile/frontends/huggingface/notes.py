@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -39,12 +40,9 @@ def notes_for(spec: CacheSpec, sites: tuple[ProbedSite, ...], graphs: Iterable[R
         sites: What the probe saw.
         graphs: Reports of the graphs compiled so far, which know more of the calls.
     """
-    fast = [
-        site.device.type
-        for site in sites
-        if prompt.goes_on(site.device) and site.dtype in prompt.DTYPES[site.device.type]
-    ]
-    notes = [*ALWAYS, AS_THEY_CAME.format(prompt.LEAST_ROWS[fast[0]]) if fast else PLANES]
+    served = [site for site in sites if site.dtype in prompt.DTYPES.get(site.device.type, ())]
+    least = min((prompt.least_rows(site.device) for site in served), default=math.inf)
+    notes = [*ALWAYS, AS_THEY_CAME.format(least) if least < math.inf else PLANES]
     if any(feature.startswith("window") for site in sites for feature in site.features):
         notes.append(WINDOWS)
     notes += _predicted(spec)

@@ -222,6 +222,7 @@ def attend_arbitrated(
 
 def _predicted(q: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     planes, hot, seen, predicted, kept = args[:6], args[6:11], args[11:18], args[18], args[19:]
+    checks.settings(options, checks.held(options["site"], seen[-1], planes[0], planes[3])[1])
     exact = exact_importance(q, planes, seen, options)
     return attend_arbitrated(q, planes, hot, seen, (exact, predicted), kept, options)
 
@@ -229,7 +230,6 @@ def _predicted(q: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor, T
 def _fused_predicted(q: Tensor, *args: Any, room: int, pages: int, **options: Any) -> Tensor:
     planes, hot, seen, kept, weights = args[:6], args[6:11], args[11:18], args[18:21], args[21:]
     summary, history, trust = kept
-    checks.settings(options, checks.held(options["site"], seen[-1], planes[0], planes[3])[1])
     if (
         kernels.why_not_attend(q, planes, hot[3], options) is None
         and kernels.why_not_predicted(q, planes, kept, {**options, "pages": pages}) is None
