@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lamp_compile.errors import InputError
+from lamp_compile.errors import InputError, LampError
 from lamp_compile.runtime import guard, kernels
 from lamp_compile.runtime.network import audit
 from tests.kernels import calls, predicted
@@ -231,6 +231,16 @@ def test_wrong_shapes_are_refused_before_anything_is_read() -> None:
             run(replace(step, weights=tuple(weights)))
     with pytest.raises(InputError, match=r"room for|do not belong"):
         run(replace(step, options={**step.options, "room": step.options["room"] * 2}))
+
+
+@pytest.mark.parametrize("lane", ["kernel", "reference"])
+@pytest.mark.parametrize("wrong", [{"rotation": "zzz"}, {"query_bits": 3}, {"guard_hold": -1}, {"window": -5}], ids=str)
+def test_settings_that_mean_nothing_are_refused(lane: str, wrong: dict[str, object]) -> None:
+    step = predicted.make()
+    rule = {} if lane == "kernel" else {"rule": "lamp_strict"}  # networks' kernels know one rule
+    run(replace(step, options={**step.options, **rule}))
+    with pytest.raises(LampError, match=next(iter(wrong))):
+        run(replace(step, options={**step.options, **rule, **wrong}))
 
 
 def run(step: predicted.Step) -> Tensor:
